@@ -1,0 +1,44 @@
+# Two commands are all that a newcomer needs: make demo, make test.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
+
+# Tests run side by side; more threads in each would only fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types format clean
+
+help:
+	@echo "make demo   the main job, end to end (examples/quickstart.py)"
+	@echo "make test   the whole test suite, with its coverage"
+	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m coverage report --fail-under=100 \
+		--include='lightning_secure/crypto/*,lightning_secure/data/format.py'
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run

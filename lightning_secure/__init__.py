@@ -1,0 +1,108 @@
+"""Private, confidential and accountable training for PyTorch Lightning.
+
+The public names live here and are imported when they are used: ``import lightning_secure`` brings
+in neither torch nor Lightning, MLflow or Opacus.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_secure._version import __version__
+
+if TYPE_CHECKING:
+    from lightning_secure.audit.log import AuditLog, AuditSummary
+    from lightning_secure.callbacks.audit_trail import AuditTrail
+    from lightning_secure.callbacks.budget import PrivacyBudget
+    from lightning_secure.crypto.keys import KeyProvider
+    from lightning_secure.crypto.providers import LocalKeyProvider
+    from lightning_secure.data.datamodule import EncryptedDataModule
+    from lightning_secure.data.dataset import EncryptedShardDataset
+    from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.writer import EncryptedShardWriter
+    from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
+    from lightning_secure.plugins.checkpoint import (
+        EncryptedCheckpointIO,
+        load_encrypted_checkpoint,
+    )
+    from lightning_secure.privacy.config import DPConfig
+    from lightning_secure.redaction.anonymize import (
+        AnonymizationPlan,
+        Generalize,
+        Keep,
+        Pseudonymize,
+        Suppress,
+    )
+    from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
+    from lightning_secure.redaction.redactor import Redactor
+    from lightning_secure.strategies.private import PrivateStrategy
+
+__all__ = [
+    "AnonymizationPlan",
+    "AuditLog",
+    "AuditSummary",
+    "AuditTrail",
+    "CanaryHit",
+    "CanarySearch",
+    "Column",
+    "DPConfig",
+    "EncryptedCheckpointIO",
+    "EncryptedDataModule",
+    "EncryptedShardDataset",
+    "EncryptedShardWriter",
+    "Generalize",
+    "Keep",
+    "KeyProvider",
+    "LocalKeyProvider",
+    "PrivacyBudget",
+    "PrivateStrategy",
+    "Pseudonymize",
+    "RedactingMLFlowLogger",
+    "Redactor",
+    "Schema",
+    "Suppress",
+    "WriteWatch",
+    "__version__",
+    "load_encrypted_checkpoint",
+]
+
+_HOMES = {
+    "AnonymizationPlan": "redaction.anonymize",
+    "AuditLog": "audit.log",
+    "AuditSummary": "audit.log",
+    "AuditTrail": "callbacks.audit_trail",
+    "CanaryHit": "redaction.canary",
+    "CanarySearch": "redaction.canary",
+    "Column": "data.format",
+    "DPConfig": "privacy.config",
+    "EncryptedCheckpointIO": "plugins.checkpoint",
+    "EncryptedDataModule": "data.datamodule",
+    "EncryptedShardDataset": "data.dataset",
+    "EncryptedShardWriter": "data.writer",
+    "Generalize": "redaction.anonymize",
+    "Keep": "redaction.anonymize",
+    "KeyProvider": "crypto.keys",
+    "LocalKeyProvider": "crypto.providers",
+    "PrivacyBudget": "callbacks.budget",
+    "PrivateStrategy": "strategies.private",
+    "Pseudonymize": "redaction.anonymize",
+    "RedactingMLFlowLogger": "loggers.mlflow",
+    "Redactor": "redaction.redactor",
+    "Schema": "data.format",
+    "Suppress": "redaction.anonymize",
+    "WriteWatch": "redaction.canary",
+    "load_encrypted_checkpoint": "plugins.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

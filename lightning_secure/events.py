@@ -1,0 +1,77 @@
+"""What the package tells about itself while it works: keys used, data opened, checkpoints written.
+
+The rooms that hold keys and data announce what they do here, and whoever keeps a record listens. An
+announcement happens *before* the thing is released, and a listener that raises stops it: a key
+whose use cannot be recorded is not handed out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["Event", "announce", "subscribe", "unsubscribe"]
+
+Listener = Callable[["Event"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One security-relevant action.
+
+    Attributes:
+        action: Dotted name, for example ``key.unwrap`` or ``checkpoint.save``.
+        outcome: ``success`` or ``failure``.
+        details: Ids, counts and names. Never a key, a plaintext or a personal value.
+    """
+
+    action: str
+    outcome: Literal["success", "failure"] = "success"
+    details: Mapping[str, str | int] = field(default_factory=dict)
+
+
+_listeners: dict[str, Listener] = {}
+_lock = threading.Lock()
+
+
+def subscribe(name: str, listener: Listener) -> None:
+    """Call ``listener`` for every event of this process from now on.
+
+    Args:
+        name: Identifies the subscription. A second one under the same name replaces the first, so
+            that one log is never told the same event twice.
+        listener: Called in the thread in which the event happens. If it raises, the announced
+            action is refused.
+    """
+    with _lock:
+        _listeners[name] = listener
+
+
+def unsubscribe(name: str) -> None:
+    """End a subscription; unknown names are ignored."""
+    with _lock:
+        _listeners.pop(name, None)
+
+
+def announce(
+    action: str,
+    details: Mapping[str, str | int] | None = None,
+    *,
+    outcome: Literal["success", "failure"] = "success",
+) -> None:
+    """Tell every listener, in the order of subscription, and let their errors through.
+
+    >>> seen = []
+    >>> subscribe("doctest", seen.append)
+    >>> announce("key.unwrap", {"key_id": "3f2a", "purpose": "partition"})
+    >>> seen[0].action, dict(seen[0].details)
+    ('key.unwrap', {'key_id': '3f2a', 'purpose': 'partition'})
+    >>> unsubscribe("doctest")
+    """
+    with _lock:
+        listeners = list(_listeners.values())
+    event = Event(action=action, outcome=outcome, details=details or {})
+    for listener in listeners:
+        listener(event)

@@ -1,0 +1,50 @@
+"""Checks of arguments that name the argument: ``positive(max_grad_norm=value)``."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_secure.errors import ConfigError
+
+__all__ = ["open_unit_interval", "positive", "positive_int"]
+
+
+def positive(**values: float | None) -> None:
+    """Require finite numbers above zero; None passes.
+
+    Raises:
+        ConfigError: One is not; the message names it.
+
+    >>> positive(max_grad_norm=0.0)
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: max_grad_norm must be a finite number above 0, not 0.0.
+    """
+    for name, value in values.items():
+        if value is not None and not (_number(value) and math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be a finite number above 0, not {value!r}.")
+
+
+def positive_int(**values: int | None) -> None:
+    """Require whole numbers above zero; None passes.
+
+    Raises:
+        ConfigError: One is not; the message names it.
+    """
+    for name, value in values.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
+
+
+def open_unit_interval(**values: float) -> None:
+    """Require numbers above 0 and below 1.
+
+    Raises:
+        ConfigError: One is not; the message names it.
+    """
+    for name, value in values.items():
+        if not (_number(value) and 0 < value < 1):
+            raise ConfigError(f"{name} must lie between 0 and 1, not {value!r}.")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
