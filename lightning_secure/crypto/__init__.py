@@ -1,0 +1,1 @@
+"""Keys, authenticated encryption, signatures and manifests. Knows neither torch nor Lightning."""

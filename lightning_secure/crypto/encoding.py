@@ -1,0 +1,76 @@
+"""One byte string for one value: what is signed, hashed or bound as associated data."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+from typing import Any
+
+from lightning_secure.errors import IntegrityError
+
+__all__ = ["b64decode", "b64encode", "canonical_json", "parse_json_object"]
+
+
+def canonical_json(value: Any) -> bytes:
+    r"""Encode JSON with sorted keys and no white space, in UTF-8.
+
+    Equal to RFC 8785 for the values used here: strings, booleans, integers, lists and objects with
+    ASCII keys.
+
+    >>> canonical_json({"b": [1, True], "a": "ü"})
+    b'{"a":"\xc3\xbc","b":[1,true]}'
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:
+    """Parse a JSON object, refusing duplicate keys.
+
+    Raises:
+        IntegrityError: ``data`` is not one JSON object with unique keys. The message names ``what``
+            and holds nothing of the data.
+    """
+    value: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data, object_pairs_hook=_unique)
+    if not isinstance(value, dict):
+        # Raised outside the handler: a JSONDecodeError carries the whole document with it.
+        raise IntegrityError(
+            f"{what} is not valid JSON; it was cut off or altered. Nothing from it was used."
+        )
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def b64encode(data: bytes) -> str:
+    """Encode as standard base64."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def b64decode(text: Any, *, what: str, length: int | None = None) -> bytes:
+    """Decode standard base64 strictly.
+
+    Raises:
+        IntegrityError: ``text`` is not base64 or does not have ``length`` bytes.
+    """
+    data: bytes | None = None
+    if isinstance(text, str):
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            data = None
+    if data is None or (length is not None and len(data) != length):
+        raise IntegrityError(
+            f"{what} is not valid base64 of the expected length. Nothing from it was used."
+        )
+    return data

@@ -1,0 +1,257 @@
+"""Symmetric keys that do not leak by accident, and whoever guards the topmost one."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, Self, final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from lightning_secure import events
+from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json
+from lightning_secure.crypto.signing import Signer
+from lightning_secure.errors import IntegrityError, KeyAccessError, WrongKeyError
+
+__all__ = ["DataKey", "KeyProvider", "WrappedKey"]
+
+KEY_BYTES: Final = 32
+_NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_WRAPPED_BYTES: Final = _NONCE_BYTES + KEY_BYTES + _TAG_BYTES
+
+
+@final
+class DataKey:
+    """256 bits of key material without a printable form.
+
+    It refuses pickling, so it cannot slip into a checkpoint, a cache or a worker process; copying
+    it copies the reference. Python cannot promise to erase memory: a key that was used may stay in
+    the process until it ends.
+
+    >>> DataKey.generate()
+    DataKey(<hidden>)
+    """
+
+    __slots__ = ("_material",)
+
+    def __init__(self, material: bytes) -> None:
+        if len(material) != KEY_BYTES:
+            raise KeyAccessError(
+                f"a key has {KEY_BYTES} bytes; these are {len(material)}. No key was made."
+            )
+        self._material = bytes(material)
+
+    @classmethod
+    def generate(cls) -> Self:
+        """Draw a fresh key from the operating system."""
+        return cls(os.urandom(KEY_BYTES))
+
+    def derive(self, *, info: bytes, salt: bytes = b"", length: int = KEY_BYTES) -> bytes:
+        """Return ``length`` bytes that are independent of those for any other ``info`` or ``salt``.
+
+        Source:
+            HKDF-SHA256, RFC 5869.
+        """
+        return HKDF(algorithm=SHA256(), length=length, salt=salt or None, info=info).derive(
+            self._material
+        )
+
+    def subkey(self, purpose: str) -> DataKey:
+        """Return the key for one purpose; two purposes' keys say nothing about each other."""
+        return DataKey(self.derive(info=b"lsec/v1/subkey\0" + purpose.encode()))
+
+    @property
+    def key_id(self) -> str:
+        """32 hexadecimal digits that name the key and reveal nothing of it."""
+        return self.derive(info=b"lsec/v1/key-id", length=16).hex()
+
+    def wrap(self, key: DataKey, *, context: Mapping[str, str]) -> bytes:
+        """Encrypt ``key`` under this one.
+
+        Args:
+            key: The key to protect.
+            context: What the wrapped key is for. It is authenticated, not stored: unwrapping needs
+                the same one.
+
+        Returns:
+            60 bytes: nonce (12), ciphertext (32), tag (16). AES-256-GCM with a random nonce, under
+            a subkey that does nothing else (SP 800-38F, section 3.1, allows it).
+        """
+        nonce = os.urandom(_NONCE_BYTES)
+        return nonce + self._wrapping_cipher().encrypt(
+            nonce, key._material, _associated_data(context)
+        )
+
+    def unwrap(self, blob: bytes, *, context: Mapping[str, str]) -> DataKey:
+        """Return the key that :meth:`wrap` protected.
+
+        Raises:
+            IntegrityError: ``blob`` was altered, belongs to another context, or was made under
+                another key; the cipher cannot tell these apart.
+        """
+        if len(blob) == _WRAPPED_BYTES:
+            nonce, sealed = blob[:_NONCE_BYTES], blob[_NONCE_BYTES:]
+            try:
+                return DataKey(
+                    self._wrapping_cipher().decrypt(nonce, sealed, _associated_data(context))
+                )
+            except InvalidTag:
+                pass
+        raise IntegrityError(
+            f"wrapped key for {_describe(context)} rejected: it was altered, moved from "
+            "elsewhere, or made under another key. Nothing was decrypted with it."
+        )
+
+    def _wrapping_cipher(self) -> AESGCM:
+        return AESGCM(self.derive(info=b"lsec/v1/key-wrap"))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DataKey):
+            return NotImplemented
+        return hmac.compare_digest(self._material, other._material)
+
+    __hash__ = None  # type: ignore[assignment] # a hash of the material would be a leak
+
+    def __repr__(self) -> str:
+        return "DataKey(<hidden>)"
+
+    def __copy__(self) -> DataKey:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataKey:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise KeyAccessError(
+            "a DataKey cannot be pickled: keys stay in the process that unwrapped them. "
+            "Hand the key provider to the other process instead; it unwraps for itself."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappedKey:
+    """A key encrypted under a key provider's own key, safe to store beside the data.
+
+    Attributes:
+        provider: Name of the kind of provider, for example ``local``.
+        key_id: Id of the provider's key.
+        blob: What the provider returned.
+    """
+
+    provider: str
+    key_id: str
+    blob: bytes
+
+    def to_json(self) -> dict[str, str]:
+        """Return the form that manifests and checkpoint headers hold."""
+        return {"provider": self.provider, "key_id": self.key_id, "blob": b64encode(self.blob)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            IntegrityError: The value does not have that form.
+        """
+        if not isinstance(value, dict) or value.keys() != {"provider", "key_id", "blob"}:
+            raise IntegrityError(
+                "a wrapped key does not have the expected fields. No key was unwrapped."
+            )
+        provider, key_id = value["provider"], value["key_id"]
+        if not isinstance(provider, str) or not isinstance(key_id, str):
+            raise IntegrityError("a wrapped key does not name its provider. No key was unwrapped.")
+        return cls(
+            provider=provider, key_id=key_id, blob=b64decode(value["blob"], what="a wrapped key")
+        )
+
+
+class KeyProvider(ABC):
+    """Guards the key-encryption key (KEK) and wraps other keys under it.
+
+    Subclasses implement the underscored methods; the public ones announce every use before a key
+    leaves, so an audit log that cannot be written refuses the key.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the kind of provider, as stored in :class:`WrappedKey`."""
+
+    @property
+    @abstractmethod
+    def key_id(self) -> str:
+        """Id of the current KEK."""
+
+    @property
+    @abstractmethod
+    def signer(self) -> Signer:
+        """Signs the manifests that the holder of this provider seals."""
+
+    @property
+    @abstractmethod
+    def trusted_signers(self) -> Mapping[str, Ed25519PublicKey]:
+        """Public keys by id whose manifests are accepted."""
+
+    @abstractmethod
+    def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes: ...
+
+    @abstractmethod
+    def _unwrap(self, blob: bytes, context: Mapping[str, str]) -> DataKey: ...
+
+    @abstractmethod
+    def _derive(self, purpose: str) -> DataKey: ...
+
+    @final
+    def wrap(self, key: DataKey, *, context: Mapping[str, str]) -> WrappedKey:
+        """Protect ``key`` under the KEK, bound to ``context``."""
+        events.announce("key.wrap", self._event(context))
+        return WrappedKey(provider=self.name, key_id=self.key_id, blob=self._wrap(key, context))
+
+    @final
+    def unwrap(self, wrapped: WrappedKey, *, context: Mapping[str, str]) -> DataKey:
+        """Release a key.
+
+        Raises:
+            WrongKeyError: ``wrapped`` names another provider or another KEK.
+            IntegrityError: ``wrapped`` was altered or belongs to another context.
+            AuditWriteError: A listener could not record the use; the key was not released.
+        """
+        if (wrapped.provider, wrapped.key_id) != (self.name, self.key_id):
+            events.announce("key.unwrap", self._event(context), outcome="failure")
+            raise WrongKeyError(
+                f"{_describe(context)} was sealed under key {wrapped.key_id!r} of provider "
+                f"{wrapped.provider!r}, and this is key {self.key_id!r} of provider {self.name!r}. "
+                "Nothing was decrypted."
+            )
+        try:
+            key = self._unwrap(wrapped.blob, context)
+        except IntegrityError:
+            events.announce("key.unwrap", self._event(context), outcome="failure")
+            raise
+        events.announce("key.unwrap", self._event(context))
+        return key
+
+    @final
+    def derive(self, purpose: str) -> DataKey:
+        """Return the same key for the same purpose each time, for example for pseudonyms."""
+        events.announce("key.derive", self._event({"purpose": purpose}))
+        return self._derive(purpose)
+
+    def _event(self, context: Mapping[str, str]) -> dict[str, str]:
+        return {"provider": self.name, "key_id": self.key_id, **context}
+
+
+def _associated_data(context: Mapping[str, str]) -> bytes:
+    return b"lsec/v1/wrap\0" + canonical_json(dict(context))
+
+
+def _describe(context: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in context.items()) or "this use"

@@ -1,0 +1,1 @@
+"""Encrypted shards, and how Lightning reads them."""

@@ -1,0 +1,389 @@
+"""What a shard looks like, to the byte. ``docs/format.md`` says the same for a second reader.
+
+A shard is a header of 4096 bytes and then segments, each ``ciphertext || tag (16)``. Every segment
+but the last has the same plaintext length, so segment ``i`` is at a computed offset. Inside a
+segment the columns lie one after another, so that one decryption yields views of whole columns.
+There is no pickle anywhere. All integers are unsigned and little-endian.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.segments import (
+    MAX_SEGMENT_BYTES,
+    MAX_SEGMENTS,
+    SUITE_AES256GCM_SHA256,
+    TAG_BYTES,
+)
+from lightning_secure.errors import DataError, ShardCorruptedError
+
+__all__ = ["HEADER_BYTES", "Column", "Header", "Schema", "decode_segment", "encode_segment"]
+
+MAGIC: Final = b"LSECSHRD"
+VERSION: Final = 1
+HEADER_BYTES: Final = 4096
+_ALIGNMENT: Final = 8
+_HEADER: Final = struct.Struct("<8sHHI16s16sIIQII32s32s")
+_MAX_COLUMNS: Final = 4096
+_NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
+
+Kind = Literal["tensor", "ragged", "bytes", "string"]
+#: One column of many rows: a tensor, or one value a row where rows differ in length.
+ColumnData = Tensor | Sequence[Tensor] | Sequence[bytes] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Name and type of one column.
+
+    Attributes:
+        name: 1 to 128 characters without control characters.
+        kind: ``tensor``: the same shape in each row. ``ragged``: a tensor whose first dimension
+            differs between rows. ``bytes`` and ``string``: one value of any length a row.
+        dtype: Element type: bool, uint8, int8, int16, int32, int64, float16, bfloat16, float32 or
+            float64; uint8 for ``bytes`` and ``string``.
+        shape: Shape of one row of ``tensor``; of one element along the first dimension of
+            ``ragged``; empty for ``bytes`` and ``string``.
+
+    Raises:
+        DataError: The combination does not describe a column.
+
+    >>> Column("x", "tensor", "float32", (3, 32, 32)).item_bytes
+    12288
+    """
+
+    name: str
+    kind: Kind
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise DataError(
+                "a column name must have 1 to 128 characters and no control characters."
+            )
+        plain = self.kind in ("bytes", "string") and (self.dtype, self.shape) == ("uint8", ())
+        if not plain and (self.kind not in ("tensor", "ragged") or self.dtype not in DTYPES):
+            raise DataError(
+                f"column {self.name!r} has no storable type (kind {self.kind!r}, dtype "
+                f"{self.dtype!r}). Tensors may be of {', '.join(DTYPES)}; there are also 'bytes' "
+                "and 'string' columns."
+            )
+        if not all(type(size) is int and 0 < size < 2**31 for size in self.shape):
+            raise DataError(f"column {self.name!r} has a dimension that is not positive.")
+
+    @cached_property
+    def item_bytes(self) -> int:
+        """Bytes of one row of a tensor, or of one element along a variable first dimension."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type as torch names it."""
+        return DTYPES[self.dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that manifests hold."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a split, in order.
+
+    Raises:
+        DataError: There is no column, or two have one name.
+    """
+
+    columns: tuple[Column, ...]
+
+    def __post_init__(self) -> None:
+        names = [column.name for column in self.columns]
+        if not 0 < len(names) <= _MAX_COLUMNS or len(set(names)) != len(names):
+            raise DataError("a schema needs 1 to 4096 columns with names of their own.")
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Column names in order."""
+        return tuple(column.name for column in self.columns)
+
+    @cached_property
+    def fixed(self) -> bool:
+        """Whether every row takes the same number of bytes."""
+        return all(column.kind == "tensor" for column in self.columns)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical JSON of the columns; stands in each shard's header."""
+        return hashlib.sha256(canonical_json(self.to_json())).digest()
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the form that manifests hold."""
+        return [column.to_json() for column in self.columns]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Mapping[str, Any]]) -> Self:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            DataError: The value does not describe columns.
+        """
+        columns = []
+        for entry in value:
+            if {name: type(item) for name, item in entry.items()} != {
+                "name": str,
+                "kind": str,
+                "dtype": str,
+                "shape": list,
+            }:
+                raise DataError("a column description does not have the expected fields.")
+            columns.append(Column(**{**entry, "shape": tuple(entry["shape"])}))
+        return cls(tuple(columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The first 4096 bytes of a shard.
+
+    Layout, at offset: magic ``LSECSHRD`` (0, 8 bytes), format version (8, 2), suite (10, 2),
+    flags (12, 4), dataset id (16, 16), shard uuid (32, 16), shard number (48, 4), segment count
+    (52, 4), record count (56, 8), records per segment (64, 4), segment plaintext length (68, 4),
+    schema digest (72, 32), key commitment (104, 32), zeros (136 to 4096).
+    """
+
+    dataset_id: bytes
+    shard_uuid: bytes
+    shard_number: int
+    segments: int
+    records: int
+    records_per_segment: int
+    segment_bytes: int
+    schema_digest: bytes
+    commitment: bytes
+
+    def pack(self) -> bytes:
+        """Return the 4096 bytes."""
+        return _HEADER.pack(
+            MAGIC,
+            VERSION,
+            SUITE_AES256GCM_SHA256,
+            0,
+            self.dataset_id,
+            self.shard_uuid,
+            self.shard_number,
+            self.segments,
+            self.records,
+            self.records_per_segment,
+            self.segment_bytes,
+            self.schema_digest,
+            self.commitment,
+        ).ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes, *, size: int) -> Self:
+        """Parse and check the header of a file of ``size`` bytes.
+
+        Raises:
+            ShardCorruptedError: It is not a shard of this version, or its numbers contradict
+                each other or the file's size.
+        """
+        if len(data) != HEADER_BYTES or data[:8] != MAGIC:
+            raise ShardCorruptedError("it is not a shard of lightning_secure")
+        _, version, suite, flags, *rest = _HEADER.unpack_from(data)
+        if (version, suite, flags) != (VERSION, SUITE_AES256GCM_SHA256, 0):
+            raise ShardCorruptedError(
+                f"format version {version}, suite {suite} and flags {flags} are unknown"
+            )
+        header = cls(**dict(zip(cls.__annotations__, rest, strict=True)))
+        if any(data[_HEADER.size :]) or not header._consistent(size):
+            raise ShardCorruptedError("its header contradicts itself or the size of the file")
+        return header
+
+    def _consistent(self, size: int) -> bool:
+        sealed = size - HEADER_BYTES - (self.segments - 1) * (self.segment_bytes + TAG_BYTES)
+        return (
+            0 < self.segments <= MAX_SEGMENTS
+            and 0 < self.segment_bytes <= MAX_SEGMENT_BYTES
+            and self.records_per_segment > 0
+            and 0
+            < self.records - (self.segments - 1) * self.records_per_segment
+            <= self.records_per_segment
+            and TAG_BYTES < sealed <= self.segment_bytes + TAG_BYTES
+        )
+
+    def segment_offset(self, index: int) -> int:
+        """Return where segment ``index`` begins in the file, in bytes."""
+        return HEADER_BYTES + index * (self.segment_bytes + TAG_BYTES)
+
+    def records_in(self, index: int) -> int:
+        """Return how many records segment ``index`` holds."""
+        return min(self.records_per_segment, self.records - index * self.records_per_segment)
+
+
+def segment_lengths(schema: Schema, columns: Mapping[str, ColumnData]) -> Callable[[int, int], int]:
+    """Return a function from a range of rows to the bytes that :func:`encode_segment` makes."""
+    totals = {
+        column.name: np.cumsum([0, *map(_raw_bytes, columns[column.name])])
+        for column in schema.columns
+        if column.kind != "tensor"
+    }
+
+    def length(start: int, stop: int) -> int:
+        position = 0
+        for column in schema.columns:
+            position = _aligned(position)
+            if column.kind == "tensor":
+                position += (stop - start) * column.item_bytes
+            else:
+                total = totals[column.name]
+                position = _aligned(position + 4 * (stop - start + 1))
+                position += int(total[stop] - total[start])
+        return position
+
+    return length
+
+
+def encode_segment(schema: Schema, columns: Mapping[str, ColumnData]) -> bytearray:
+    """Lay out rows as one segment's plaintext.
+
+    Args:
+        schema: The columns.
+        columns: For each name, the rows: a tensor of shape ``(n, *shape)`` of the column's dtype,
+            or a sequence of ``n`` tensors, byte strings or strings.
+
+    Returns:
+        The plaintext. Each column begins at a multiple of 8 bytes. A column of variable length is
+        a table of ``n + 1`` offsets of 4 bytes, in units of its first dimension, and then, again
+        at a multiple of 8, the values one after another.
+    """
+    out = bytearray()
+    for column in schema.columns:
+        values = columns[column.name]
+        _align(out)
+        if isinstance(values, Tensor):
+            out += _raw(values)
+            continue
+        parts = [_raw(value) for value in values]
+        lengths = [len(part) // column.item_bytes for part in parts]
+        out += np.cumsum([0, *lengths], dtype="<u4").tobytes()
+        _align(out)
+        for part in parts:
+            out += part
+    return out
+
+
+def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dict[str, ColumnData]:
+    """Return the columns of a segment's plaintext.
+
+    Tensors are views of ``plaintext``, which they keep alive; strings and bytes are copies.
+
+    Raises:
+        ShardCorruptedError: The plaintext is not what :func:`encode_segment` makes of this schema
+            and so many records: whoever sealed it was not this package, or not well.
+    """
+    result: dict[str, ColumnData] = {}
+    position = 0
+    for column in schema.columns:
+        position = _aligned(position)
+        if column.kind == "tensor":
+            end = position + records * column.item_bytes
+            _require(end <= len(plaintext))
+            result[column.name] = _tensor(plaintext, column, position, records)
+        else:
+            table_end = position + 4 * (records + 1)
+            _require(table_end <= len(plaintext))
+            offsets = np.frombuffer(plaintext, "<u4", records + 1, position).astype(np.int64)
+            _require(offsets[0] == 0 and bool((np.diff(offsets) >= 0).all()))
+            start = _aligned(table_end)
+            end = start + int(offsets[-1]) * column.item_bytes
+            _require(end <= len(plaintext))
+            result[column.name] = _variable(plaintext, column, start, offsets)
+        position = end
+    # Rows of variable length are padded to the shard's one segment length.
+    _require(position == len(plaintext) or not (schema.fixed or any(plaintext[position:])))
+    return result
+
+
+def _variable(
+    plaintext: bytearray, column: Column, start: int, offsets: npt.NDArray[np.int64]
+) -> ColumnData:
+    bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    if column.kind == "ragged":
+        values = _tensor(plaintext, column, start, int(offsets[-1]))
+        return [values[low:high] for low, high in bounds]
+    parts = [bytes(plaintext[start + low : start + high]) for low, high in bounds]
+    if column.kind == "bytes":
+        return parts
+    texts: list[str] = []
+    with contextlib.suppress(UnicodeDecodeError):
+        texts += [part.decode() for part in parts]
+    _require(len(texts) == len(parts))  # outside the handler: its error carries the bytes
+    return texts
+
+
+def _tensor(plaintext: bytearray, column: Column, offset: int, count: int) -> Tensor:
+    dtype = column.torch_dtype
+    if count == 0:
+        return torch.empty((0, *column.shape), dtype=dtype)
+    elements = count * column.item_bytes // dtype.itemsize
+    flat = torch.frombuffer(plaintext, dtype=dtype, count=elements, offset=offset)
+    return flat.view(count, *column.shape)
+
+
+def _raw(value: Tensor | bytes | str) -> bytes:
+    if isinstance(value, Tensor):
+        return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return value.encode() if isinstance(value, str) else value
+
+
+def _raw_bytes(value: Tensor | bytes | str) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return len(value.encode() if isinstance(value, str) else value)
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def _align(out: bytearray) -> None:
+    out += bytes(_aligned(len(out)) - len(out))
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ShardCorruptedError("a segment's content does not fit the schema")

@@ -1,0 +1,262 @@
+"""One shard file: sealing it whole, and reading any segment of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lightning_secure.crypto.keys import DataKey
+from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
+from lightning_secure.crypto.merkle import merkle_root
+from lightning_secure.crypto.segments import (
+    MAX_SEGMENT_BYTES,
+    MAX_SEGMENTS,
+    SUITE_AES256GCM_SHA256,
+    TAG_BYTES,
+    SegmentCipher,
+    SegmentKeys,
+)
+from lightning_secure.data.format import (
+    HEADER_BYTES,
+    ColumnData,
+    Header,
+    Schema,
+    decode_segment,
+    encode_segment,
+    segment_lengths,
+)
+from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
+from lightning_secure.files import atomic_writer
+
+__all__ = ["ShardReader", "seal_shard"]
+
+
+def seal_shard(
+    folder: Path,
+    columns: Mapping[str, ColumnData],
+    *,
+    records: int,
+    schema: Schema,
+    dataset_id: bytes,
+    number: int,
+    segment_bytes: int,
+    partition: PartitionKey,
+) -> ShardEntry:
+    """Encrypt rows into a new file below ``folder`` and return its manifest entry.
+
+    Args:
+        folder: The split's folder; its name becomes part of the entry's path.
+        columns: The rows, see :func:`~lightning_secure.data.format.encode_segment`.
+        records: Number of rows, at least 1.
+        schema: The columns.
+        dataset_id: 16 bytes.
+        number: Position of the shard in its split.
+        segment_bytes: Plaintext length that segments should not exceed. A single row that is
+            longer gets a longer segment.
+        partition: Protects the shard's fresh data key.
+
+    Raises:
+        DataError: A row needs 64 MiB or more, or the rows need more than 2**20 segments.
+
+    The file appears whole or not at all, and is worthless until a signed manifest names it.
+    """
+    segments, per_segment, length = _plan(columns, records, schema, segment_bytes)
+    key, uuid = DataKey.generate(), secrets.token_bytes(16)
+    keys = SegmentKeys.derive(
+        key, shard_uuid=uuid, dataset_id=dataset_id, suite=SUITE_AES256GCM_SHA256
+    )
+    header = Header(
+        dataset_id=dataset_id,
+        shard_uuid=uuid,
+        shard_number=number,
+        segments=segments,
+        records=records,
+        records_per_segment=per_segment,
+        segment_bytes=length,
+        schema_digest=schema.digest,
+        commitment=keys.commitment,
+    )
+    packed = header.pack()
+    digest = hashlib.sha256(packed).digest()
+    cipher = SegmentCipher(keys, header_digest=digest)
+    path = folder / f"shard-{number:05d}-{uuid.hex()[:8]}.lsec"
+    sealed = bytearray(length + TAG_BYTES)
+    tags = []
+    with atomic_writer(path) as file:
+        file.write(packed)
+        for index in range(segments):
+            start = index * per_segment
+            count = header.records_in(index)
+            plaintext = encode_segment(schema, _rows(columns, start, start + count))
+            if index < segments - 1:
+                plaintext += bytes(length - len(plaintext))
+            with memoryview(sealed)[: len(plaintext) + TAG_BYTES] as out:
+                cipher.seal_into(index, plaintext, records=count, out=out)
+                file.write(out)
+                tags.append(bytes(out[-TAG_BYTES:]))
+        size = file.tell()
+    return ShardEntry(
+        file=f"{folder.name}/{path.name}",
+        uuid=uuid,
+        number=number,
+        records=records,
+        segments=segments,
+        size=size,
+        header_sha256=digest,
+        merkle_root=merkle_root(tags),
+        commitment=keys.commitment,
+        wrapped_key=partition.seal(key, shard_uuid=uuid),
+    )
+
+
+class ShardReader:
+    """An open shard that was found to be the one its manifest names.
+
+    Args:
+        root: The dataset's folder.
+        entry: The shard's entry in a verified manifest.
+        key: The shard's data key.
+        schema: The split's columns.
+        dataset_id: From the manifest.
+
+    Raises:
+        ShardCorruptedError: The file is missing, another one stands in its place, or any part of
+            it is not what the manifest's signer saw.
+
+    Opening reads the header and the tag of every segment and compares their Merkle root with the
+    manifest. Decryption then checks each segment against its tag, and that tag against those.
+    """
+
+    def __init__(
+        self, root: Path, entry: ShardEntry, *, key: DataKey, schema: Schema, dataset_id: bytes
+    ) -> None:
+        self._name = entry.file
+        self._schema = schema
+        try:
+            self._fd = os.open(root / entry.file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._corrupted(f"it cannot be opened ({error.strerror})") from None
+        try:
+            self.header = self._verify(entry, dataset_id)
+            keys = SegmentKeys.derive(
+                key,
+                shard_uuid=entry.uuid,
+                dataset_id=dataset_id,
+                suite=SUITE_AES256GCM_SHA256,
+            )
+            if not hmac.compare_digest(keys.commitment, self.header.commitment):
+                raise self._corrupted("its key commitment does not match the manifest's key")
+            self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
+            self._tags = b"".join(self._read_tags(entry.size))
+            if merkle_root(_chunks(self._tags)) != entry.merkle_root:
+                raise self._corrupted(
+                    "its segments are not the ones that the manifest was signed for"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
+        size = os.fstat(self._fd).st_size
+        if size != entry.size:
+            raise self._corrupted(f"it has {size} bytes where the manifest has {entry.size}")
+        packed = os.pread(self._fd, HEADER_BYTES, 0)
+        if hashlib.sha256(packed).digest() != entry.header_sha256:
+            raise self._corrupted("its header was altered, or another shard stands in its place")
+        try:
+            header = Header.unpack(packed, size=size)
+        except ShardCorruptedError as error:
+            raise self._corrupted(str(error)) from None
+        expected = (
+            dataset_id,
+            entry.uuid,
+            entry.number,
+            entry.segments,
+            entry.records,
+            self._schema.digest,
+            entry.commitment,
+        )
+        if expected != (
+            header.dataset_id,
+            header.shard_uuid,
+            header.shard_number,
+            header.segments,
+            header.records,
+            header.schema_digest,
+            header.commitment,
+        ):
+            raise self._corrupted("its header and the manifest contradict each other")
+        return header
+
+    def _read_tags(self, size: int) -> Iterator[bytes]:
+        header = self.header
+        for index in range(header.segments):
+            end = min(header.segment_offset(index + 1), size)
+            yield os.pread(self._fd, TAG_BYTES, end - TAG_BYTES)
+
+    def read_segment(self, index: int) -> dict[str, ColumnData]:
+        """Return the columns of one segment's rows.
+
+        Raises:
+            ShardCorruptedError: The segment was altered since the shard was opened.
+        """
+        header = self.header
+        offset = header.segment_offset(index)
+        length = header.segment_bytes + TAG_BYTES
+        sealed = os.pread(self._fd, length, offset)
+        plaintext = bytearray(max(0, len(sealed) - TAG_BYTES))
+        records = header.records_in(index)
+        tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
+        if not hmac.compare_digest(sealed[-TAG_BYTES:], tag):
+            raise self._corrupted(f"tag mismatch in segment {index}")
+        try:
+            self._cipher.open_into(index, sealed, records=records, out=plaintext)
+            return decode_segment(self._schema, plaintext, records=records)
+        except IntegrityError as error:
+            raise self._corrupted(str(error)) from None
+
+    def _corrupted(self, reason: str) -> ShardCorruptedError:
+        return ShardCorruptedError(
+            f"shard {self._name!r} rejected: {reason}; nothing from it was returned."
+        )
+
+    def close(self) -> None:
+        """Release the file; the reader is of no use afterwards."""
+        os.close(self._fd)
+
+
+def _plan(
+    columns: Mapping[str, ColumnData], records: int, schema: Schema, segment_bytes: int
+) -> tuple[int, int, int]:
+    """Return how many segments there are, how many rows each holds, and its plaintext length."""
+    length_of = segment_lengths(schema, columns)
+    per_segment = records
+    while True:
+        starts = range(0, records, per_segment)
+        # Rows of one size need one look, at the first segment.
+        length = max(
+            length_of(start, min(start + per_segment, records))
+            for start in (starts[:1] if schema.fixed else starts)
+        )
+        if length <= segment_bytes or per_segment == 1:
+            break
+        per_segment = max(1, min(per_segment - 1, per_segment * segment_bytes // length))
+    if length > MAX_SEGMENT_BYTES or len(starts) > MAX_SEGMENTS:
+        raise DataError(
+            f"the rows need {len(starts)} segments of {length} bytes, and a shard can have "
+            f"{MAX_SEGMENTS} of {MAX_SEGMENT_BYTES}. Nothing of them was written. Choose larger "
+            "segments or smaller shards, or split the rows."
+        )
+    return len(starts), per_segment, length
+
+
+def _rows(columns: Mapping[str, ColumnData], start: int, stop: int) -> dict[str, ColumnData]:
+    return {name: values[start:stop] for name, values in columns.items()}
+
+
+def _chunks(data: bytes) -> Iterator[bytes]:
+    return (data[start : start + TAG_BYTES] for start in range(0, len(data), TAG_BYTES))

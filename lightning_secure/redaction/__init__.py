@@ -1,0 +1,1 @@
+"""Finding secrets and personal data, and taking them out."""
