@@ -1,0 +1,103 @@
+"""What privacy is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_secure.errors import ConfigError
+from lightning_secure.validate import open_unit_interval, positive, positive_int
+
+__all__ = ["DPConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPConfig:
+    """Settings of differentially private SGD.
+
+    What the promise depends on:
+
+    Attributes:
+        target_epsilon: The budget: no step is taken that would exceed it. Without
+            ``noise_multiplier`` the noise is calibrated so that the planned run spends it.
+        noise_multiplier: Standard deviation of the noise divided by ``max_grad_norm``.
+        delta: Probability with which the epsilon may fail to hold. Choose it well below one in
+            the number of people.
+        max_grad_norm: The L2 norm to which each sample's gradient is clipped.
+        expected_batch_size: Rows that a step draws on average; each row is drawn by itself with
+            probability ``expected_batch_size / dataset size``. By default the DataLoader's
+            ``batch_size``.
+        public_dataset_size: Number of rows, if it is public. Otherwise it is read off the
+            dataset once, recorded, and from then on treated as public: the guarantee covers what
+            is in a row, and which rows there are, but not how many.
+        planned_epochs: Epochs that the budget must last for, if the run is to be continued later.
+            By default those of the Trainer.
+
+    What only speed and memory depend on:
+
+    Attributes:
+        max_physical_batch_size: Most rows that go through the model at once. A larger draw is
+            processed in several chunks and is still one step. By default four standard
+            deviations above the expected batch.
+
+    What breaks the promise, for tests:
+
+    Attributes:
+        insecure_seed: Makes draws and noise repeatable. Whoever knows it can subtract the noise.
+        insecure_noise_off: Clips without adding noise.
+
+    Both mark the run, its ledger and its checkpoints as not private; epsilon is then infinite.
+
+    Raises:
+        ConfigError: A value is out of range, or neither budget nor noise is given.
+
+    The unit of protection is one row; neighbouring datasets differ by one row added or removed.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, with Poisson sampling.
+    """
+
+    delta: float
+    max_grad_norm: float
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    expected_batch_size: int | None = None
+    max_physical_batch_size: int | None = None
+    public_dataset_size: int | None = None
+    planned_epochs: int | None = None
+    insecure_seed: int | None = None
+    insecure_noise_off: bool = False
+
+    def __post_init__(self) -> None:
+        open_unit_interval(delta=self.delta)
+        positive(
+            max_grad_norm=self.max_grad_norm,
+            target_epsilon=self.target_epsilon,
+            noise_multiplier=self.noise_multiplier,
+        )
+        positive_int(
+            expected_batch_size=self.expected_batch_size,
+            max_physical_batch_size=self.max_physical_batch_size,
+            public_dataset_size=self.public_dataset_size,
+            planned_epochs=self.planned_epochs,
+        )
+        if self.target_epsilon is None and self.noise_multiplier is None:
+            if not self.insecure_noise_off:
+                raise ConfigError(
+                    "DPConfig needs target_epsilon, noise_multiplier or both: without either there "
+                    "is no privacy to account for."
+                )
+        elif self.insecure_noise_off:
+            raise ConfigError(
+                "insecure_noise_off contradicts target_epsilon and noise_multiplier: a run without "
+                "noise has no epsilon."
+            )
+
+    @property
+    def insecure(self) -> tuple[str, ...]:
+        """Names of the settings that break the promise; empty for a private run."""
+        reasons = []
+        if self.insecure_seed is not None:
+            reasons.append("insecure_seed")
+        if self.insecure_noise_off:
+            reasons.append("insecure_noise_off")
+        return tuple(reasons)

@@ -1,0 +1,270 @@
+"""From a model to noised gradients; the only user of Opacus.
+
+Linear layers go by formula (:mod:`~lightning_secure.privacy.bookkeeping`), layers for which Opacus
+has a grad sampler by that, and small modules of the user's own by functorch through Opacus. What
+is left cannot be trained privately and is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.bookkeeping import (
+    Gradients,
+    LinearUnit,
+    Record,
+    Recorder,
+    Unit,
+    add_clipped_sums,
+)
+from lightning_secure.privacy.noise import GaussianNoise
+
+_handlers = logging.root.handlers[:]
+from opacus.grad_sample.functorch import (  # noqa: E402
+    ft_compute_per_sample_gradient,
+    prepare_layer,
+)
+from opacus.grad_sample.grad_sample_module import GradSampleModule  # noqa: E402
+from opacus.validators import ModuleValidator  # noqa: E402
+
+# Opacus calls logging.basicConfig on import; whether the root logger prints is the user's choice.
+logging.root.handlers[:] = _handlers
+
+__all__ = ["GradientEngine", "find_units"]
+
+Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
+
+
+class SampledUnit(Unit):
+    """A layer whose per-sample gradients Opacus computes.
+
+    Args:
+        name: Its name in the model.
+        module: The layer.
+        parameters: Its trainable parameters.
+        sampler: Opacus' function from activations and output gradients to per-sample gradients.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, parameters: list[nn.Parameter], sampler: Sampler
+    ) -> None:
+        super().__init__(name, module, parameters)
+        self._sampler = sampler
+
+    def per_sample(self, record: Record) -> Gradients:
+        """Return the gradients, formed once a record."""
+        if record.kept is None:
+            record.kept = self._form(record)
+        return record.kept
+
+    def _form(self, record: Record) -> Gradients:
+        inputs = record.inputs
+        if inputs.is_floating_point():
+            inputs = inputs.float()
+        with torch.no_grad():
+            gradients = self._sampler(self.module, [inputs], record.grads)
+        padding = getattr(self.module, "padding_idx", None)
+        if isinstance(self.module, nn.Embedding) and padding is not None:
+            # Opacus counts the padding row, which autograd leaves out.
+            gradients[self.parameters[0]][:, padding] = 0
+        if missing := [p for p in self.parameters if p not in gradients]:
+            raise UnsupportedModelError(
+                f"layer {self.name!r} ({type(self.module).__name__}) has {len(missing)} parameters "
+                "that its per-sample rule does not know, as after weight_norm. No step was taken."
+            )
+        return {p: gradients[p].float() for p in self.parameters}
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """Return a unit for every layer with trainable parameters.
+
+    Raises:
+        UnsupportedModelError: A layer mixes samples or keeps statistics of them, or no way is
+            known to its per-sample gradients. The message names it and what to use instead.
+    """
+    for name, module in model.named_modules():
+        _refuse_mixing(name, module)
+    return [*_walk("", model, model)]
+
+
+def _walk(name: str, module: nn.Module, root: nn.Module) -> Iterator[Unit]:
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    sampler: Sampler | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
+    if type(module) is nn.Linear:
+        if own:
+            yield LinearUnit(name, module)
+    elif own and sampler is not None:
+        yield SampledUnit(name, module, own, sampler)
+    elif own:
+        yield _functorch_unit(name, module, root)
+        return  # its children are part of it
+    for child_name, child in module.named_children():
+        yield from _walk(f"{name}.{child_name}" if name else child_name, child, root)
+
+
+def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
+    parameters = dict(module.named_parameters())
+    first = next(f"{name}.{n}".lstrip(".") for n, p in parameters.items() if p.requires_grad)
+    if module is root:
+        raise UnsupportedModelError(
+            f"parameter {first!r} belongs to the LightningModule itself, and there is no layer "
+            "whose output would tell each sample's part in its gradient. Put it into a small "
+            "nn.Module with a forward(x) of its own. No step was taken."
+        )
+    advice = _ADVICE.get(type(module))
+    if (
+        advice
+        or any(True for _ in module.buffers())
+        or not all(p.requires_grad for p in parameters.values())
+    ):
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(module).__name__}) holds parameter {first!r}, and no way to "
+            f"its per-sample gradients is known. {advice or _NO_ADVICE} No step was taken."
+        )
+    prepare_layer(module, batch_first=True)
+    return SampledUnit(name, module, list(parameters.values()), ft_compute_per_sample_gradient)
+
+
+_NO_ADVICE = (
+    "Layers of torch.nn with a grad sampler in Opacus work, and so do modules of your own that map "
+    "one tensor to one tensor and have neither buffers nor frozen parameters."
+)
+_ADVICE: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "Use opacus.layers.DPMultiheadAttention.",
+    nn.LSTM: "Use opacus.layers.DPLSTM.",
+    nn.GRU: "Use opacus.layers.DPGRU.",
+    nn.RNN: "Use opacus.layers.DPRNN.",
+}
+
+
+def _refuse_mixing(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.training or module.track_running_stats is False:
+            raise UnsupportedModelError(
+                f"layer {name!r} ({type(module).__name__}) normalises each sample by the others "
+                "in its batch and keeps statistics of them without noise. Use nn.GroupNorm or "
+                "nn.LayerNorm; opacus.validators.ModuleValidator.fix(model) exchanges them. No "
+                "step was taken."
+            )
+        return
+    if type(module) in _ADVICE:
+        return  # refused where its parameters are looked at, with the advice
+    validator = ModuleValidator.VALIDATORS.get(type(module))
+    errors: list[Any] = validator(module) if validator else []
+    trainable = any(p.requires_grad for p in module.parameters())
+    if errors and (trainable or isinstance(module, nn.modules.instancenorm._InstanceNorm)):
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(module).__name__}) cannot be trained privately: {errors[0]} "
+            "No step was taken."
+        )
+
+
+class GradientEngine:
+    """Per-sample clipping and noise for one model.
+
+    Args:
+        model: Its trainable parameters are those that require grad now.
+        max_grad_norm: Clipping bound.
+
+    Raises:
+        UnsupportedModelError: See :func:`find_units`, and if nothing is trainable.
+    """
+
+    def __init__(self, model: nn.Module, *, max_grad_norm: float) -> None:
+        self.units = find_units(model)
+        self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit.parameters))
+        if not self.parameters:
+            raise UnsupportedModelError("the model has no trainable parameter. No step was taken.")
+        self._covered = frozenset(map(id, self.parameters))
+        self.require_covered(model.named_parameters())
+        self._max_grad_norm = max_grad_norm
+        self._recorder = Recorder(self.units)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def require_covered(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Make sure that no parameter can be trained past the clipping and the noise.
+
+        Args:
+            parameters: By name; for example those of an optimizer.
+
+        Raises:
+            UnsupportedModelError: One is trainable and none of the engine's layers accounts for
+                it: it was added or unfrozen later, or belongs to no layer of the model.
+        """
+        for name, parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in self._covered:
+                raise UnsupportedModelError(
+                    f"parameter {name!r} is trainable, and no layer that is clipped and noised "
+                    "accounts for it: it was added or unfrozen after the run began, is not part of "
+                    "the model, or is one that its layer's rule does not know (as after "
+                    "weight_norm). Its gradient was not released."
+                )
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        self._recorder.attach()
+
+    def detach(self) -> None:
+        """Take the hooks off the model and forget everything un-noised."""
+        self._recorder.detach()
+        self._sums = {}
+        for unit in self.units:
+            if hasattr(unit.module, "ft_compute_sample_grad"):
+                del unit.module.ft_compute_sample_grad
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record a forward and a backward pass; parameters are frozen in the block."""
+        with self._recorder.recording():
+            yield
+
+    def take(self, batch: int) -> list[Record]:
+        """Return and forget the records of the last block.
+
+        Raises:
+            UnsupportedModelError: There are none, or a layer's first dimension is not the batch.
+        """
+        records = self._recorder.take(batch)
+        if not records:
+            raise UnsupportedModelError(
+                "the loss does not depend on any trainable layer: nothing could be clipped. No "
+                "step was taken."
+            )
+        return records
+
+    def begin_step(self) -> None:
+        """Forget the sums of the last step."""
+        self._sums = {}
+
+    def add_chunk(self, batch: int) -> None:
+        """Clip the recorded chunk of ``batch`` rows and add it to the step's sums."""
+        add_clipped_sums(self._sums, self.take(batch), max_grad_norm=self._max_grad_norm)
+
+    def release(
+        self, noise: GaussianNoise, *, noise_multiplier: float, expected_batch_size: int
+    ) -> None:
+        """Put the noised mean gradient into ``.grad`` of every trainable parameter.
+
+        Args:
+            noise: Source of the noise.
+            noise_multiplier: Its standard deviation over the clipping norm.
+            expected_batch_size: The public divisor.
+
+        The sums are gone afterwards, also if this fails.
+        """
+        sums, self._sums = self._sums, {}
+        for parameter in self.parameters:
+            total = sums.pop(parameter, None)
+            if not parameter.requires_grad:  # frozen by the user since
+                continue
+            if total is None:  # no row was drawn, or none came this way: noise all the same
+                total = torch.zeros_like(parameter, dtype=torch.float32)
+            noise.add_(total, std=noise_multiplier * self._max_grad_norm)
+            parameter.grad = (total / expected_batch_size).to(parameter.dtype)

@@ -1,0 +1,115 @@
+"""Per-sample gradient norms and clipped sums of layers, without the per-sample gradients.
+
+For a linear layer with inputs ``a`` and output gradients ``g``, the gradient of sample ``i`` is
+``g_i^T a_i``. Its norm and the weighted sum over samples can be had from ``a`` and ``g`` alone.
+
+Source:
+    Goodfellow 2015, arXiv:1510.01799; Li et al. 2021, arXiv:2110.05679 (ghost norm);
+    Bu et al. 2023, arXiv:2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_secure.validate import positive
+
+__all__ = [
+    "clip_factor",
+    "linear_norm_squared",
+    "linear_per_sample",
+    "linear_weighted_sum",
+    "norm_squared",
+]
+
+
+def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
+    """Return the per-sample factor that bounds each gradient's L2 norm.
+
+    Args:
+        norms: L2 norms, shape ``(batch,)``, float32, same unit as ``max_grad_norm``.
+        max_grad_norm: Clipping bound C > 0.
+
+    Returns:
+        Factors in ``[0, 1]``, shape ``(batch,)``. A norm that is not finite gets 0: the sample is
+        left out, whatever made it overflow.
+
+    Raises:
+        ConfigError: ``max_grad_norm`` is not positive.
+
+    Guarantees:
+        ``factor[i] * norms[i] <= max_grad_norm`` for every finite norm, up to rounding.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
+
+    >>> clip_factor(torch.tensor([0.5, 4.0, float("inf")]), max_grad_norm=1.0)
+    tensor([1.0000, 0.2500, 0.0000])
+    """
+    positive(max_grad_norm=max_grad_norm)
+    factors = (max_grad_norm / norms).clamp(max=1.0)
+    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+
+
+def norm_squared(per_sample: Tensor) -> Tensor:
+    """Return the squared norms, shape ``(batch,)``, of gradients of shape ``(batch, ...)``."""
+    return per_sample.flatten(1).square().sum(1)
+
+
+def linear_norm_squared(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
+    """Return the squared norm of each sample's gradient of a linear layer.
+
+    Args:
+        inputs: Shape ``(batch, features_in)`` or ``(batch, time, features_in)``, float32.
+        grads: Gradients of the samples' losses by the outputs, same leading shape, float32.
+        bias: Whether the layer has a bias, whose gradient counts too.
+
+    Returns:
+        Shape ``(batch,)``.
+
+    With a time dimension the product ``g^T a`` is formed only where it is the smaller thing:
+    otherwise ``sum((a a^T) * (g g^T))`` gives the same.
+    """
+    if inputs.ndim == 2:
+        squares = grads.square().sum(1)
+        result = inputs.square().sum(1) * squares
+        return result + squares if bias else result
+    time, size = inputs.shape[1], inputs.shape[2] * grads.shape[2]
+    if 2 * time * time < size:
+        grams = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))
+        # Rounding can make a tiny sum of signed products negative.
+        result = grams.sum((1, 2)).clamp(min=0)
+    else:
+        result = norm_squared(torch.bmm(grads.transpose(1, 2), inputs))
+    return result + grads.sum(1).square().sum(1) if bias else result
+
+
+def linear_weighted_sum(
+    inputs: Tensor, grads: Tensor, weights: Tensor, *, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``sum_i weights[i] * gradient_i`` of a linear layer's weight and bias.
+
+    Args:
+        inputs: As for :func:`linear_norm_squared`.
+        grads: As for :func:`linear_norm_squared`.
+        weights: Shape ``(batch,)``.
+        bias: Whether the layer has a bias.
+
+    Returns:
+        Shapes ``(features_out, features_in)`` and ``(features_out,)``.
+    """
+    scaled = (grads * weights.view(-1, *[1] * (grads.ndim - 1))).flatten(0, -2)
+    return scaled.T @ inputs.flatten(0, -2), scaled.sum(0) if bias else None
+
+
+def linear_per_sample(inputs: Tensor, grads: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Return each sample's gradient of a linear layer's weight and bias.
+
+    Returns:
+        Shapes ``(batch, features_out, features_in)`` and ``(batch, features_out)``.
+    """
+    weight = torch.einsum("b...o,b...i->boi", grads, inputs)
+    if not bias:
+        return weight, None
+    return weight, grads if grads.ndim == 2 else grads.flatten(1, -2).sum(1)

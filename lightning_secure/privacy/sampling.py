@@ -1,0 +1,131 @@
+"""Poisson sampling: each row takes part in each step by its own coin toss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+from torch.utils.data._utils import pin_memory as _torch_pinning
+
+__all__ = ["Chunk", "LogicalBatch", "LogicalCollate", "PoissonBatchSampler", "poisson_draw"]
+
+
+def poisson_draw(
+    dataset_size: int, sample_rate: float, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return the rows of one step, each drawn with probability ``sample_rate`` by itself.
+
+    Args:
+        dataset_size: Number of rows.
+        sample_rate: Above 0 and at most 1.
+        rng: Source of randomness.
+
+    Returns:
+        Row numbers in increasing order, without repetition; often not the expected count, and
+        sometimes none at all.
+
+    The gaps between drawn rows are geometric, so a draw costs as much as it has rows, not as much
+    as there are rows to draw from.
+    """
+    parts: list[npt.NDArray[np.int64]] = []
+    last, expected = -1, dataset_size * sample_rate
+    while last < dataset_size:
+        # Enough to pass the end at once in all but one of some thousand draws.
+        gaps = rng.geometric(sample_rate, size=int(expected + 4 * expected**0.5) + 8)
+        # Clipped: numpy returns the largest integer for a gap beyond it, and sums would overflow.
+        rows = last + np.cumsum(np.minimum(gaps, dataset_size + 1))
+        parts.append(rows)
+        last = int(rows[-1])
+    rows = np.concatenate(parts)
+    return rows[rows < dataset_size]
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Yields the rows of one epoch's steps.
+
+    Args:
+        dataset_size: Number of rows there are.
+        sample_rate: Probability of each row, the same in every step.
+        steps: Draws an epoch.
+        seed: Makes the draws repeatable, and so not private. By default the operating system
+            seeds the generator, once a process, whatever ``seed_everything`` was given.
+    """
+
+    def __init__(
+        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None
+    ) -> None:
+        self._dataset_size = dataset_size
+        self._sample_rate = sample_rate
+        self._steps = steps
+        self._rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._steps):
+            yield poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()
+
+
+class Chunk(NamedTuple):
+    """Rows that go through the model at once.
+
+    Attributes:
+        size: How many.
+        data: The batch that the user's code sees.
+    """
+
+    size: int
+    data: Any
+
+
+class LogicalBatch:
+    """All rows of one step, in chunks that fit into memory.
+
+    Args:
+        chunks: At least one row each.
+
+    To Lightning it is one opaque batch, and no collection that it would look into: one optimizer
+    step, one step of the schedule, one entry in the account. It has no chunk when nothing was
+    drawn, and is a step nevertheless.
+    """
+
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self.chunks = tuple(chunks)
+
+    @property
+    def size(self) -> int:
+        """Rows in all chunks. As private as the rows are: do not log it."""
+        return sum(chunk.size for chunk in self.chunks)
+
+    def pin_memory(self) -> LogicalBatch:
+        """Return the same with its tensors in page-locked memory; called by the DataLoader."""
+        return LogicalBatch(Chunk(chunk.size, _pinned(chunk.data)) for chunk in self.chunks)
+
+
+class LogicalCollate:
+    """Turns drawn samples into a :class:`LogicalBatch`.
+
+    Args:
+        collate_fn: Makes the batch of one chunk, as the user's DataLoader would.
+        max_physical_batch_size: Most rows of a chunk.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], *, max_physical_batch_size: int) -> None:
+        self._collate_fn = collate_fn
+        self._limit = max_physical_batch_size
+
+    def __call__(self, samples: Sequence[Any]) -> LogicalBatch:
+        """Split ``samples`` and collate each part."""
+        parts = (
+            samples[start : start + self._limit] for start in range(0, len(samples), self._limit)
+        )
+        return LogicalBatch(Chunk(len(part), self._collate_fn(part)) for part in parts)
+
+
+def _pinned(data: Any) -> Any:
+    pin: Callable[[Any], Any] = _torch_pinning.pin_memory
+    return pin(data)

@@ -1,0 +1,1 @@
+"""``Trainer(strategy=)``: where the privacy guarantee lives."""

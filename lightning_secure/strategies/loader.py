@@ -1,0 +1,107 @@
+"""The training loader of a private run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler
+
+__all__ = ["PrivateDataLoader", "require_plain_loader"]
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """Draws rows by Poisson sampling, from the dataset and with the workers of another loader.
+
+    Args:
+        loader: Whose dataset, collate function and workers are used.
+        sample_rate: Probability of each row in each step.
+        steps: Steps an epoch.
+        max_physical_batch_size: Most rows of a chunk.
+        seed: Makes the draws repeatable, and so not private.
+
+    Draws do not depend on those before them, so a run that resumes in the middle of an epoch just
+    goes on drawing: there is no state to restore.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        sample_rate: float,
+        steps: int,
+        max_physical_batch_size: int,
+        seed: int | None,
+    ) -> None:
+        workers: dict[str, Any] = {}
+        if loader.num_workers:
+            workers = {
+                "timeout": loader.timeout,
+                "multiprocessing_context": loader.multiprocessing_context,
+                "prefetch_factor": loader.prefetch_factor,
+                "persistent_workers": loader.persistent_workers,
+            }
+        super().__init__(
+            loader.dataset,
+            batch_sampler=PoissonBatchSampler(
+                len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
+                sample_rate=sample_rate,
+                steps=steps,
+                seed=seed,
+            ),
+            collate_fn=LogicalCollate(
+                loader.collate_fn, max_physical_batch_size=max_physical_batch_size
+            ),
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            **workers,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing; with it Lightning knows that the loader can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
+def require_plain_loader(dataloader: object) -> DataLoader[Any]:
+    """Return a loader whose sampling may be replaced by Poisson sampling.
+
+    Raises:
+        UnsupportedTrainerOptionError: It iterates, weighs or batches in a way of its own, so that
+            replacing it would train on other data than the user meant.
+    """
+    if not isinstance(dataloader, DataLoader):
+        reason = f"it is a {type(dataloader).__name__} and not a torch DataLoader"
+    elif isinstance(dataloader.dataset, IterableDataset) or not hasattr(
+        dataloader.dataset, "__len__"
+    ):
+        reason = "its dataset is iterable, and rows that come in an order cannot be drawn"
+    elif dataloader.batch_size is None:
+        reason = "it does no batching (batch_size=None)"
+    elif type(dataloader.batch_sampler) is not BatchSampler:
+        reason = f"its batches come from a {type(dataloader.batch_sampler).__name__}"
+    elif type(dataloader.sampler) not in (RandomSampler, SequentialSampler) or (
+        isinstance(dataloader.sampler, RandomSampler)
+        and (dataloader.sampler.replacement or len(dataloader.sampler) != len(dataloader.dataset))
+    ):
+        reason = (
+            f"it has a {type(dataloader.sampler).__name__} that draws rows unequally or only some"
+        )
+    else:
+        return dataloader
+    raise UnsupportedTrainerOptionError(
+        f"the training DataLoader cannot be used privately: {reason}. The epsilon is true only if "
+        "each row is drawn by its own coin toss, which this strategy does by itself. Pass a plain "
+        "DataLoader(dataset, batch_size=..., shuffle=True). No step was taken."
+    )

@@ -1,0 +1,128 @@
+"""What the Trainer's options mean for the privacy promise, and which of them would break it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.plugins.precision import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from torch.optim import LBFGS, Optimizer
+
+from lightning_secure.errors import (
+    ConfigError,
+    UnsupportedModelError,
+    UnsupportedTrainerOptionError,
+)
+from lightning_secure.privacy.config import DPConfig
+
+__all__ = ["planned_steps", "require_optimizers", "require_trainer_options"]
+
+
+def require_trainer_options(
+    trainer: pl.Trainer, module: pl.LightningModule, precision: Precision
+) -> None:
+    """Refuse what would break the promise.
+
+    Raises:
+        UnsupportedTrainerOptionError: The message names the option and what to use instead.
+        UnsupportedModelError: The module optimises by hand.
+    """
+    overfit = getattr(trainer, "overfit_batches", 0)  # set without being declared
+    refused: list[tuple[bool, str]] = [
+        (
+            bool(trainer.gradient_clip_val),
+            f"gradient_clip_val={trainer.gradient_clip_val} clips the sum over the batch, which "
+            "bounds no single row. Use DPConfig(max_grad_norm=).",
+        ),
+        (
+            trainer.accumulate_grad_batches != 1,
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} would make several draws "
+            "one step. Use a larger DPConfig(expected_batch_size=); what does not fit into memory "
+            "is split by DPConfig(max_physical_batch_size=).",
+        ),
+        (
+            bool(overfit),
+            f"overfit_batches={overfit} trains on a few rows again and again, and "
+            "the rate at which rows are drawn would be wrong. Use a smaller dataset.",
+        ),
+        (
+            not _exact_precision(precision),
+            f"precision plugin {type(precision).__name__} scales gradients by what it sees in "
+            "them, or is unknown. Use '32-true', 'bf16-mixed', 'bf16-true' or '64-true'.",
+        ),
+        (
+            getattr(module, "_compiler_ctx", None) is not None,
+            "a compiled LightningModule runs past the hooks that clip. Pass the module itself to "
+            "fit.",
+        ),
+    ]
+    for wrong, reason in refused:
+        if wrong:
+            raise UnsupportedTrainerOptionError(f"{reason} No step was taken.")
+    if not module.automatic_optimization:
+        raise UnsupportedModelError(
+            "the module optimises by hand (automatic_optimization=False), so its steps cannot be "
+            "accounted for. Use automatic optimisation. No step was taken."
+        )
+
+
+def require_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse several optimizers, none, and those that look at the loss more than once a step.
+
+    Raises:
+        UnsupportedTrainerOptionError: The message says which.
+    """
+    found = [o for o in optimizers if not isinstance(o, _MockOptimizer)]
+    if len(found) != 1:
+        raise UnsupportedTrainerOptionError(
+            f"configure_optimizers returned {len(found)} optimizers, and private training "
+            "takes exactly one, over parameter groups if need be. No step was taken."
+        )
+    if isinstance(found[0], LBFGS):
+        raise UnsupportedTrainerOptionError(
+            "LBFGS evaluates the loss several times a step, and each evaluation is a release of "
+            "its own. Use SGD or Adam. No step was taken."
+        )
+
+
+def _exact_precision(precision: Precision) -> bool:
+    if type(precision) is MixedPrecision:
+        return precision.scaler is None
+    if type(precision) is HalfPrecision:
+        return precision.precision == "bf16-true"
+    return type(precision) in (Precision, DoublePrecision)
+
+
+def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -> int:
+    """Return the steps that the budget must last for.
+
+    Args:
+        trainer: Says for how long it will train.
+        config: May say that the run is to be continued later.
+        steps_per_epoch: Draws an epoch.
+
+    Raises:
+        ConfigError: Neither says.
+    """
+    if config.planned_epochs is not None:
+        return config.planned_epochs * steps_per_epoch
+    limit = trainer.limit_train_batches
+    per_epoch = (
+        min(limit, steps_per_epoch) if isinstance(limit, int) else int(steps_per_epoch * limit)
+    )
+    epochs = trainer.max_epochs
+    by_epochs = epochs * per_epoch if epochs is not None and epochs >= 0 else None
+    by_steps = trainer.max_steps if trainer.max_steps >= 0 else None
+    bounds = [steps for steps in (by_epochs, by_steps) if steps]
+    if not bounds:
+        raise ConfigError(
+            "target_epsilon is to be spread over the run, and the Trainer has neither max_epochs "
+            "nor max_steps. Set one, or DPConfig(planned_epochs=) or DPConfig(noise_multiplier=)."
+        )
+    return min(bounds)

@@ -1,0 +1,393 @@
+"""``Trainer(strategy=PrivateStrategy(...))``: DP-SGD for an unmodified LightningModule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_secure.errors import (
+    BudgetExhaustedError,
+    LedgerError,
+    PrivacyError,
+    UnsupportedModelError,
+    UnsupportedTrainerOptionError,
+)
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.ledger import Ledger, begin_ledger, require_same_promise
+from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
+from lightning_secure.strategies.options import (
+    planned_steps,
+    require_optimizers,
+    require_trainer_options,
+)
+from lightning_secure.strategies.steps import (
+    loss_of,
+    merged,
+    spare_logical_batch,
+    without_loss,
+)
+from lightning_secure.strategies.telemetry import GuardedResults
+
+__all__ = ["PrivateStrategy"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CHECKPOINT_KEY: Final = "lightning_secure"
+#: What the package itself logs while training; none of it depends on the rows.
+PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
+_LEDGER_ATTRIBUTE: Final = "_lightning_secure_ledger"
+
+
+class PrivateStrategy(SingleDeviceStrategy):
+    """Trains on one device so that the weights reveal at most ``epsilon`` about any one row.
+
+    Args:
+        config: The budget, the clipping norm and the rest of what the promise depends on.
+        public_metrics: Names of metrics, logged while training, that do not depend on the rows.
+            All others are withheld from loggers, callbacks and the progress bar; metrics of
+            validation and test are not touched.
+        accelerator: As for any strategy; normally left to the Trainer.
+        checkpoint_io: As for any strategy; normally a plugin of the Trainer.
+        precision_plugin: As for any strategy; normally left to the Trainer.
+
+    The module stays as it is: ``training_step`` returns a mean loss, ``configure_optimizers`` one
+    optimizer. A step draws rows by Poisson sampling, takes each row's gradient, clips it, adds the
+    clipped ones up, adds Gaussian noise, and divides by the public expected batch size. That, and
+    nothing before it, is what ``on_after_backward``, ``on_before_optimizer_step``, the optimizer
+    and every checkpoint see.
+
+    Raises:
+        UnsupportedModelError: Something about the model or its loss cannot be made private.
+        UnsupportedTrainerOptionError: A Trainer option would break the promise.
+        BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
+            stop one step earlier; this is for when something made it go on.
+        LedgerError: A checkpoint without a privacy ledger, or with another one, is resumed.
+
+    Guarantees:
+        (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
+        training sets that differ by one row added or removed, with the epsilon of :attr:`ledger`.
+        It does not cover validation data, the number of rows, hyperparameters chosen by looking at
+        the data, nor what the module writes itself past ``self.log``.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133; Bu et al. 2023, arXiv:2210.00038.
+    """
+
+    strategy_name = "private"
+
+    def __init__(
+        self,
+        config: DPConfig,
+        *,
+        public_metrics: Sequence[str] = (),
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.config = config
+        self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
+        self._ledger: Ledger | None = None
+        self._restored: Ledger | None = None
+        self._engine: GradientEngine | None = None
+        self._noise = GaussianNoise(config.insecure_seed)
+        self._results: GuardedResults | None = None
+        self._preflight_due = True
+        self._released = False
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What was spent; None before the first fit."""
+        return self._ledger
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """None, so that each Trainer hands over the device that it has chosen.
+
+        Without this property the Trainer would leave the strategy on the CPU.
+        """
+        return None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise UnsupportedTrainerOptionError(
+                f"PrivateStrategy trains on one device and the Trainer has {len(devices)}. Use "
+                "Trainer(devices=1)."
+            )
+        self._root_device = devices[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """One."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, nodes: int) -> None:
+        # Without this property the Trainer would ignore its option.
+        if nodes != 1:
+            raise UnsupportedTrainerOptionError(
+                f"PrivateStrategy trains on one machine and the Trainer has num_nodes={nodes}."
+            )
+
+    # Setting up
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take a model, and forget what an earlier attempt may have left behind."""
+        self._restored = None
+        super().connect(model)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Check the Trainer's options, prepare the model, and put the hooks on it."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        module = self._module
+        if fitting:
+            require_trainer_options(trainer, module, self.precision_plugin)
+            restored, self._restored = self._restored, None
+            # A module that was trained privately before goes on with its own account.
+            self._ledger = restored or getattr(module, _LEDGER_ATTRIBUTE, None)
+            if self._ledger is not None:
+                require_same_promise(self.config, self._ledger)
+        super().setup(trainer)
+        if not fitting:
+            return
+        require_optimizers(self.optimizers)
+        self._engine = GradientEngine(module, max_grad_norm=self.config.max_grad_norm)
+        self._engine.attach()
+        self._preflight_due = True
+        self._results = GuardedResults(self._public_metrics)
+        trainer.fit_loop.epoch_loop._results = self._results
+        selector = trainer._data_connector._datahook_selector
+        assert selector is not None  # noqa: S101 # set by the Trainer before any strategy's setup
+        if is_overridden(
+            "on_before_batch_transfer", selector.get_instance("on_before_batch_transfer")
+        ):
+            # Lightning calls this hook once a batch, and here it is due once a chunk.
+            vars(module)["_on_before_batch_transfer"] = partial(spare_logical_batch, module)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Exchange the training loader for one that draws by Poisson sampling."""
+        trainer = self._module.trainer
+        if not trainer.training:
+            return dataloader
+        loader = require_plain_loader(dataloader)
+        ledger = self._open_ledger(trainer, loader)
+        public = ledger.public
+        return PrivateDataLoader(
+            loader,
+            sample_rate=public.sample_rate,
+            steps=public.steps_per_epoch,
+            max_physical_batch_size=self.config.max_physical_batch_size
+            or public.expected_batch_size + 4 * int(public.expected_batch_size**0.5 + 1),
+            seed=self.config.insecure_seed,
+        )
+
+    def on_train_start(self) -> None:
+        """Make sure that the rows come from the one loader that this strategy has put in place."""
+        loader = self._module.trainer.fit_loop._combined_loader
+        if loader is None or [type(item) for item in loader.flattened] != [PrivateDataLoader]:
+            raise UnsupportedTrainerOptionError(
+                "private training takes its rows from one training DataLoader, and there are "
+                "several, or something exchanged it. No step was taken."
+            )
+
+    def _open_ledger(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Ledger:
+        """Return the account, begun with the first fit's public numbers."""
+        if self._ledger is None:
+            self._ledger = begin_ledger(
+                self.config,
+                rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
+                batch_size=loader.batch_size or 1,
+                planned_steps=partial(planned_steps, trainer, self.config),
+            )
+            setattr(self._module, _LEDGER_ATTRIBUTE, self._ledger)
+        return self._ledger
+
+    # One step
+
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Leave a logical batch where it is; its chunks are moved one at a time."""
+        if isinstance(batch, LogicalBatch):
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step and backward on each chunk, and sum clipped gradients.
+
+        Returns:
+            The mean loss of the drawn rows, as a dict if there was one chunk and the module
+            returned one. It is not private; Lightning hands it to ``on_train_batch_end``.
+        """
+        batch, *rest = args
+        if not isinstance(batch, LogicalBatch):
+            raise UnsupportedModelError(
+                "training_step does not get a batch of this strategy's own sampling: it takes a "
+                "dataloader_iter, or a hook exchanged the batch. No step was taken."
+            )
+        ledger, engine = _required(self._ledger), _required(self._engine)
+        if not ledger.affords_a_step(self.config.target_epsilon):
+            raise BudgetExhaustedError(
+                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
+                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
+                "taken; the last checkpoint holds the weights and the account."
+            )
+        engine.begin_step()
+        chunks = ((chunk.size, self._chunk(chunk, rest, kwargs)) for chunk in batch.chunks)
+        return merged(chunks, self.root_device)
+
+    def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        engine, results = _required(self._engine), _required(self._results)
+        data = self._on_device(chunk.data)
+        if self._preflight_due:
+            self._preflight(data, chunk.size, rest, kwargs)
+            self._preflight_due = False
+        results.batch, results.batch_size = data, None
+        with engine.recording():
+            output = super().training_step(data, *rest, **kwargs)
+            self.precision_plugin.backward(loss_of(output), self._module, self.optimizers[0])
+        engine.add_chunk(chunk.size)
+        return output
+
+    def _on_device(self, data: Any) -> Any:
+        module = self._module
+        data = self.precision_plugin.convert_input(data)
+        data = pl.LightningModule._on_before_batch_transfer(module, data, dataloader_idx=0)
+        return super().batch_to_device(data)
+
+    def _preflight(self, data: Any, size: int, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        engine, results = _required(self._engine), _required(self._results)
+
+        def loss(batch: Any) -> Tensor:
+            # Without autocast: rounding to 8 bits would hide what is looked for.
+            return loss_of(self._module.training_step(batch, *rest, **kwargs))
+
+        results.muted = True
+        try:
+            preflight(engine, self._module, loss, data, size=size)
+        finally:
+            results.muted = False
+
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Account for the step, then release its noised gradient into ``.grad``.
+
+        The chunks went backward already; this is where Lightning expects gradients to appear.
+        """
+        if self._released:
+            raise UnsupportedTrainerOptionError(
+                "the optimizer evaluated its closure twice in one step, and each evaluation is a "
+                "release of its own. Use an optimizer that does so once. The second was not "
+                "released."
+            )
+        self._released = True
+        ledger, engine = _required(self._ledger), _required(self._engine)
+        self.precision_plugin.pre_backward(closure_loss, self._module)
+        engine.require_covered(self._module.named_parameters())
+        groups = self.optimizers[0].param_groups
+        engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
+        ledger.record()
+        engine.release(
+            self._noise,
+            noise_multiplier=ledger.noise_multiplier,
+            expected_batch_size=ledger.public.expected_batch_size,
+        )
+        return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Take the step, and ask the Trainer to stop if the budget allows no other."""
+        self._released = False
+        result = super().optimizer_step(optimizer, without_loss(closure), model, **kwargs)
+        ledger, trainer = _required(self._ledger), self._module.trainer
+        if not trainer.should_stop and not ledger.affords_a_step(self.config.target_epsilon):
+            log.warning(
+                "the privacy budget of epsilon %g is spent after %d steps: training stops here",
+                self.config.target_epsilon,
+                ledger.steps,
+            )
+            trainer.should_stop = True
+        return result
+
+    # Checkpoints
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write the account into every checkpoint, weights-only ones too."""
+        ledger = self._ledger or getattr(self._module, _LEDGER_ATTRIBUTE, None)
+        if ledger is not None:
+            checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, and the account with it if the run is to go on.
+
+        Raises:
+            LedgerError: It is to be trained further and has no account.
+        """
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            state = checkpoint.get(CHECKPOINT_KEY)
+            if not isinstance(state, dict) or "privacy" not in state:
+                raise LedgerError(
+                    "the checkpoint has no privacy ledger: it was not trained privately, or the "
+                    "ledger was removed. Going on with a fresh account would report too small an "
+                    "epsilon, so nothing was resumed. To start from public weights, load them "
+                    "into the module and call fit without ckpt_path."
+                )
+            self._restored = Ledger.from_state_dict(state["privacy"])
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Take the hooks off the model again."""
+        if self._engine is not None:
+            self._engine.detach()
+            self._engine = None
+        if self._lightning_module is not None:
+            vars(self._lightning_module).pop("_on_before_batch_transfer", None)
+        super().teardown()
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return _required(self.lightning_module)
+
+
+def _required(value: T | None) -> T:
+    if value is None:
+        raise PrivacyError("private training is not set up; it runs only inside Trainer.fit.")
+    return value

@@ -1,0 +1,50 @@
+"""What a private run may tell about itself while it trains.
+
+A training loss, a gradient norm and even the number of rows that were drawn are computed from the
+rows without noise. Logged, they are a release that no account contains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+
+__all__ = ["GuardedResults"]
+
+log = logging.getLogger(__name__)
+
+
+class GuardedResults(_ResultCollection):
+    """Stands where ``self.log`` of a training loop puts its values, and lets only public ones in.
+
+    Args:
+        public: Names that may pass.
+
+    Attributes:
+        muted: Whether nothing passes, not even a remark: during trial runs.
+    """
+
+    def __init__(self, public: Iterable[str]) -> None:
+        super().__init__(training=True)
+        self.muted = False
+        self._public = frozenset(public)
+        self._withheld: set[str] = set()
+
+    def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
+        """Keep the value if its name is public; otherwise say once that it was withheld."""
+        if self.muted:
+            return
+        if name in self._public:
+            super().log(fx, name, *args, **kwargs)
+        elif name not in self._withheld:
+            self._withheld.add(name)
+            log.warning(
+                "metric %r, logged in %s, is computed from training rows without noise and is "
+                "withheld from loggers, callbacks and the progress bar. Log it on validation data "
+                "instead, or name it in PrivateStrategy(public_metrics=[...]) if it is public.",
+                name,
+                fx,
+            )
