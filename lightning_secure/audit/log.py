@@ -1,0 +1,235 @@
+"""An append-only log in which each record carries the hash of the one before it.
+
+Changing, removing or inserting a record breaks the chain from there on. Cutting records off the
+*end* does not: keep the head that :meth:`AuditLog.append` returns somewhere else, and give it to
+:meth:`AuditLog.verify`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.errors import AuditChainError, AuditWriteError, IntegrityError
+
+__all__ = ["AuditLog", "AuditSummary"]
+
+_GENESIS: Final = "0" * 64
+_VERSION: Final = 1
+_FIELDS: Final = {"version", "seq", "time", "action", "outcome", "pid", "details", "prev"}
+_BLOCK: Final = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSummary:
+    """What a verified log amounts to.
+
+    Attributes:
+        records: How many there are.
+        head: SHA-256 of the last one, in hexadecimal; of an empty log, zeros.
+    """
+
+    records: int
+    head: str
+
+
+class AuditLog:
+    """A log file of JSON lines, chained by hashes.
+
+    Args:
+        path: The file. It is made, with mode 0600, by the first record.
+
+    A record is one line of canonical JSON: ``version``, ``seq`` (from 0), ``time`` (UTC, RFC
+    3339), ``action``, ``outcome``, ``pid``, ``details``, and ``prev``, the SHA-256 of the line
+    before it without its newline.
+
+    Several threads and processes may write to one log; each record is on disk before
+    :meth:`append` returns.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._lock = threading.Lock()
+        self._end = -1
+        self._seq = 0
+        self._head = _GENESIS
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (str(self._path),))
+
+    @property
+    def path(self) -> Path:
+        """The log file."""
+        return self._path
+
+    def append(
+        self,
+        action: str,
+        details: Mapping[str, str | int | float] | None = None,
+        *,
+        outcome: str = "success",
+    ) -> str:
+        """Write one record and flush it to disk.
+
+        Args:
+            action: Dotted name, for example ``key.unwrap``.
+            details: Ids, counts and names. Never a key, a plaintext or a personal value.
+            outcome: ``success`` or ``failure``.
+
+        Returns:
+            The new head: SHA-256 of the record, in hexadecimal.
+
+        Raises:
+            AuditWriteError: The record could not be written. Whatever it was to record must not
+                be done.
+        """
+        with self._lock:
+            try:
+                return self._append(action, dict(details or {}), outcome)
+            except OSError as error:
+                raise AuditWriteError(
+                    f"audit log {str(self._path)!r} cannot be written ({error.strerror}), so "
+                    f"{action!r} was refused."
+                ) from None
+
+    def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(self._path, flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            size = os.fstat(fd).st_size
+            if size != self._end:
+                # Another process wrote meanwhile, or this is the first record of this object.
+                self._seq, self._head = self._last(fd, size)
+            record = {
+                "version": _VERSION,
+                "seq": self._seq,
+                "time": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+                "action": action,
+                "outcome": outcome,
+                "pid": os.getpid(),
+                "details": details,
+                "prev": self._head,
+            }
+            line = canonical_json(record)
+            written = os.write(fd, line + b"\n")
+            if written != len(line) + 1:
+                os.ftruncate(fd, size)
+                raise OSError(28, "no space left")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._end = size + written
+        self._seq += 1
+        self._head = hashlib.sha256(line).hexdigest()
+        return self._head
+
+    def _last(self, fd: int, size: int) -> tuple[int, str]:
+        """Return the next number and the hash of the last record."""
+        if size == 0:
+            return 0, _GENESIS
+        tail = b""
+        start = size
+        while start > 0 and b"\n" not in tail[:-1]:
+            start = max(0, start - _BLOCK)
+            tail = os.pread(fd, size - start, start)
+        if not tail.endswith(b"\n"):
+            raise AuditWriteError(
+                f"audit log {str(self._path)!r} ends in the middle of a record, as after a power "
+                "cut. Move the file aside, so that it can be examined, and begin a new one; "
+                "nothing was written to it."
+            )
+        line = tail[:-1].rpartition(b"\n")[2]
+        try:
+            record = _parse(line)
+        except IntegrityError:
+            record = None
+        if record is None:
+            raise AuditWriteError(
+                f"the last record of audit log {str(self._path)!r} cannot be read: the file was "
+                "altered. Nothing was written to it."
+            )
+        return record["seq"] + 1, hashlib.sha256(line).hexdigest()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records, each checked against the one before it.
+
+        Raises:
+            AuditChainError: The chain breaks here; the message says at which record.
+        """
+        head = _GENESIS
+        try:
+            with contextlib.ExitStack() as stack:
+                # A log that was never written to is empty, not broken.
+                lines: Iterable[bytes] = ()
+                if self._path.exists():
+                    lines = stack.enter_context(self._path.open("rb"))
+                for number, line in enumerate(lines):
+                    yield self._checked(number, line, head)
+                    head = hashlib.sha256(line[:-1]).hexdigest()
+        except OSError as error:
+            raise AuditChainError(
+                f"audit log {str(self._path)!r} cannot be read ({error.strerror})."
+            ) from None
+
+    def _checked(self, number: int, line: bytes, head: str) -> dict[str, Any]:
+        if not line.endswith(b"\n"):
+            raise self._broken(number, "it was cut off")
+        try:
+            record = _parse(line[:-1])
+        except IntegrityError:
+            record = None
+        if record is None:
+            raise self._broken(number, "it is not a record")
+        if record["seq"] != number or record["prev"] != head:
+            raise self._broken(number, "it does not follow the record before it")
+        return record
+
+    def verify(self, *, expected_head: str | None = None) -> AuditSummary:
+        """Check the whole chain.
+
+        Args:
+            expected_head: A head that was kept elsewhere. It must be that of some record, so
+                everything up to then is still there.
+
+        Raises:
+            AuditChainError: A record was changed, removed, inserted or cut off, or the record with
+                the expected head is gone.
+        """
+        head, count = _GENESIS, 0
+        seen = expected_head in (None, _GENESIS)
+        for record in self.records():
+            head = hashlib.sha256(canonical_json(record)).hexdigest()
+            count += 1
+            seen = seen or head == expected_head
+        if not seen:
+            raise AuditChainError(
+                f"audit log {str(self._path)!r} has no record with the expected head: records were "
+                "cut off its end, or all of it was exchanged."
+            )
+        return AuditSummary(records=count, head=head)
+
+    def _broken(self, number: int, reason: str) -> AuditChainError:
+        return AuditChainError(
+            f"audit log {str(self._path)!r} is broken at record {number}: {reason}. Nothing from "
+            "there on can be relied on."
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    record = parse_json_object(line, what="a record")
+    if record.keys() != _FIELDS or type(record["seq"]) is not int:
+        raise IntegrityError("not a record")
+    if canonical_json(record) != line:
+        raise IntegrityError("not in canonical form")
+    return record

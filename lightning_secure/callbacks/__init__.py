@@ -1,0 +1,1 @@
+"""``Trainer(callbacks=)``: they observe, report or stop; no guarantee lives here."""

@@ -1,0 +1,1 @@
+"""``Trainer(logger=)``: tracking without secrets and personal data."""

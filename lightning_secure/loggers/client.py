@@ -1,0 +1,163 @@
+"""A stand-in for ``MlflowClient`` through which nothing unchecked passes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Final
+
+from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.redactor import REDACTED, Redactor
+
+__all__ = ["RedactingClient"]
+
+# What only reads, or removes by id: nothing of the caller's is stored.
+_READS: Final = ("get_", "search_", "list_", "download_")
+_HARMLESS: Final = frozenset(
+    {"delete_run", "restore_run", "delete_experiment", "restore_experiment", "delete_tag"}
+)
+_WRITES: Final = frozenset(
+    {
+        "create_experiment",
+        "create_run",
+        "log_batch",
+        "log_dict",
+        "log_metric",
+        "log_param",
+        "log_text",
+        "rename_experiment",
+        "set_experiment_tag",
+        "set_tag",
+        "set_terminated",
+        "update_run",
+    }
+)
+_FILES: Final = frozenset({"log_artifact", "log_artifacts"})
+_IDS: Final = frozenset({"run_id", "experiment_id", "model_id", "dataset_digest", "status"})
+_ENCRYPTED_MAGIC: Final = (b"LSECCKPT", b"LSECSHRD")
+
+
+class RedactingClient:
+    """Passes on the calls of a client with everything that is stored redacted.
+
+    Args:
+        client: An ``mlflow.MlflowClient``.
+        redactor: Decides what is taken out.
+
+    Params, tags, metric names, run and experiment names, texts, dicts and text files are redacted;
+    files that this package encrypted pass as they are. Every other method that writes, and every
+    one that a newer MLflow may bring, raises :class:`RedactionError`: what is not checked is not
+    sent.
+    """
+
+    def __init__(self, client: Any, redactor: Redactor) -> None:
+        self._client = client
+        self._redactor = redactor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        member = getattr(self._client, name)
+        if not callable(member) or name.startswith(_READS) or name in _HARMLESS:
+            return member
+        if name in _WRITES:
+            return self._redacting(name, member)
+        if name in _FILES:
+            return getattr(self, f"_{name}")
+        raise RedactionError(
+            f"MlflowClient.{name} sends things that are not checked for secrets and personal data "
+            "yet, so it was refused and nothing was sent. Params, tags, metrics, text, dicts and "
+            "text files are checked."
+        )
+
+    def _redacting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            for argument, value in given.items():
+                if argument not in _IDS:
+                    given[argument] = self._argument(name, argument, value, given)
+            return method(*bound.args, **bound.kwargs)
+
+        return call
+
+    def _argument(self, method: str, argument: str, value: Any, given: Mapping[str, Any]) -> Any:
+        redactor = self._redactor
+        if argument == "value" and method == "log_metric":
+            return float(value)
+        if argument == "value":
+            return redactor.redact(value, name=str(given["key"]))
+        if argument == "tags" and method == "create_run":
+            return _without_user(redactor.redact(value))
+        if argument in ("metrics", "params", "tags") and method == "log_batch":
+            return [self._entity(entity) for entity in value]
+        redacted = redactor.redact(value)
+        if argument in ("artifact_location", "artifact_file") and redacted != value:
+            raise RedactionError(
+                f"{argument} of MlflowClient.{method} holds a secret or personal data, and a "
+                "place cannot be redacted. Nothing was sent."
+            )
+        return redacted
+
+    def _entity(self, entity: Any) -> Any:
+        """Return a copy of a Metric, Param or RunTag with its key and value redacted."""
+        clean = copy.copy(entity)
+        clean._key = self._redactor.redact_text(entity.key)
+        if isinstance(entity.value, str):
+            clean._value = self._redactor.redact(entity.value, name=entity.key)
+        return clean
+
+    def _log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        source = Path(local_path)
+        if source.is_dir():
+            self._log_artifacts(run_id, local_path, artifact_path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, self._redactor.redact_text(source.name))
+            self._copy_checked(source, target)
+            self._client.log_artifact(run_id, str(target), self._place(artifact_path))
+
+    def _log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        root = Path(local_dir)
+        with tempfile.TemporaryDirectory() as folder:
+            for source in sorted(root.rglob("*")):
+                if source.is_file():
+                    name = self._redactor.redact_text(source.relative_to(root).as_posix())
+                    self._copy_checked(source, Path(folder, name))
+            self._client.log_artifacts(run_id, folder, self._place(artifact_path))
+
+    def _place(self, artifact_path: str | None) -> str | None:
+        return self._redactor.redact_text(artifact_path) if artifact_path else artifact_path
+
+    def _copy_checked(self, source: Path, target: Path) -> None:
+        data = source.read_bytes()
+        if not data.startswith(_ENCRYPTED_MAGIC):
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = None
+            if text is None or "\0" in text:
+                raise RedactionError(
+                    f"artifact {source.name!r} is neither text nor encrypted by this package, so "
+                    "it could not be checked for secrets and personal data. It was not sent."
+                )
+            data = self._redactor.redact_text(text).encode()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+def _without_user(tags: Any) -> Any:
+    """Replace what MLflow fills in about the person: the login name, and where the script lies."""
+    if not isinstance(tags, dict):
+        return tags
+    tags = dict(tags)
+    if "mlflow.user" in tags:
+        tags["mlflow.user"] = REDACTED
+    if isinstance(tags.get("mlflow.source.name"), str):
+        tags["mlflow.source.name"] = PurePath(tags["mlflow.source.name"]).name
+    return tags

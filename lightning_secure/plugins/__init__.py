@@ -1,0 +1,1 @@
+"""``Trainer(plugins=)``: how checkpoints are written and read."""

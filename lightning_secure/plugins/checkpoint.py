@@ -1,0 +1,304 @@
+"""``Trainer(plugins=[EncryptedCheckpointIO(keys)])``: checkpoints that only the key's owner reads.
+
+A checkpoint file is::
+
+    magic "LSECCKPT" (8) | version (2) | header length (4) | header (JSON) | Cobblestone-256 stream
+
+with little-endian integers. The header names the wrapped data key, the run and the step; all bytes
+before the stream are bound to it, so none of them can be changed. The stream holds what
+``torch.save`` writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import secrets
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Final, TypeVar, cast
+
+import fsspec
+import lightning.pytorch as pl
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_secure import events
+from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
+from lightning_secure.crypto.stream import StreamReader, StreamWriter
+from lightning_secure.errors import (
+    CheckpointCorruptedError,
+    ConfigError,
+    IntegrityError,
+)
+from lightning_secure.files import atomic_writer
+
+__all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
+
+MAGIC: Final = b"LSECCKPT"
+_VERSION: Final = 1
+_PREFIX: Final = struct.Struct("<8sHI")
+_MAX_HEADER: Final = 65536
+_Module = TypeVar("_Module", bound=pl.LightningModule)
+
+
+class EncryptedCheckpointIO(CheckpointIO):
+    """Writes every checkpoint of the Trainer encrypted, and reads nothing else.
+
+    Args:
+        keys: Wraps a fresh data key for each checkpoint.
+        safe_globals: Classes of your own that checkpoints may hold, besides tensors and plain
+            Python values.
+
+    Paths may be local or fsspec URLs. Local files appear whole or not at all. Memory beyond the
+    checkpoint itself stays near two megabytes. It works under ``AsyncCheckpointIO``.
+
+    Guarantees:
+        A checkpoint is authenticated before any of it is parsed: a truncated file fails at once, a
+        flipped bit when its chunk is read. It is always loaded with ``weights_only=True``, so it
+        cannot run code, whoever wrote it.
+
+    It does not show that a checkpoint is the latest one of its run: an older one, put in its
+    place, opens.
+    """
+
+    def __init__(self, keys: KeyProvider, *, safe_globals: Sequence[type] = ()) -> None:
+        self._keys = keys
+        self._safe_globals: list[Any] = list(safe_globals)
+        self._run_id = secrets.token_hex(16)
+
+    @property
+    def keys(self) -> KeyProvider:
+        """Who guards the keys."""
+        return self._keys
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Encrypt a checkpoint.
+
+        Args:
+            checkpoint: What the Trainer wants kept.
+            path: Where to.
+            storage_options: Not supported.
+
+        Raises:
+            ConfigError: It holds objects that could be written but, for safety, never read.
+                Nothing was written.
+        """
+        if storage_options is not None:
+            raise ConfigError("EncryptedCheckpointIO takes no storage_options; use an fsspec URL.")
+        self._require_readable(checkpoint)
+        key, name = DataKey.generate(), secrets.token_hex(16)
+        privacy = checkpoint.get("lightning_secure", {}).get("privacy", {})
+        header = canonical_json(
+            {
+                "checkpoint": name,
+                "run_id": privacy.get("run_id", self._run_id),
+                "step": int(checkpoint.get("global_step", 0)),
+                "key": self._keys.wrap(key, context=_context(name)).to_json(),
+            }
+        )
+        prefix = _PREFIX.pack(MAGIC, _VERSION, len(header)) + header
+        with _writer(path) as raw:
+            raw.write(prefix)
+            stream = StreamWriter(raw, key=key, context=prefix)
+            torch.save(checkpoint, cast("IO[bytes]", stream))
+            stream.finish()
+            size = raw.tell()
+        events.announce(
+            "checkpoint.save",
+            {
+                "checkpoint": name,
+                "path": str(path),
+                "bytes": size,
+                "step": int(checkpoint.get("global_step", 0)),
+            },
+        )
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Decrypt a checkpoint.
+
+        Args:
+            path: Where from.
+            map_location: As for :func:`torch.load`; the CPU by default.
+            weights_only: True, or None for the same.
+
+        Raises:
+            CheckpointCorruptedError: It was altered or cut off, is not an encrypted checkpoint, or
+                holds objects that are not safe to load. Nothing from it was used.
+            WrongKeyError: It was written under another key.
+            FileNotFoundError: There is none.
+        """
+        if weights_only is False:
+            raise ConfigError(
+                "weights_only=False would let whoever wrote the checkpoint run code here. Name the "
+                "classes that it needs in EncryptedCheckpointIO(safe_globals=[...]) instead."
+            )
+        with opened(path, keys=self._keys) as stream, self._allowed():
+            checkpoint: dict[str, Any] = torch.load(
+                stream, map_location=map_location or _to_cpu, weights_only=True
+            )
+        events.announce("checkpoint.load", {"path": str(path)})
+        return checkpoint
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove a checkpoint, if it exists."""
+        filesystem, name = fsspec.core.url_to_fs(str(path))
+        if filesystem.exists(name):
+            filesystem.rm(name, recursive=True)
+            events.announce("checkpoint.remove", {"path": str(path)})
+
+    def _allowed(self) -> contextlib.AbstractContextManager[None]:
+        return torch.serialization.safe_globals(self._safe_globals)
+
+    def _require_readable(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse now what reading would refuse when the run is over."""
+        skeleton = apply_to_collection(checkpoint, Tensor, lambda _: torch.empty(0))
+        buffer = io.BytesIO()
+        torch.save(skeleton, buffer)
+        buffer.seek(0)
+        with self._allowed():
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+        if unsafe:
+            raise ConfigError(
+                f"the checkpoint would hold {', '.join(sorted(unsafe))}, which safe loading "
+                "refuses: it could be written and never read again, so it was not written. Most "
+                "often this is a hyperparameter; save_hyperparameters(ignore=[...]) leaves it out. "
+                "If it is a plain data class, pass EncryptedCheckpointIO(safe_globals=[...])."
+            )
+
+
+def load_encrypted_checkpoint(
+    module_class: type[_Module],
+    path: _PATH,
+    *,
+    keys: KeyProvider,
+    map_location: Any | None = None,
+    strict: bool | None = None,
+    **kwargs: Any,
+) -> _Module:
+    """Return a module with the weights and hyperparameters of an encrypted checkpoint.
+
+    ``ModuleClass.load_from_checkpoint`` opens the path by itself and cannot decrypt it.
+
+    Args:
+        module_class: The LightningModule's class.
+        path: A local path or fsspec URL.
+        keys: Releases the checkpoint's key.
+        map_location: As for ``load_from_checkpoint``.
+        strict: As for ``load_from_checkpoint``.
+        **kwargs: Hyperparameters to override, as for ``load_from_checkpoint``.
+
+    Raises:
+        CheckpointCorruptedError: It was altered or cut off, or is not an encrypted checkpoint.
+        WrongKeyError: It was written under another key.
+    """
+    with opened(path, keys=keys) as stream:
+        module = module_class.load_from_checkpoint(
+            stream,
+            map_location=map_location,
+            strict=strict,
+            weights_only=True,
+            **kwargs,
+        )
+    events.announce("checkpoint.load", {"path": str(path)})
+    return module
+
+
+@contextlib.contextmanager
+def opened(path: _PATH, *, keys: KeyProvider) -> Iterator[IO[bytes]]:
+    """Open the plaintext of a checkpoint, which leaves the file only as it is read.
+
+    Raises:
+        CheckpointCorruptedError: It is not an encrypted checkpoint, it was altered, or what the
+            block does with it shows that it holds something unsafe.
+        WrongKeyError: It was written under another key.
+        FileNotFoundError: There is none.
+    """
+    reason: str | None = None
+    stream: StreamReader | None = None
+    with _reader(path) as raw:
+        try:
+            prefix, header = _read_header(raw)
+            wrapped = WrappedKey.from_json(header["key"])
+            key = keys.unwrap(wrapped, context=_context(header["checkpoint"]))
+            stream = StreamReader(raw, key=key, context=prefix, start=len(prefix))
+            with stream:
+                yield cast("IO[bytes]", stream)
+        except IntegrityError as error:
+            reason = str(error)
+        except pickle.UnpicklingError:
+            reason = "it holds objects that are not safe to load"
+        except Exception:
+            # torch turns an error of a file object into one of its own.
+            if stream is None or stream.failure is None:
+                raise
+            reason = stream.failure
+    if reason is not None:
+        raise CheckpointCorruptedError(
+            f"checkpoint {str(path)!r} rejected: {reason.rstrip('.')}. Nothing from it was used."
+        )
+
+
+def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    start = raw.read(_PREFIX.size)
+    if len(start) < _PREFIX.size or not start.startswith(MAGIC):
+        raise IntegrityError(
+            "it is not an encrypted checkpoint, and plaintext ones are refused. To start from "
+            "public weights, load them into the module with torch.load(..., weights_only=True)"
+        )
+    _, version, length = _PREFIX.unpack(start)
+    if version != _VERSION or length > _MAX_HEADER:
+        raise IntegrityError(f"its format version {version} is unknown, or its header was altered")
+    data = raw.read(length)
+    header = parse_json_object(data, what="its header")
+    if header.keys() != {"checkpoint", "run_id", "step", "key"}:
+        raise IntegrityError("its header was altered")
+    return start + data, header
+
+
+@contextlib.contextmanager
+def _writer(path: _PATH) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears only when the block ends without an error."""
+    # An instance of its own: transactions of a shared one would mix.
+    filesystem, name = fsspec.core.url_to_fs(str(path), skip_instance_cache=True)
+    if isinstance(filesystem, LocalFileSystem):
+        local = Path(name)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(local) as file:
+            yield file
+        return
+    filesystem.makedirs(os.path.dirname(name), exist_ok=True)
+    with filesystem.transaction, filesystem.open(name, "wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _reader(path: _PATH) -> Iterator[BinaryIO]:
+    filesystem, name = fsspec.core.url_to_fs(str(path))
+    if not filesystem.exists(name):
+        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r}")
+    with filesystem.open(name, "rb") as file:
+        yield file
+
+
+def _context(name: str) -> dict[str, str]:
+    return {"purpose": "checkpoint", "checkpoint": name}
+
+
+def _to_cpu(storage: Any, location: str) -> Any:
+    return storage
