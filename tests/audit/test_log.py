@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import stat
+import threading
+
+import pytest
+
+from lightning_secure.audit.log import AuditLog
+from lightning_secure.errors import AuditChainError, AuditWriteError
+
+
+@pytest.fixture
+def log(tmp_path):
+    return AuditLog(tmp_path / "audit" / "audit.jsonl")
+
+
+def filled(log, count=6):
+    return [log.append("key.unwrap", {"n": i}) for i in range(count)]
+
+
+def lines(log):
+    return log.path.read_bytes().splitlines(keepends=True)
+
+
+def test_records_are_chained(log):
+    heads = filled(log)
+    summary = log.verify()
+    assert (summary.records, summary.head) == (6, heads[-1])
+    records = list(log.records())
+    assert [record["seq"] for record in records] == list(range(6))
+    assert records[0]["prev"] == "0" * 64
+    assert [record["prev"] for record in records[1:]] == heads[:-1]
+    assert records[3]["details"] == {"n": 3}
+
+
+def test_the_log_is_its_owners_alone(log):
+    filled(log, 1)
+    assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(log.path.parent.stat().st_mode) == 0o700
+
+
+def test_another_object_goes_on_where_the_first_stopped(log):
+    filled(log, 3)
+    other = AuditLog(log.path)
+    filled(other, 2)
+    filled(log, 2)
+    assert log.verify().records == 7
+
+
+def test_a_log_longer_than_one_block_is_continued(log):
+    log.append("long", {"text": "x" * 70_000})
+    log.append("long", {"text": "y" * 200_000})
+    AuditLog(log.path).append("after")
+    assert log.verify().records == 3
+
+
+def test_an_empty_log_is_sound(log):
+    assert log.verify().records == 0
+    assert log.verify(expected_head="0" * 64).head == "0" * 64
+
+
+def test_threads_do_not_break_the_chain(log):
+    threads = [threading.Thread(target=filled, args=(log, 20)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log.verify().records == 80
+
+
+def test_processes_do_not_break_the_chain(log):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=filled, args=(AuditLog(log.path), 15)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    filled(log, 15)
+    for process in processes:
+        process.join()
+    assert log.verify().records == 45
+
+
+# ---------------------------------------------------------------- tampering
+
+
+def change(log, number, edit):
+    kept = lines(log)
+    record = json.loads(kept[number])
+    edit(record)
+    kept[number] = json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    log.path.write_bytes(b"".join(kept))
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_changed_record_is_found(log, number):
+    filled(log)
+    change(log, number, lambda record: record["details"].update(n=99))
+    with pytest.raises(AuditChainError, match=f"record {number + 1}"):
+        log.verify()
+
+
+def test_a_changed_last_record_is_found_with_its_head(log):
+    heads = filled(log)
+    change(log, 5, lambda record: record["details"].update(n=99))
+    assert log.verify().records == 6  # nothing comes after it
+    with pytest.raises(AuditChainError, match="expected head"):
+        log.verify(expected_head=heads[-1])
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_removed_record_is_found(log, number):
+    filled(log)
+    kept = lines(log)
+    del kept[number]
+    log.path.write_bytes(b"".join(kept))
+    with pytest.raises(AuditChainError, match=f"record {number}"):
+        log.verify()
+
+
+def test_an_inserted_or_moved_record_is_found(log):
+    filled(log)
+    kept = lines(log)
+    for edited in ([*kept[:3], kept[2], *kept[3:]], [kept[1], kept[0], *kept[2:]]):
+        log.path.write_bytes(b"".join(edited))
+        with pytest.raises(AuditChainError):
+            log.verify()
+
+
+def test_records_cut_off_the_end_are_found_with_a_head_only(log):
+    heads = filled(log)
+    log.path.write_bytes(b"".join(lines(log)[:4]))
+    assert log.verify().records == 4
+    assert log.verify(expected_head=heads[3]).records == 4
+    for head in (heads[4], heads[5], "ab" * 32):
+        with pytest.raises(AuditChainError, match="cut off"):
+            log.verify(expected_head=head)
+
+
+def test_a_log_that_was_removed_is_found_with_a_head(log):
+    heads = filled(log)
+    log.path.unlink()
+    with pytest.raises(AuditChainError):
+        log.verify(expected_head=heads[0])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"garbage\n",
+        b"[]\n",
+        b'{"seq": 2}\n',
+        b"half a record",
+    ],
+)
+def test_what_is_no_record_is_found(log, line):
+    filled(log, 2)
+    with log.path.open("ab") as file:
+        file.write(line)
+    with pytest.raises(AuditChainError, match="record 2"):
+        log.verify()
+    with pytest.raises(AuditWriteError):
+        AuditLog(log.path).append("next")
+    assert log.path.read_bytes().endswith(line)  # evidence is not touched
+
+
+def test_another_spelling_of_a_record_is_found(log):
+    filled(log, 2)
+    kept = lines(log)
+    kept[1] = json.dumps(json.loads(kept[1])).encode() + b"\n"
+    log.path.write_bytes(b"".join(kept))
+    with pytest.raises(AuditChainError, match="record 1"):
+        log.verify()
+
+
+def test_a_record_whose_number_is_no_number_is_found(log):
+    filled(log, 2)
+    change(log, 1, lambda record: record.update(seq="1"))
+    with pytest.raises(AuditChainError, match="record 1"):
+        log.verify()
+
+
+# ---------------------------------------------------------------- failing
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AuditWriteError, match=r"'key.unwrap' was refused"):
+        AuditLog(tmp_path / "file" / "audit.jsonl").append("key.unwrap")
+
+
+def test_a_full_disk_leaves_no_half_record(log, monkeypatch):
+    filled(log, 2)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+    with pytest.raises(AuditWriteError, match="no space"):
+        log.append("key.unwrap")
+    monkeypatch.undo()
+    log.append("after")
+    assert log.verify().records == 3
+
+
+def test_a_log_that_cannot_be_read_is_not_sound(tmp_path):
+    (tmp_path / "audit.jsonl").mkdir()
+    with pytest.raises(AuditChainError, match="cannot be read"):
+        AuditLog(tmp_path / "audit.jsonl").verify()

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lightning_secure.files import atomic_writer, exclusive_lock
+
+
+def names(folder):
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with atomic_writer(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail_half_way():
+        with atomic_writer(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_existing_file_is_kept_when_it_must_be(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(FileExistsError), atomic_writer(path, replace=False) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = (
+        "import sys, time, pathlib\n"
+        "from lightning_secure.files import atomic_writer\n"
+        "with atomic_writer(pathlib.Path(sys.argv[1])) as file:\n"
+        "    file.write(b'new'); file.flush(); print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert path.read_bytes() == b"old"
+
+
+def test_a_lock_keeps_others_out(tmp_path):
+    order = []
+
+    def second():
+        with exclusive_lock(tmp_path / ".lock"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with exclusive_lock(tmp_path / ".lock"):
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_the_mode_is_that_asked_for(tmp_path):
+    old = os.umask(0)
+    try:
+        with atomic_writer(tmp_path / "file", mode=0o640):
+            pass
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
