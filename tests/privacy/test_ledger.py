@@ -60,7 +60,7 @@ def test_the_budget_is_asked_about_the_next_step():
     account = ledger()
     assert account.affords_a_step(None)
     steps = 0
-    while account.affords_a_step(0.8) and steps < 10_000:
+    while account.affords_a_step(0.8) and steps < 300:
         account.record()
         steps += 1
     assert account.epsilon() <= 0.8 < account.epsilon(more_steps=1)
