@@ -84,9 +84,10 @@ class AuditTrail(Callback):
         details = {"exception": name, "step": trainer.global_step, **_privacy(trainer)}
         try:
             self._record("run.exception", details, outcome="failure")
-        except AuditWriteError:
-            # The run is ending, by an error that must not be hidden behind this one.
-            log.exception("the end of the run could not be recorded")
+        except AuditWriteError as error:
+            # The run is ending, by an error that must not be hidden behind this one. Without a
+            # traceback: it would carry the text of that error along.
+            log.error("the end of the run could not be recorded: %s", error)
 
     def _on_event(self, event: events.Event) -> None:
         self._log.append(event.action, {"run": self._run, **event.details}, outcome=event.outcome)

@@ -104,6 +104,25 @@ def test_an_exception_is_recorded_by_type_and_not_by_text(tmp_path, sealed, keys
     assert "Mary" not in text
 
 
+def test_an_end_that_cannot_be_recorded_is_told_without_the_text_of_the_exception(
+    tmp_path, sealed, keys, caplog
+):
+    file = tmp_path / "audit" / "audit.jsonl"
+
+    class Fails(Model):
+        def validation_step(self, batch, batch_idx):
+            with file.open("ab") as log:
+                log.write(b'{"action"')  # nothing can be appended to half a record
+            raise RuntimeError("patient Mary Quant")
+
+    with pytest.raises(RuntimeError, match="Mary Quant"):
+        trainer(tmp_path, keys, [AuditTrail(tmp_path / "audit")]).fit(
+            Fails(), datamodule=data(sealed, keys)
+        )
+    assert "the end of the run could not be recorded" in caplog.text
+    assert "Mary" not in caplog.text
+
+
 def test_a_refused_key_is_recorded(tmp_path, sealed, keys, other_keys):
     AuditTrail(tmp_path / "audit")
     run = trainer(tmp_path, keys, [AuditTrail(tmp_path / "audit")])

@@ -382,6 +382,13 @@ CATALOGUE = [
         "tests/callbacks/test_callbacks.py -k by_type",
     ),
     Mutation(
+        "an exception's text reaches the log when the trail is torn",
+        "callbacks/audit_trail.py",
+        'log.error("the end of the run could not be recorded: %s", error)',
+        'log.exception("the end of the run could not be recorded: %s", error)',
+        "tests/callbacks/test_callbacks.py -k end_that_cannot",
+    ),
+    Mutation(
         "a full audit log is passed over",
         "callbacks/audit_trail.py",
         '        self._log.append(event.action, {"run": self._run, **event.details}, '
