@@ -29,6 +29,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_secure import events
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
@@ -40,6 +41,7 @@ from lightning_secure.errors import (
     IntegrityError,
 )
 from lightning_secure.files import atomic_writer
+from lightning_secure.privacy.ledger import Ledger, keep_ledger
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
 
@@ -193,7 +195,8 @@ def load_encrypted_checkpoint(
 ) -> _Module:
     """Return a module with the weights and hyperparameters of an encrypted checkpoint.
 
-    ``ModuleClass.load_from_checkpoint`` opens the path by itself and cannot decrypt it.
+    ``ModuleClass.load_from_checkpoint`` opens the path by itself and cannot decrypt it. A module
+    that was trained privately brings its account along, and private training of it goes on there.
 
     Args:
         module_class: The LightningModule's class.
@@ -208,6 +211,10 @@ def load_encrypted_checkpoint(
         WrongKeyError: It was written under another key.
     """
     with opened(path, keys=keys) as stream:
+        # Without reading the tensors.
+        with FakeTensorMode():
+            ledger = Ledger.from_checkpoint(torch.load(stream, weights_only=True))
+        stream.seek(0)
         module = module_class.load_from_checkpoint(
             stream,
             map_location=map_location,
@@ -215,6 +222,8 @@ def load_encrypted_checkpoint(
             weights_only=True,
             **kwargs,
         )
+    if ledger is not None:
+        keep_ledger(module, ledger)
     events.announce("checkpoint.load", {"path": str(path)})
     return module
 

@@ -154,6 +154,13 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
                 "step was taken."
             )
         return
+    if getattr(module, "max_norm", None) is not None:
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(module).__name__}) has max_norm: it writes into the weights of "
+            "the tokens that it meets, without noise, so the weights tell which tokens the rows "
+            "have. Leave max_norm out; clipping and weight_decay bound weights too. No step was "
+            "taken."
+        )
     if type(module) in _ADVICE:
         return  # refused where its parameters are looked at, with the advice
     validator = ModuleValidator.VALIDATORS.get(type(module))

@@ -69,7 +69,9 @@ def linear_norm_squared(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
         Shape ``(batch,)``.
 
     With a time dimension the product ``g^T a`` is formed only where it is the smaller thing:
-    otherwise ``sum((a a^T) * (g g^T))`` gives the same.
+    otherwise ``sum((a a^T) * (g g^T))`` gives the same. Where time steps cancel, that is a small
+    difference of large numbers, so the bound of its rounding error is added: a row whose norm was
+    rounded away would not be clipped.
     """
     if inputs.ndim == 2:
         squares = grads.square().sum(1)
@@ -78,8 +80,12 @@ def linear_norm_squared(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
     time, size = inputs.shape[1], inputs.shape[2] * grads.shape[2]
     if 2 * time * time < size:
         grams = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))
-        # Rounding can make a tiny sum of signed products negative.
-        result = grams.sum((1, 2)).clamp(min=0)
+        # Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1: n * eps times
+        # the sum of the magnitudes, which Cauchy and Schwarz bound by the steps' own norms.
+        terms = inputs.shape[2] + grads.shape[2] + time * time
+        steps = torch.linalg.vector_norm(inputs, dim=2) * torch.linalg.vector_norm(grads, dim=2)
+        error = terms * torch.finfo(inputs.dtype).eps * steps.sum(1).square()
+        result = grams.sum((1, 2)).clamp(min=0) + error
     else:
         result = norm_squared(torch.bmm(grads.transpose(1, 2), inputs))
     return result + grads.sum(1).square().sum(1) if bias else result

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, Self, runtime_checkable
 
@@ -22,10 +22,21 @@ from lightning_secure.privacy.accounting import (
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
-__all__ = ["HasLedger", "Ledger", "PublicNumbers", "begin_ledger", "require_same_promise"]
+__all__ = [
+    "CHECKPOINT_KEY",
+    "HasLedger",
+    "Ledger",
+    "PublicNumbers",
+    "begin_ledger",
+    "keep_ledger",
+    "ledger_of",
+    "require_same_promise",
+]
 
 log = logging.getLogger(__name__)
+CHECKPOINT_KEY: Final = "lightning_secure"
 _VERSION: Final = 1
+_ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +174,18 @@ class Ledger:
         return ledger
 
     @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
+        """Read the account of a checkpoint; None if it has none.
+
+        Raises:
+            LedgerError: It has one that cannot be read.
+        """
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if not isinstance(state, dict) or "privacy" not in state:
+            return None
+        return cls.from_state_dict(state["privacy"])
+
+    @classmethod
     def _parse(cls, state: Any) -> Self | None:
         if state["version"] != _VERSION:
             return None
@@ -192,6 +215,17 @@ class Ledger:
             if not (0 <= noise < math.inf and 0 < rate <= 1):
                 return None
         return ledger
+
+
+def keep_ledger(module: object, ledger: Ledger) -> None:
+    """Let a module carry the account of its weights, for whoever trains it next."""
+    setattr(module, _ATTRIBUTE, ledger)
+
+
+def ledger_of(module: object) -> Ledger | None:
+    """Return the account that a module carries; None if it was never trained privately."""
+    ledger: Ledger | None = getattr(module, _ATTRIBUTE, None)
+    return ledger
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,16 @@ class GaussianNoise:
             by the operating system, in each process anew: ``seed_everything`` has no effect on it,
             and a resumed run does not repeat the noise of the run before.
 
-    The generators are torch's: Philox on CUDA and Mersenne Twister on the CPU. They are fit for
-    noise that an adversary sees the sum of, and are no cryptographic generators.
+    On CUDA the generator is torch's Philox with a seed of 63 bits. On the CPU it is numpy's PCG64
+    with 128 bits of the system's entropy, because torch's generator there keeps the low 32 bits of
+    its seed, and whoever knows all rows but one could try them all. Neither is a cryptographic
+    generator.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._on_cpu: np.random.Generator | None = None
 
     def add_(self, tensor: Tensor, *, std: float) -> Tensor:
         """Add independent noise to every element, in place.
@@ -35,8 +39,16 @@ class GaussianNoise:
         """
         if std == 0:
             return tensor
+        if tensor.device.type == "cpu":
+            return tensor.add_(self._drawn(tensor), alpha=std)
         noise = torch.empty_like(tensor).normal_(0, std, generator=self._generator(tensor.device))
         return tensor.add_(noise)
+
+    def _drawn(self, tensor: Tensor) -> Tensor:
+        if self._on_cpu is None:
+            self._on_cpu = np.random.default_rng(self._seed)
+        dtype = np.float64 if tensor.dtype.itemsize > 4 else np.float32
+        return torch.from_numpy(self._on_cpu.standard_normal(tuple(tensor.shape), dtype))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -52,3 +64,4 @@ class GaussianNoise:
     def __setstate__(self, state: dict[str, int | None]) -> None:
         self._seed = state["_seed"]
         self._generators = {}
+        self._on_cpu = None

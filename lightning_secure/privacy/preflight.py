@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import Record
+from lightning_secure.privacy.bookkeeping import Record, per_sample_norms
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.rows import leaves, mapped, recombined, with_row
 
-__all__ = ["preflight", "recombined"]
+__all__ = ["preflight", "require_rows_kept_apart"]
 
 _ROWS: Final = 5
 _ROUNDS: Final = 3
@@ -55,24 +56,25 @@ def preflight(
 
     Args:
         engine: Attached to ``model``.
-        model: Its buffers, attributes and metrics are as before when this returns, and so is the
-            global random state.
-        loss_of: Runs the training step on a batch and returns the scalar loss.
-        batch: A batch on the model's device; rows for the trial runs are recombined from it.
+        model: Its parameters, buffers, attributes and metrics are as before when this returns, and
+            so is the global random state.
+        loss_of: Runs all that happens to a batch, the transfer hooks and the training step, and
+            returns the scalar loss.
+        batch: A batch as it was collated; rows for the trial runs are recombined from it.
         size: Rows of ``batch``.
 
     Raises:
         UnsupportedModelError: One row's gradient depends on another row, the loss is not a mean,
-            a gradient goes past its layer, or a buffer takes up un-noised data. The message names
-            the layer, parameter or buffer at fault.
+            a gradient goes past its layer, or something that checkpoints hold takes up un-noised
+            data. The message names the layer, parameter or state at fault.
     """
-    if not _leaves(batch, size):
+    if not leaves(batch, size):
         raise UnsupportedModelError(
             f"a batch is a {type(batch).__name__}, in which no rows are found. Let the collate "
             f"function return tensors, or tuples, lists and dicts of them. {_NO_STEP}"
         )
     with _preserved(model):
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        before = copy.deepcopy(_state(model))
         _require_autograd_agrees(engine, model, loss_of, batch, size)
         # Jitter is for batches whose rows are all alike; it could leave what the model can take.
         if not any(_independent(engine, loss_of, batch, size, jitter) for jitter in range(3)):
@@ -80,12 +82,74 @@ def preflight(
                 "changing a row does not change its gradient, so nothing could be checked: the "
                 f"loss may not depend on the batch, or be constant. {_NO_STEP}"
             )
-        for name, buffer in model.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
+        _require_unchanged(before, _state(model))
+
+
+def require_rows_kept_apart(
+    trial_batch: Callable[[Sequence[int]], Any],
+    engine: GradientEngine,
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+) -> None:
+    """Check a collate function: :func:`preflight` sees only what it has made.
+
+    Args:
+        trial_batch: From row numbers to the batch that the collate function makes; None if there
+            is nothing to check.
+        engine: As for :func:`preflight`.
+        model: As for :func:`preflight`.
+        loss_of: As for :func:`preflight`.
+
+    Raises:
+        UnsupportedModelError: One row's gradient depends on which rows it was collated with.
+
+    Batches that are padded to different lengths are not compared: rows differ there although they
+    were not mixed.
+    """
+    first = list(range(_ROWS))
+    batch = trial_batch(first)
+    if batch is None or not leaves(batch, _ROWS):
+        return
+    with _preserved(model):
+        run = _recorded(engine, loss_of, batch, rows=_ROWS)
+        for kept in first:
+            rows = [row if row == kept else row + _ROWS for row in first]
+            other = trial_batch(rows)
+            if _shapes(other) != _shapes(batch):
+                continue
+            moved = _moved(
+                per_sample_norms(run.records),
+                per_sample_norms(_recorded(engine, loss_of, other, rows=_ROWS).records),
+            )
+            if moved[kept]:
                 raise UnsupportedModelError(
-                    f"buffer {name!r} changes in a training step: it takes up statistics of the "
-                    f"rows without noise, and would stand in every checkpoint. {_NO_STEP}"
+                    "one row's gradient changes when it is collated with other rows, so clipping "
+                    "bounds nothing: rows are mixed by the collate function (as MixUp and CutMix "
+                    f"do), or by what comes after it. Collate each row by itself. {_NO_STEP}"
                 )
+
+
+def _shapes(batch: Any) -> list[Any]:
+    return [value.shape if isinstance(value, Tensor) else None for value in leaves(batch, _ROWS)]
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Return all that a checkpoint would hold, and buffers that none does."""
+    return {**dict(model.named_buffers()), **model.state_dict()}
+
+
+def _require_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            same = old.shape == new.shape and torch.equal(old, new)
+        else:
+            same = name in before and name in after and bool(old == new)
+        if not same:
+            raise UnsupportedModelError(
+                f"{name!r} changes in a training step: it takes up the rows without noise, and "
+                f"would stand in every checkpoint. {_NO_STEP}"
+            )
 
 
 def _independent(
@@ -106,9 +170,11 @@ def _independent(
         run = _recorded(engine, loss_of, rows, rows=_ROWS)
         for kept in range(_ROWS):
             others = recombined(batch, size, _ROWS, generator, jitter=jitter)
-            changed = _recorded(engine, loss_of, _with_row(others, rows, kept), rows=_ROWS)
+            changed = _recorded(
+                engine, loss_of, with_row(others, rows, kept, rows=_ROWS), rows=_ROWS
+            )
             seen = _require_unmoved(run, changed, kept) or seen
-        alone = _mapped(rows, _ROWS, lambda value: value[:1], lambda value: list(value[:1]))
+        alone = mapped(rows, _ROWS, lambda value: value[:1], lambda value: list(value[:1]))
         _require_mean(run, _alone(engine, loss_of, alone))
     return seen
 
@@ -116,8 +182,10 @@ def _independent(
 def _recorded(
     engine: GradientEngine, loss_of: Callable[[Any], Tensor], batch: Any, *, rows: int
 ) -> _Run:
-    # The same seed each time, so that dropout takes the same places away.
+    # The same seeds each time, so that dropout and augmentations do the same.
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     with engine.recording():
         loss = loss_of(batch)
         if not loss.requires_grad:
@@ -233,9 +301,11 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, plain attributes, metrics, gradients and the random state."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Restore weights, buffers, plain attributes, metrics, gradients and the random state."""
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     attributes = [(module, name, value, _copied(value)) for module, name, value in _plain(model)]
+    # By id: a metric's hash is that of its state.
+    known = {(id(module), name) for module, name, *_ in attributes}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, legacy = random.getstate(), np.random.get_state()
@@ -246,8 +316,11 @@ def _preserved(model: nn.Module) -> Iterator[None]:
             random.setstate(python)
             np.random.set_state(legacy)
             with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                for tensor, saved in tensors:
+                    tensor.copy_(saved)
+            for module, name, _ in list(_plain(model)):
+                if (id(module), name) not in known:
+                    del vars(module)[name]
             for module, name, value, saved in attributes:
                 vars(module)[name] = _restored(value, saved)
             for parameter, gradient in gradients:
@@ -280,93 +353,3 @@ def _restored(value: Any, saved: Any) -> Any:
 
 
 _INTERNALS: Final = frozenset(vars(nn.Module()))
-
-
-def recombined(
-    batch: Any, size: int, rows: int, generator: torch.Generator, *, jitter: int = 0
-) -> Any:
-    """Return a batch of ``rows`` rows made of values from ``batch``.
-
-    Args:
-        batch: Tensors of shape ``(size, ...)`` and lists of length ``size``, in dicts, lists
-            and tuples. Anything else is passed on.
-        size: Rows of ``batch``.
-        rows: Rows to make.
-        generator: Decides which.
-        jitter: What is done to floating-point numbers besides: 0, nothing, unless there is only
-            one row to choose from; 1, they are scaled by up to a tenth; 2, shifted as well.
-
-    Each number is taken from a random row, at the same place, so that ranges, classes and token
-    ids stay valid.
-    """
-
-    def tensor(value: Tensor) -> Tensor:
-        flat = value.detach().reshape(size, -1)
-        places = flat.shape[1]
-        if size == 1 and not value.is_floating_point() and places > 1:
-            # One row to choose from: exchange its places instead.
-            columns = torch.randint(places, (rows, places), generator=generator)
-            picked = flat[0][columns.to(flat.device)]
-        else:
-            choice = torch.randint(size, (rows, places), generator=generator).to(flat.device)
-            picked = flat.gather(0, choice)
-        if value.is_floating_point() and (jitter or size == 1):
-            noise = 0.2 * torch.rand(rows, places, generator=generator).to(picked) - 0.1
-            picked = picked * (1 + noise) + (noise if jitter > 1 else 0)
-        return picked.reshape(rows, *value.shape[1:])
-
-    def sequence(value: Sequence[Any]) -> list[Any]:
-        choice = torch.randint(size, (rows,), generator=generator).tolist()
-        return [value[index] for index in choice]
-
-    return _mapped(batch, size, tensor, sequence)
-
-
-def _with_row(batch: Any, donor: Any, place: int) -> Any:
-    """Return ``batch`` with one row of ``donor`` in its place."""
-    donors = iter(_leaves(donor, _ROWS))
-
-    def tensor(value: Tensor) -> Tensor:
-        return torch.cat([value[:place], next(donors)[place : place + 1], value[place + 1 :]])
-
-    def sequence(value: Sequence[Any]) -> list[Any]:
-        return [*value[:place], next(donors)[place], *value[place + 1 :]]
-
-    return _mapped(batch, _ROWS, tensor, sequence)
-
-
-def _leaves(batch: Any, size: int) -> list[Any]:
-    found: list[Any] = []
-
-    def keep(value: Any) -> Any:
-        found.append(value)
-        return value
-
-    _mapped(batch, size, keep, keep)
-    return found
-
-
-def _mapped(
-    value: Any,
-    size: int,
-    tensor: Callable[[Tensor], Any],
-    sequence: Callable[[Sequence[Any]], Any],
-) -> Any:
-    """Apply a function to everything in a batch that has one entry a row."""
-    if isinstance(value, Tensor):
-        return tensor(value) if value.ndim and len(value) == size else value
-
-    def again(item: Any) -> Any:
-        return _mapped(item, size, tensor, sequence)
-
-    if isinstance(value, Mapping):
-        items = {key: again(item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(again, value))
-    if isinstance(value, list | tuple):
-        per_row = len(value) == size and not any(
-            isinstance(item, Tensor) and item.ndim and len(item) == size for item in value
-        )
-        return sequence(value) if per_row else type(value)(map(again, value))
-    return value

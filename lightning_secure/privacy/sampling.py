@@ -91,10 +91,16 @@ class LogicalBatch:
     To Lightning it is one opaque batch, and no collection that it would look into: one optimizer
     step, one step of the schedule, one entry in the account. It has no chunk when nothing was
     drawn, and is a step nevertheless.
+
+    Attributes:
+        chunks: The rows.
+        spent: Whether a gradient of these rows was taken. A second one would be a second look at
+            the same draw, which no account of independent draws covers.
     """
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
         self.chunks = tuple(chunks)
+        self.spent = False
 
     @property
     def size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import (
@@ -10,6 +11,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    default_collate,
 )
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
@@ -49,6 +51,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
             }
+        self._user_collate = loader.collate_fn
         super().__init__(
             loader.dataset,
             batch_sampler=PoissonBatchSampler(
@@ -65,6 +68,24 @@ class PrivateDataLoader(DataLoader[Any]):
             worker_init_fn=loader.worker_init_fn,
             **workers,
         )
+
+    def trial_batch(self, rows: Sequence[int]) -> Any:
+        """Return the batch that a collate function of the user's own makes of some rows.
+
+        Args:
+            rows: Their numbers, modulo the number of rows.
+
+        Returns:
+            The batch; None if torch's own collate function is used, which keeps rows apart.
+        """
+        if self._user_collate is default_collate:
+            return None
+        rows = [row % len(self.dataset) for row in rows]  # type: ignore[arg-type]
+        if hasattr(self.dataset, "__getitems__"):
+            samples = self.dataset.__getitems__(rows)
+        else:
+            samples = [self.dataset[row] for row in rows]
+        return self._user_collate(samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing; with it Lightning knows that the loader can resume."""

@@ -30,9 +30,16 @@ from lightning_secure.errors import (
 )
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.ledger import Ledger, begin_ledger, require_same_promise
+from lightning_secure.privacy.ledger import (
+    CHECKPOINT_KEY,
+    Ledger,
+    begin_ledger,
+    keep_ledger,
+    ledger_of,
+    require_same_promise,
+)
 from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
@@ -53,10 +60,8 @@ __all__ = ["PrivateStrategy"]
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CHECKPOINT_KEY: Final = "lightning_secure"
 #: What the package itself logs while training; none of it depends on the rows.
 PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
-_LEDGER_ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
 class PrivateStrategy(SingleDeviceStrategy):
@@ -118,7 +123,6 @@ class PrivateStrategy(SingleDeviceStrategy):
         self._noise = GaussianNoise(config.insecure_seed)
         self._results: GuardedResults | None = None
         self._preflight_due = True
-        self._released = False
 
     @property
     def ledger(self) -> Ledger | None:
@@ -170,9 +174,10 @@ class PrivateStrategy(SingleDeviceStrategy):
             require_trainer_options(trainer, module, self.precision_plugin)
             restored, self._restored = self._restored, None
             # A module that was trained privately before goes on with its own account.
-            self._ledger = restored or getattr(module, _LEDGER_ATTRIBUTE, None)
+            self._ledger = restored or ledger_of(module)
             if self._ledger is not None:
                 require_same_promise(self.config, self._ledger)
+                keep_ledger(module, self._ledger)
         super().setup(trainer)
         if not fitting:
             return
@@ -225,7 +230,7 @@ class PrivateStrategy(SingleDeviceStrategy):
                 batch_size=loader.batch_size or 1,
                 planned_steps=partial(planned_steps, trainer, self.config),
             )
-            setattr(self._module, _LEDGER_ATTRIBUTE, self._ledger)
+            keep_ledger(self._module, self._ledger)
         return self._ledger
 
     # One step
@@ -251,6 +256,13 @@ class PrivateStrategy(SingleDeviceStrategy):
                 "training_step does not get a batch of this strategy's own sampling: it takes a "
                 "dataloader_iter, or a hook exchanged the batch. No step was taken."
             )
+        if batch.spent:
+            raise UnsupportedTrainerOptionError(
+                "the closure was evaluated twice on one batch, by the optimizer or by an "
+                "optimizer_step of the module's own, and each evaluation is a release of its own. "
+                "Use an optimizer that does so once. The second was not released."
+            )
+        batch.spent = True
         ledger, engine = _required(self._ledger), _required(self._engine)
         if not ledger.affords_a_step(self.config.target_epsilon):
             raise BudgetExhaustedError(
@@ -264,10 +276,10 @@ class PrivateStrategy(SingleDeviceStrategy):
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine, results = _required(self._engine), _required(self._results)
-        data = self._on_device(chunk.data)
         if self._preflight_due:
-            self._preflight(data, chunk.size, rest, kwargs)
+            self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
+        data = self._on_device(chunk.data)
         results.batch, results.batch_size = data, None
         with engine.recording():
             output = super().training_step(data, *rest, **kwargs)
@@ -281,16 +293,20 @@ class PrivateStrategy(SingleDeviceStrategy):
         data = pl.LightningModule._on_before_batch_transfer(module, data, dataloader_idx=0)
         return super().batch_to_device(data)
 
-    def _preflight(self, data: Any, size: int, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
         engine, results = _required(self._engine), _required(self._results)
 
         def loss(batch: Any) -> Tensor:
-            # Without autocast: rounding to 8 bits would hide what is looked for.
-            return loss_of(self._module.training_step(batch, *rest, **kwargs))
+            # From before the transfer hooks, which can mix rows as well. Without autocast:
+            # rounding to 8 bits would hide what is looked for.
+            data = self._on_device(batch)
+            return loss_of(self._module.training_step(data, *rest, **kwargs))
 
         results.muted = True
         try:
-            preflight(engine, self._module, loss, data, size=size)
+            loader: Any = _required(self._module.trainer.fit_loop._combined_loader).flattened[0]
+            require_rows_kept_apart(loader.trial_batch, engine, self._module, loss)
+            preflight(engine, self._module, loss, chunk.data, size=chunk.size)
         finally:
             results.muted = False
 
@@ -301,13 +317,6 @@ class PrivateStrategy(SingleDeviceStrategy):
 
         The chunks went backward already; this is where Lightning expects gradients to appear.
         """
-        if self._released:
-            raise UnsupportedTrainerOptionError(
-                "the optimizer evaluated its closure twice in one step, and each evaluation is a "
-                "release of its own. Use an optimizer that does so once. The second was not "
-                "released."
-            )
-        self._released = True
         ledger, engine = _required(self._ledger), _required(self._engine)
         self.precision_plugin.pre_backward(closure_loss, self._module)
         engine.require_covered(self._module.named_parameters())
@@ -329,7 +338,6 @@ class PrivateStrategy(SingleDeviceStrategy):
         **kwargs: Any,
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
-        self._released = False
         result = super().optimizer_step(optimizer, without_loss(closure), model, **kwargs)
         ledger, trainer = _required(self._ledger), self._module.trainer
         if not trainer.should_stop and not ledger.affords_a_step(self.config.target_epsilon):
@@ -347,7 +355,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
         """Write the account into every checkpoint, weights-only ones too."""
-        ledger = self._ledger or getattr(self._module, _LEDGER_ATTRIBUTE, None)
+        ledger = self._ledger or ledger_of(self._module)
         if ledger is not None:
             checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -362,15 +370,14 @@ class PrivateStrategy(SingleDeviceStrategy):
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
-            state = checkpoint.get(CHECKPOINT_KEY)
-            if not isinstance(state, dict) or "privacy" not in state:
+            self._restored = Ledger.from_checkpoint(checkpoint)
+            if self._restored is None:
                 raise LedgerError(
                     "the checkpoint has no privacy ledger: it was not trained privately, or the "
                     "ledger was removed. Going on with a fresh account would report too small an "
                     "epsilon, so nothing was resumed. To start from public weights, load them "
                     "into the module and call fit without ckpt_path."
                 )
-            self._restored = Ledger.from_state_dict(state["privacy"])
         return checkpoint
 
     def teardown(self) -> None:

@@ -29,6 +29,7 @@ STORAGE = "tests/attacks/test_storage.py"
 STRATEGY = "tests/strategies/test_private.py"
 CHECKPOINT = "tests/plugins/test_checkpoint.py"
 GRADIENTS = "tests/privacy/test_gradients.py"
+PRIVACY = "tests/attacks/test_privacy.py"
 
 CATALOGUE = [
     # ------------------------------------------------------------ confidentiality and integrity
@@ -215,8 +216,8 @@ CATALOGUE = [
     Mutation(
         "the noise follows seed_everything",
         "privacy/noise.py",
-        "secrets.randbits(63) if self._seed is None",
-        "torch.initial_seed() if self._seed is None",
+        "default_rng(self._seed)",
+        "default_rng(torch.initial_seed() if self._seed is None else self._seed)",
         "tests/privacy/test_noise.py",
     ),
     Mutation(
@@ -224,7 +225,7 @@ CATALOGUE = [
         "privacy/noise.py",
         "    def __getstate__(self) -> dict[str, int | None]:",
         "    def __getstate__(self) -> dict[str, int | None]:\n        self._seed = self._seed "
-        "or 7\n        self._generators = {}",
+        "or 7\n        self._on_cpu = None",
         "tests/privacy/test_noise.py -k copy",
     ),
     Mutation(
@@ -269,9 +270,8 @@ CATALOGUE = [
     Mutation(
         "hooks see gradients before the noise",
         "strategies/private.py",
-        "        self._released = True\n        ledger, engine",
-        "        self.precision_plugin.post_backward(closure_loss, self._module)\n"
-        "        self._released = True\n        ledger, engine",
+        "        self.precision_plugin.pre_backward(closure_loss, self._module)\n",
+        "        self.precision_plugin.post_backward(closure_loss, self._module)\n",
         f"{STRATEGY} -k no_hook",
     ),
     Mutation(
@@ -284,8 +284,8 @@ CATALOGUE = [
     Mutation(
         "a run resumes without its account",
         "strategies/private.py",
-        '            self._restored = Ledger.from_state_dict(state["privacy"])',
-        "            self._restored = None",
+        "            if self._restored is None:\n",
+        "            self._restored = None\n            if False:\n",
         f"{STRATEGY} -k 'goes_on_with or without_an_account'",
     ),
     Mutation(
@@ -380,6 +380,70 @@ CATALOGUE = [
         'name = f"{kind.__module__}.{kind.__qualname__}"',
         "name = str(exception)",
         "tests/callbacks/test_callbacks.py -k by_type",
+    ),
+    Mutation(
+        "the noise of a run hangs on 32 bits",
+        "privacy/noise.py",
+        "default_rng(self._seed)",
+        "default_rng(self._seed and self._seed % 2**32)",
+        f"{PRIVACY} -k 32_bits",
+    ),
+    Mutation(
+        "rounding hides a row's norm",
+        "privacy/layers.py",
+        ".clamp(min=0) + error",
+        ".clamp(min=0)",
+        f"{PRIVACY} -k cancellation",
+    ),
+    Mutation(
+        "a checkpoint takes up rows",
+        "privacy/preflight.py",
+        "        _require_unchanged(before, _state(model))\n",
+        "",
+        f"{PRIVACY} -k takes_up",
+    ),
+    Mutation(
+        "an embedding writes down which tokens it met",
+        "privacy/engine.py",
+        'if getattr(module, "max_norm", None) is not None:',
+        "if False:",
+        f"{PRIVACY} -k embeddings",
+    ),
+    Mutation(
+        "the transfer hooks mix rows",
+        "strategies/private.py",
+        "loss, chunk.data, size",
+        "lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)), "
+        "self._on_device(chunk.data), size",
+        f"{PRIVACY} -k transfer_hook",
+    ),
+    Mutation(
+        "the collate function mixes rows",
+        "privacy/preflight.py",
+        "            if moved[kept]:",
+        "            if False:",
+        f"{PRIVACY} -k mixed_by_the_collate",
+    ),
+    Mutation(
+        "a fit after a resume begins a new account",
+        "strategies/private.py",
+        "                keep_ledger(module, self._ledger)\n",
+        "",
+        f"{PRIVACY} -k after_a_resume",
+    ),
+    Mutation(
+        "a loaded module forgets its account",
+        "plugins/checkpoint.py",
+        "        keep_ledger(module, ledger)",
+        "        pass",
+        f"{PRIVACY} -k brings",
+    ),
+    Mutation(
+        "two releases are taken from one draw",
+        "strategies/private.py",
+        "        batch.spent = True\n",
+        "",
+        f"{PRIVACY} -k one_draw",
     ),
     Mutation(
         "an exception's text reaches the log when the trail is torn",

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.preflight import preflight, recombined
+from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.rows import recombined
 
 SIZE = 12
 

@@ -271,11 +271,18 @@ def test_transfer_hooks_run_for_each_chunk(tmp_path):
     run = trainer(tmp_path, quiet(max_physical_batch_size=4), max_epochs=1, limit_val_batches=0)
     run.fit(model)
     assert len(calls) % 3 == 0
+    rounds = []
     for i in range(0, len(calls), 3):
         names, sizes = zip(*calls[i : i + 3], strict=True)
         assert names == ("before", "move", "after")
         assert len(set(sizes)) == 1
-        assert sizes[0] <= 4
+        rounds.append(sizes[0])
+    # First the preflight's trial rows, five or one; then the chunks, which are full but the last.
+    last_trial = len(rounds) - 1 - rounds[::-1].index(5)
+    assert set(rounds[: last_trial + 1]) == {1, 5}
+    chunks = rounds[last_trial + 1 :]
+    assert max(chunks) == 4
+    assert sum(chunks) > 16
     assert "_on_before_batch_transfer" not in vars(model)
 
 
