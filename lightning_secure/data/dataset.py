@@ -19,6 +19,7 @@ from lightning_secure.crypto.manifest import Manifest, PartitionKey, SplitEntry,
 from lightning_secure.data.format import ColumnData, Schema
 from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import ShardReader
+from lightning_secure.data.storage import LocalStorage
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
@@ -217,7 +218,7 @@ class EncryptedShardDataset(Dataset[Any]):
             return self._readers[shard]
         entry = self.entry.shards[shard]
         reader = ShardReader(
-            self._root,
+            LocalStorage(self._root),
             entry,
             key=self._partition.open(entry),
             schema=self._schema,

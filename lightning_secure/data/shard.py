@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from lightning_secure.data.format import (
     encode_segment,
     segment_lengths,
 )
+from lightning_secure.data.storage import Storage
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
@@ -117,7 +117,7 @@ class ShardReader:
     """An open shard that was found to be the one its manifest names.
 
     Args:
-        root: The dataset's folder.
+        storage: Where the dataset lies.
         entry: The shard's entry in a verified manifest.
         key: The shard's data key.
         schema: The split's columns.
@@ -132,12 +132,18 @@ class ShardReader:
     """
 
     def __init__(
-        self, root: Path, entry: ShardEntry, *, key: DataKey, schema: Schema, dataset_id: bytes
+        self,
+        storage: Storage,
+        entry: ShardEntry,
+        *,
+        key: DataKey,
+        schema: Schema,
+        dataset_id: bytes,
     ) -> None:
         self._name = entry.file
         self._schema = schema
         try:
-            self._fd = os.open(root / entry.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = storage.open(entry.file)
         except OSError as error:
             raise self._corrupted(f"it cannot be opened ({error.strerror})") from None
         try:
@@ -161,14 +167,14 @@ class ShardReader:
             raise
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
-        size = os.fstat(self._fd).st_size
+        size = self._file.size
         if size != entry.size:
             raise self._corrupted(f"it has {size} bytes where the manifest has {entry.size}")
-        packed = os.pread(self._fd, HEADER_BYTES, 0)
+        packed = self._read(0, HEADER_BYTES)
         if hashlib.sha256(packed).digest() != entry.header_sha256:
             raise self._corrupted("its header was altered, or another shard stands in its place")
         try:
-            header = Header.unpack(packed, size=size)
+            header = Header.unpack(bytes(packed), size=size)
         except ShardCorruptedError as error:
             raise self._corrupted(str(error)) from None
         expected = (
@@ -192,11 +198,11 @@ class ShardReader:
             raise self._corrupted("its header and the manifest contradict each other")
         return header
 
-    def _read_tags(self, size: int) -> Iterator[bytes]:
+    def _read_tags(self, size: int) -> Iterator[bytearray]:
         header = self.header
         for index in range(header.segments):
             end = min(header.segment_offset(index + 1), size)
-            yield os.pread(self._fd, TAG_BYTES, end - TAG_BYTES)
+            yield self._read(end - TAG_BYTES, TAG_BYTES)
 
     def read_segment(self, index: int) -> dict[str, ColumnData]:
         """Return the columns of one segment's rows.
@@ -207,7 +213,7 @@ class ShardReader:
         header = self.header
         offset = header.segment_offset(index)
         length = header.segment_bytes + TAG_BYTES
-        sealed = os.pread(self._fd, length, offset)
+        sealed = self._read(offset, length)
         plaintext = bytearray(max(0, len(sealed) - TAG_BYTES))
         records = header.records_in(index)
         tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
@@ -219,6 +225,11 @@ class ShardReader:
         except IntegrityError as error:
             raise self._corrupted(str(error)) from None
 
+    def _read(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        del data[self._file.read_into(offset, data) :]
+        return data
+
     def _corrupted(self, reason: str) -> ShardCorruptedError:
         return ShardCorruptedError(
             f"shard {self._name!r} rejected: {reason}; nothing from it was returned."
@@ -226,7 +237,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Release the file; the reader is of no use afterwards."""
-        os.close(self._fd)
+        self._file.close()
 
 
 def _plan(

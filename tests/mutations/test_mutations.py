@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shlex
 import shutil
@@ -15,12 +15,11 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-spec = importlib.util.spec_from_file_location("catalogue", HERE / "catalogue.py")
-assert spec is not None
-assert spec.loader is not None
-catalogue = importlib.util.module_from_spec(spec)
-sys.modules["catalogue"] = catalogue
-spec.loader.exec_module(catalogue)
+CATALOGUE = [
+    mutation
+    for path in sorted((HERE / "catalogue").glob("*.py"))
+    for mutation in importlib.import_module(f"catalogue.{path.stem}").CATALOGUE
+]
 
 
 def mutated(mutation, folder: Path) -> Path:
@@ -35,7 +34,7 @@ def mutated(mutation, folder: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mutation", catalogue.CATALOGUE, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
 def test_a_weakness_turns_a_test_red(mutation, tmp_path):
     copy = mutated(mutation, tmp_path)
     code = "import lightning_secure, sys; sys.exit(lightning_secure.__file__ != sys.argv[1])"
@@ -67,5 +66,5 @@ def test_a_weakness_turns_a_test_red(mutation, tmp_path):
 
 
 def test_the_catalogue_names_each_weakness_once():
-    names = [mutation.name for mutation in catalogue.CATALOGUE]
+    names = [mutation.name for mutation in CATALOGUE]
     assert len(set(names)) == len(names) >= 40

@@ -1,0 +1,170 @@
+"""Differential privacy."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+STRATEGY = "tests/strategies/test_private.py"
+GRADIENTS = "tests/privacy/test_gradients.py"
+
+CATALOGUE = [
+    Mutation(
+        "gradients are not clipped",
+        "privacy/layers.py",
+        "factors = (max_grad_norm / norms).clamp(max=1.0)",
+        "factors = torch.ones_like(norms)",
+        f"{GRADIENTS} -k 'bound or clipping'",
+    ),
+    Mutation(
+        "a sample that overflows takes the batch with it",
+        "privacy/bookkeeping.py",
+        "    if not bool(finite.all()):",
+        "    if False:",
+        f"{GRADIENTS} -k overflows",
+    ),
+    Mutation(
+        "the norm of a reused layer is that of its parts",
+        "privacy/bookkeeping.py",
+        "alone = all(uses[id(p)] == 1 for p in record.unit.parameters)",
+        "alone = True",
+        f"{GRADIENTS} -k 'reused or tied'",
+    ),
+    Mutation(
+        "no noise is added",
+        "privacy/noise.py",
+        "        if std == 0:",
+        "        if True:",
+        "tests/privacy/test_noise.py",
+    ),
+    Mutation(
+        "the noise follows seed_everything",
+        "privacy/noise.py",
+        "default_rng(self._seed)",
+        "default_rng(torch.initial_seed() if self._seed is None else self._seed)",
+        "tests/privacy/test_noise.py",
+    ),
+    Mutation(
+        "a copy repeats the noise",
+        "privacy/noise.py",
+        "    def __getstate__(self) -> dict[str, int | None]:",
+        "    def __getstate__(self) -> dict[str, int | None]:\n        self._seed = self._seed "
+        "or 7\n        self._on_cpu = None",
+        "tests/privacy/test_noise.py -k copy",
+    ),
+    Mutation(
+        "draws follow seed_everything",
+        "privacy/sampling.py",
+        "self._rng = np.random.default_rng(seed)",
+        "self._rng = np.random.default_rng(np.random.randint(2**31))",
+        "tests/privacy/test_sampling.py -k seed",
+    ),
+    Mutation(
+        "empty draws are left out",
+        "privacy/sampling.py",
+        "        for _ in range(self._steps):\n            yield "
+        "poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()",
+        "        for _ in range(self._steps):\n            rows = "
+        "poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()\n            if "
+        "rows:\n                yield rows",
+        "tests/privacy/test_sampling.py -k empty",
+    ),
+    Mutation(
+        "a row is in two chunks of one step",
+        "privacy/sampling.py",
+        "samples[start : start + self._limit] for start",
+        "samples[start : start + self._limit + 1] for start",
+        "tests/privacy/test_sampling.py -k chunks",
+    ),
+    Mutation(
+        "steps are not accounted for",
+        "strategies/private.py",
+        "        ledger.record()\n",
+        "",
+        f"{STRATEGY} -k 'boring or calibrated'",
+    ),
+    Mutation(
+        "the sum is divided by what was drawn",
+        "strategies/private.py",
+        "expected_batch_size=ledger.public.expected_batch_size,",
+        "expected_batch_size=self._drawn,",
+        f"{STRATEGY} -k by_hand",
+        (("engine.begin_step()", "engine.begin_step()\n        self._drawn = max(1, batch.size)"),),
+    ),
+    Mutation(
+        "hooks see gradients before the noise",
+        "strategies/private.py",
+        "        self.precision_plugin.pre_backward(closure_loss, self._module)\n",
+        "        self.precision_plugin.post_backward(closure_loss, self._module)\n",
+        f"{STRATEGY} -k no_hook",
+    ),
+    Mutation(
+        "training metrics are logged",
+        "strategies/telemetry.py",
+        "if name in self._public:",
+        "if True:",
+        f"{STRATEGY} -k withheld",
+    ),
+    Mutation(
+        "a run resumes without its account",
+        "strategies/private.py",
+        "            if self._restored is None:\n",
+        "            self._restored = None\n            if False:\n",
+        f"{STRATEGY} -k 'goes_on_with or without_an_account'",
+    ),
+    Mutation(
+        "a negative number of steps gives epsilon back",
+        "privacy/ledger.py",
+        "            positive_int(steps=steps)\n",
+        "",
+        "tests/privacy/test_ledger.py -k damaged",
+    ),
+    Mutation(
+        "checkpoints have no account",
+        "strategies/private.py",
+        "        if ledger is not None:\n            checkpoint[",
+        "        if False:\n            checkpoint[",
+        f"{STRATEGY} -k every_checkpoint",
+    ),
+    Mutation(
+        "the budget may be exceeded",
+        "privacy/ledger.py",
+        "        return steps < self._certified[target_epsilon]",
+        "        return True",
+        "tests/privacy/test_ledger.py -k budget",
+    ),
+    Mutation(
+        "nothing is checked before the first step",
+        "strategies/private.py",
+        "        self._preflight_due = True\n        self._results =",
+        "        self._preflight_due = False\n        self._results =",
+        f"{STRATEGY} -k preflight",
+    ),
+    Mutation(
+        "rows that are mixed pass the preflight",
+        "privacy/preflight.py",
+        "    if not moved[:, kept].any():",
+        "    if True:",
+        "tests/privacy/test_preflight.py -k mixes",
+    ),
+    Mutation(
+        "a parameter is trained past the noise",
+        "privacy/engine.py",
+        "if parameter.requires_grad and id(parameter) not in self._covered:",
+        "if False:",
+        f"{STRATEGY} -k 'later or outside'",
+    ),
+    Mutation(
+        "the optimizer sees the loss",
+        "strategies/private.py",
+        "without_loss(closure)",
+        "closure",
+        f"{STRATEGY} -k told",
+    ),
+    Mutation(
+        "un-noised records are in a pickle of the model",
+        "privacy/bookkeeping.py",
+        'return {**self.__dict__, "_pending": [], "_active": False}',
+        "return dict(self.__dict__)",
+        f"{GRADIENTS} -k pickled",
+    ),
+]

@@ -1,0 +1,127 @@
+"""Redaction and audit."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+PRIVACY = "tests/attacks/test_privacy.py"
+
+CATALOGUE = [
+    Mutation(
+        "an unknown client method passes",
+        "loggers/client.py",
+        '        raise RedactionError(\n            f"MlflowClient.{name} sends',
+        "        return member\n"
+        '        raise RedactionError(\n            f"MlflowClient.{name} sends',
+        "tests/loggers/test_mlflow.py -k every_way",
+    ),
+    Mutation(
+        "hyperparameters are cut before they are redacted",
+        "loggers/mlflow.py",
+        "super().log_hyperparams(self._redactor.redact(flat))",
+        "super().log_hyperparams(flat)",
+        "tests/loggers/test_mlflow.py -k half",
+    ),
+    Mutation(
+        "a detector that fails lets everything through",
+        "redaction/redactor.py",
+        '        if found is None:\n            return self._dropped("detector")',
+        "        if found is None:\n            return text",
+        "tests/redaction/test_redactor.py -k checked",
+    ),
+    Mutation(
+        "the audit chain is not checked",
+        "audit/log.py",
+        'if record["seq"] != number or record["prev"] != head:',
+        'if record["seq"] != number:',
+        "tests/audit/test_log.py -k changed",
+    ),
+    Mutation(
+        "the audit log holds the text of exceptions",
+        "callbacks/audit_trail.py",
+        'name = f"{kind.__module__}.{kind.__qualname__}"',
+        "name = str(exception)",
+        "tests/callbacks/test_callbacks.py -k by_type",
+    ),
+    Mutation(
+        "the noise of a run hangs on 32 bits",
+        "privacy/noise.py",
+        "default_rng(self._seed)",
+        "default_rng(self._seed and self._seed % 2**32)",
+        f"{PRIVACY} -k 32_bits",
+    ),
+    Mutation(
+        "rounding hides a row's norm",
+        "privacy/layers.py",
+        ".clamp(min=0) + error",
+        ".clamp(min=0)",
+        f"{PRIVACY} -k cancellation",
+    ),
+    Mutation(
+        "a checkpoint takes up rows",
+        "privacy/preflight.py",
+        "        _require_unchanged(before, _state(model))\n",
+        "",
+        f"{PRIVACY} -k takes_up",
+    ),
+    Mutation(
+        "an embedding writes down which tokens it met",
+        "privacy/engine.py",
+        'if getattr(module, "max_norm", None) is not None:',
+        "if False:",
+        f"{PRIVACY} -k embeddings",
+    ),
+    Mutation(
+        "the transfer hooks mix rows",
+        "strategies/private.py",
+        "loss, chunk.data, size",
+        "lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)), "
+        "self._on_device(chunk.data), size",
+        f"{PRIVACY} -k transfer_hook",
+    ),
+    Mutation(
+        "the collate function mixes rows",
+        "privacy/preflight.py",
+        "            if moved[kept]:",
+        "            if False:",
+        f"{PRIVACY} -k mixed_by_the_collate",
+    ),
+    Mutation(
+        "a fit after a resume begins a new account",
+        "strategies/private.py",
+        "                keep_ledger(module, self._ledger)\n",
+        "",
+        f"{PRIVACY} -k after_a_resume",
+    ),
+    Mutation(
+        "a loaded module forgets its account",
+        "plugins/checkpoint.py",
+        "        keep_ledger(module, ledger)",
+        "        pass",
+        f"{PRIVACY} -k brings",
+    ),
+    Mutation(
+        "two releases are taken from one draw",
+        "strategies/private.py",
+        "        batch.spent = True\n",
+        "",
+        f"{PRIVACY} -k one_draw",
+    ),
+    Mutation(
+        "an exception's text reaches the log when the trail is torn",
+        "callbacks/audit_trail.py",
+        'log.error("the end of the run could not be recorded: %s", error)',
+        'log.exception("the end of the run could not be recorded: %s", error)',
+        "tests/callbacks/test_callbacks.py -k end_that_cannot",
+    ),
+    Mutation(
+        "a full audit log is passed over",
+        "callbacks/audit_trail.py",
+        '        self._log.append(event.action, {"run": self._run, **event.details}, '
+        "outcome=event.outcome)",
+        "        try:\n"
+        '            self._log.append(event.action, {"run": self._run, **event.details})\n'
+        "        except Exception:\n            pass",
+        "tests/callbacks/test_callbacks.py -k refuses",
+    ),
+]
