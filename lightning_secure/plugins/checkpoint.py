@@ -191,6 +191,7 @@ def load_encrypted_checkpoint(
     keys: KeyProvider,
     map_location: Any | None = None,
     strict: bool | None = None,
+    safe_globals: Sequence[type] = (),
     **kwargs: Any,
 ) -> _Module:
     """Return a module with the weights and hyperparameters of an encrypted checkpoint.
@@ -204,13 +205,16 @@ def load_encrypted_checkpoint(
         keys: Releases the checkpoint's key.
         map_location: As for ``load_from_checkpoint``.
         strict: As for ``load_from_checkpoint``.
+        safe_globals: As for :class:`EncryptedCheckpointIO`: what was needed to write it is needed
+            to read it.
         **kwargs: Hyperparameters to override, as for ``load_from_checkpoint``.
 
     Raises:
         CheckpointCorruptedError: It was altered or cut off, or is not an encrypted checkpoint.
         WrongKeyError: It was written under another key.
     """
-    with opened(path, keys=keys) as stream:
+    allowed: list[Any] = list(safe_globals)
+    with opened(path, keys=keys) as stream, torch.serialization.safe_globals(allowed):
         # Without reading the tensors.
         with FakeTensorMode():
             ledger = Ledger.from_checkpoint(torch.load(stream, weights_only=True))

@@ -273,6 +273,21 @@ def test_what_could_never_be_read_is_not_written(tmp_path, files):
     assert allowing.load_checkpoint(tmp_path / "x.ckpt") == {"p": pathlib.Path("a")}
 
 
+def test_a_module_with_a_class_of_its_own_is_loaded_if_that_class_is_named(tmp_path, keys):
+    allowing = EncryptedCheckpointIO(keys, safe_globals=[pathlib.PosixPath])
+    run = trainer(tmp_path, allowing)
+    run.fit(Model(secret=pathlib.Path("hunter2-secret")))
+    path = run.checkpoint_callback.best_model_path
+    with pytest.raises(CheckpointCorruptedError, match="not safe to load") as caught:
+        load_encrypted_checkpoint(Model, path, keys=keys)
+    assert "hunter2" not in str(caught.value)
+    safe = [pathlib.PosixPath]
+    model = load_encrypted_checkpoint(Model, path, keys=keys, safe_globals=safe)
+    assert model.hparams["secret"] == pathlib.Path("hunter2-secret")
+    with pytest.raises(CheckpointCorruptedError):  # what was allowed once is not allowed for good
+        load_encrypted_checkpoint(Model, path, keys=keys)
+
+
 def test_storage_options_are_refused(tmp_path, files):
     with pytest.raises(ConfigError, match="storage_options"):
         files.save_checkpoint(STATE, tmp_path / "x.ckpt", storage_options={})
