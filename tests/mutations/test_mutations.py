@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,35 +36,45 @@ def mutated(mutation, folder: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
-def test_a_weakness_turns_a_test_red(mutation, tmp_path):
-    copy = mutated(mutation, tmp_path)
-    code = "import lightning_secure, sys; sys.exit(lightning_secure.__file__ != sys.argv[1])"
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported what takes long, and forks for each run."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in [name for name in environment if name.startswith(("COV_", "COVERAGE_", "PYTEST_"))]:
+        del environment[name]
     # -P: the current folder must not come before the copy on the path.
-    python = [sys.executable, "-P"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("COVERAGE_PROCESS_START", None)
-    here = subprocess.run(
-        [*python, "-c", code, str(copy / "__init__.py")], env=environment, check=False, cwd=ROOT
-    )
-    assert here.returncode == 0, "the copy is not what would be tested"
-    quiet = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    pytest_ = [*python, "-m", "pytest", *quiet, f"--basetemp={tmp_path / 'base'}"]
-    done = subprocess.run(
-        [*pytest_, *shlex.split(mutation.tests)],
+    with subprocess.Popen(
+        [sys.executable, "-P", HERE / "zygote.py"],
         env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
         cwd=ROOT,
-        timeout=240,
-    )
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
+def test_a_weakness_turns_a_test_red(mutation, tmp_path, zygote):
+    mutated(mutation, tmp_path)
+    quiet = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    request = {
+        "package": str(tmp_path),
+        "arguments": [*quiet, f"--basetemp={tmp_path / 'base'}", *shlex.split(mutation.tests)],
+        "output": str(tmp_path / "output"),
+        "seconds": 240,
+    }
+    zygote.stdin.write(json.dumps(request) + "\n")
+    zygote.stdin.flush()
+    code = json.loads(zygote.stdout.readline())
+    output = (tmp_path / "output").read_text()
     # 1: a test failed. Anything else (an error while collecting, no test at all) proves nothing.
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-500:]
-    assert " failed" in done.stdout
+    assert code == 1, output[-6000:]
+    assert " failed" in output
     # A mutant that merely crashes says nothing about the tests.
     for crash in ("NameError", "AttributeError", "SyntaxError", "ImportError"):
-        assert f"E   {crash}" not in done.stdout, done.stdout[-3000:]
+        assert f"E   {crash}" not in output, output[-6000:]
 
 
 def test_the_catalogue_names_each_weakness_once():
