@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from lightning_secure import __version__, cli
+from lightning_secure.cli import doctor
 
 
 def by_name():
@@ -43,7 +44,7 @@ def installed(monkeypatch, **versions):
         return found
 
     # Other releases cannot be installed beside the ones under test.
-    monkeypatch.setattr(cli, "version", fake)
+    monkeypatch.setattr(doctor, "version", fake)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_local_builds_count_as_their_release():
 
 def test_an_optional_package_may_be_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check = cli._extra("mlflow", "tracking")
+    check = doctor._extra("mlflow", "tracking")
     assert (check.status, check.detail) == ("missing", "pip install 'lightning-secure[tracking]'")
 
 
@@ -91,7 +92,7 @@ def test_broken_cryptography_is_noticed(monkeypatch):
             return bytes(16)  # accepts whatever comes
 
     monkeypatch.setattr(aead, "AESGCM", Careless)
-    assert cli._encryption().status == "bad"
+    assert doctor._encryption().status == "bad"
 
 
 def test_a_gpu_is_named(monkeypatch):
@@ -100,4 +101,4 @@ def test_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H200")
-    assert cli._accelerator().detail == "2 x NVIDIA H200"
+    assert doctor._accelerator().detail == "2 x NVIDIA H200"

@@ -1,4 +1,4 @@
-"""``lightning-secure``: the command line."""
+"""``lightning-secure doctor``: what is installed, what is missing, what must not stay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lightning_secure._version import __version__
 
-__all__ = ["Check", "main", "run_checks"]
+__all__ = ["Check", "doctor", "run_checks"]
 
 _DISTRIBUTION: Final = "lightning-secure"
 #: Releases that must not be used, and why.
@@ -45,13 +45,7 @@ class Check:
     detail: str
 
 
-@click.group()
-@click.version_option(__version__, prog_name=_DISTRIBUTION)
-def main() -> None:
-    """Private, confidential and accountable training for PyTorch Lightning."""
-
-
-@main.command()
+@click.command()
 def doctor() -> None:
     """Show what is installed, what is missing, and what must not stay as it is."""
     checks = run_checks()
