@@ -4,16 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
+PEERS ?= .venv-peers
 
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test lint types format peers clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
 	@echo "make test   the whole test suite, with its coverage"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
+	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,5 +42,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without dependencies: the file names all of them, and leaves out a torchvision that breaks torch.
+$(PEERS)/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+peers: $(PEERS)/.installed
+
 clean:
-	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run
+	rm -rf $(VENV) $(PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run
