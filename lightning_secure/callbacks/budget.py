@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_secure.errors import ConfigError
+from lightning_secure.errors import BudgetExhaustedError, ConfigError
 from lightning_secure.privacy.ledger import HasLedger, Ledger
 from lightning_secure.validate import positive, positive_int
 
@@ -21,14 +21,21 @@ class PrivacyBudget(Callback):
     """Shows epsilon in the progress bar, logs it as a metric, and can stop the run early.
 
     Args:
-        max_epsilon: Stop after the last step that keeps epsilon at or below this. The strategy's
-            own ``target_epsilon`` holds without it; this one is for stopping sooner.
+        max_epsilon: Stop after the last step that keeps epsilon at or below this; the Trainer's
+            ``min_epochs`` and ``min_steps`` give way. The strategy's own ``target_epsilon`` holds
+            without it; this one is for stopping sooner.
         every_n_epochs: How often epsilon is computed, which takes some tenths of a second.
 
     Metrics: ``privacy/epsilon``, ``privacy/delta`` and ``privacy/steps``, at the end of epochs.
 
     Raises:
         ConfigError: The Trainer's strategy keeps no account of privacy.
+        BudgetExhaustedError: Training went on although it was asked to stop. The step that would
+            have passed ``max_epsilon`` was not taken.
+
+    A module can replace callbacks in its ``configure_callbacks``, and then nobody looks at
+    ``max_epsilon``. What must hold whatever the module does is
+    ``DPConfig(target_epsilon=)``, which the strategy enforces.
     """
 
     def __init__(self, *, max_epsilon: float | None = None, every_n_epochs: int = 1) -> None:
@@ -45,6 +52,26 @@ class PrivacyBudget(Callback):
                 f"{type(trainer.strategy).__name__} spends no budget because it is not private."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take no step at all if an earlier fit has spent ``max_epsilon``."""
+        self._stop_if_spent(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse the step that would pass ``max_epsilon``, if something made training go on.
+
+        Raises:
+            BudgetExhaustedError: It would.
+        """
+        ledger = _ledger(trainer)
+        if not ledger.affords_a_step(self._max_epsilon):
+            raise BudgetExhaustedError(
+                f"one more step would exceed PrivacyBudget(max_epsilon={self._max_epsilon:g}) "
+                f"after {ledger.steps} steps, and something made training go on. The step was not "
+                "taken."
+            )
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -53,16 +80,21 @@ class PrivacyBudget(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Ask the Trainer to stop when one more step would pass ``max_epsilon``."""
-        ledger = _ledger(trainer)
-        if trainer.should_stop or ledger.affords_a_step(self._max_epsilon):
+        """Stop when one more step would pass ``max_epsilon``."""
+        self._stop_if_spent(trainer)
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        # Whether something else asked to stop says nothing: Lightning may not have listened.
+        strategy, ledger = trainer.strategy, _ledger(trainer)
+        if ledger.affords_a_step(self._max_epsilon):
             return
         log.warning(
             "epsilon would exceed %g after %d steps: training stops here",
             self._max_epsilon,
             ledger.steps,
         )
-        trainer.should_stop = True
+        assert isinstance(strategy, HasLedger)  # noqa: S101 # or _ledger would have raised
+        strategy.stop_training()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was spent."""

@@ -236,6 +236,9 @@ class HasLedger(Protocol):
     def ledger(self) -> Ledger | None:
         """The account, from the first fit on."""
 
+    def stop_training(self) -> None:
+        """Make the Trainer take no further step, whatever minimum it was given."""
+
 
 def begin_ledger(
     config: DPConfig, *, rows: int, batch_size: int, planned_steps: Callable[[int], int]

@@ -51,6 +51,7 @@ from lightning_secure.strategies.steps import (
     loss_of,
     merged,
     spare_logical_batch,
+    stop_before_any_minimum,
     without_loss,
 )
 from lightning_secure.strategies.telemetry import GuardedResults
@@ -339,15 +340,19 @@ class PrivateStrategy(SingleDeviceStrategy):
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
         result = super().optimizer_step(optimizer, without_loss(closure), model, **kwargs)
-        ledger, trainer = _required(self._ledger), self._module.trainer
-        if not trainer.should_stop and not ledger.affords_a_step(self.config.target_epsilon):
+        ledger = _required(self._ledger)
+        if not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
                 self.config.target_epsilon,
                 ledger.steps,
             )
-            trainer.should_stop = True
+            self.stop_training()
         return result
+
+    def stop_training(self) -> None:
+        """Make the Trainer take no further step; its ``min_epochs`` and ``min_steps`` give way."""
+        stop_before_any_minimum(self._module.trainer)
 
     # Checkpoints
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.sampling import LogicalBatch
 
-__all__ = ["loss_of", "merged", "spare_logical_batch", "without_loss"]
+__all__ = ["loss_of", "merged", "spare_logical_batch", "stop_before_any_minimum", "without_loss"]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -70,3 +70,14 @@ def spare_logical_batch(module: pl.LightningModule, batch: Any, dataloader_idx: 
     if isinstance(batch, LogicalBatch):
         return batch
     return pl.LightningModule._on_before_batch_transfer(module, batch, dataloader_idx)
+
+
+def stop_before_any_minimum(trainer: pl.Trainer) -> None:
+    """Make the Trainer stop after this step.
+
+    Lightning passes over ``should_stop`` until ``min_epochs`` and ``min_steps`` are met. A budget
+    that is spent before them is spent all the same, so they are given up.
+    """
+    trainer.fit_loop.min_epochs = None
+    trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.should_stop = True

@@ -14,7 +14,7 @@ from lightning_secure.callbacks.audit_trail import AuditTrail
 from lightning_secure.callbacks.budget import PrivacyBudget
 from lightning_secure.data.datamodule import EncryptedDataModule
 from lightning_secure.data.writer import EncryptedShardWriter
-from lightning_secure.errors import AuditWriteError, ConfigError
+from lightning_secure.errors import AuditWriteError, BudgetExhaustedError, ConfigError
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.private import PrivateStrategy
@@ -200,6 +200,69 @@ def test_a_run_is_stopped_gracefully_at_an_epsilon(tmp_path, sealed, keys):
     assert account.epsilon() <= 4.0 < account.epsilon(more_steps=1)
     state = EncryptedCheckpointIO(keys).load_checkpoint(save.best_model_path)
     assert state["global_step"] == account.steps
+
+
+@pytest.mark.parametrize("minimum", [{"min_epochs": 20}, {"min_steps": 80}])
+def test_a_minimum_of_the_trainers_does_not_outlast_the_budget(tmp_path, sealed, keys, minimum):
+    """Lightning passes over should_stop until its minimum is met."""
+    options = {"max_epochs": 20, "limit_val_batches": 0, **minimum}
+    run = trainer(tmp_path, keys, [PrivacyBudget(max_epsilon=4.0)], **options)
+    run.fit(Model(), datamodule=data(sealed, keys))
+    account = run.strategy.ledger
+    assert account.steps < 80
+    assert account.epsilon() <= 4.0 < account.epsilon(more_steps=1)
+
+
+def test_a_stop_that_somebody_else_asked_for_in_vain_does_not_hide_the_budget(
+    tmp_path, sealed, keys
+):
+    class StopsEarly(L.Callback):
+        def on_train_batch_start(self, trainer, *rest):
+            trainer.should_stop = True
+
+    run = trainer(
+        tmp_path, keys, [StopsEarly(), PrivacyBudget(max_epsilon=4.0)], max_epochs=20,
+        min_epochs=20, limit_val_batches=0,
+    )  # fmt: skip
+    run.fit(Model(), datamodule=data(sealed, keys))
+    assert run.strategy.ledger.epsilon() <= 4.0
+
+
+def test_what_goes_on_after_the_budget_is_refused_its_step(tmp_path, sealed, keys):
+    class GoesOn(L.Callback):
+        def on_train_batch_end(self, trainer, *rest):
+            trainer.should_stop = False
+
+    run = trainer(
+        tmp_path, keys, [PrivacyBudget(max_epsilon=4.0), GoesOn()], max_epochs=20,
+        limit_val_batches=0,
+    )  # fmt: skip
+    with pytest.raises(BudgetExhaustedError, match="was not taken"):
+        run.fit(Model(), datamodule=data(sealed, keys))
+    assert run.strategy.ledger.epsilon() <= 4.0
+
+
+def test_a_fit_that_begins_with_nothing_left_takes_no_step(tmp_path, sealed, keys):
+    module = Model()
+    trainer(tmp_path, keys, [], max_epochs=2, limit_val_batches=0).fit(
+        module, datamodule=data(sealed, keys)
+    )
+    budget = PrivacyBudget(max_epsilon=0.5)
+    run = trainer(tmp_path, keys, [budget], min_epochs=3, max_epochs=4, limit_val_batches=0)
+    run.fit(module, datamodule=data(sealed, keys))
+    assert run.strategy.ledger.epsilon() > 0.5
+    assert run.strategy.ledger.steps == 8
+
+
+def test_the_strategys_own_budget_ends_a_run_before_its_minimum(tmp_path, sealed, keys):
+    """Gracefully, so with a checkpoint, and not by the error that guards the next step."""
+    save = ModelCheckpoint(tmp_path / "c")
+    dp = {"target_epsilon": 4.0, "planned_epochs": 3}
+    run = trainer(tmp_path, keys, [save], dp=dp, min_epochs=6, max_epochs=6)
+    run.fit(Model(), datamodule=data(sealed, keys))
+    account = run.strategy.ledger
+    assert account.epsilon() <= 4.0 < account.epsilon(more_steps=1)
+    assert EncryptedCheckpointIO(keys).load_checkpoint(save.best_model_path)["global_step"] >= 12
 
 
 def test_a_run_that_is_not_private_is_called_so(tmp_path, sealed, keys, caplog):
