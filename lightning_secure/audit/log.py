@@ -1,8 +1,8 @@
 """An append-only log in which each record carries the hash of the one before it.
 
 Changing, removing or inserting a record breaks the chain from there on. Cutting records off the
-*end* does not: keep the head that :meth:`AuditLog.append` returns somewhere else, and give it to
-:meth:`AuditLog.verify`.
+*end* does not, unless the process that wrote them is still there and writes another: keep the head
+that :meth:`AuditLog.append` returns somewhere else, and give it to :meth:`AuditLog.verify`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
-from lightning_secure.errors import AuditChainError, AuditWriteError, IntegrityError
+from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
 
 __all__ = ["AuditLog", "AuditSummary"]
 
@@ -35,7 +35,7 @@ class AuditSummary:
 
     Attributes:
         records: How many there are.
-        head: SHA-256 of the last one, in hexadecimal; of an empty log, zeros.
+        head: SHA-256 of the last one, in hexadecimal; zeros if there is none.
     """
 
     records: int
@@ -53,13 +53,16 @@ class AuditLog:
     before it without its newline.
 
     Several threads and processes may write to one log; each record is on disk before
-    :meth:`append` returns.
+    :meth:`append` returns. An object that has written or read a record writes no other unless that
+    one is still in its place: a log that was cut or exchanged under a running process is not
+    silently begun anew.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self._lock = threading.Lock()
-        self._end = -1
+        self._end = 0
+        self._length = 0
         self._seq = 0
         self._head = _GENESIS
 
@@ -96,10 +99,14 @@ class AuditLog:
             try:
                 return self._append(action, dict(details or {}), outcome)
             except OSError as error:
-                raise AuditWriteError(
-                    f"audit log {str(self._path)!r} cannot be written ({error.strerror}), so "
-                    f"{action!r} was refused."
-                ) from None
+                reason = error.strerror
+            except DataError:
+                reason = "a detail has no JSON form, or is text without a UTF-8 form"
+        # Outside the handlers: what could not be recorded must not hang on the error.
+        raise AuditWriteError(
+            f"audit log {str(self._path)!r} cannot be written ({reason}), so {action!r} was "
+            "refused."
+        )
 
     def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,6 +115,7 @@ class AuditLog:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
+            self._require_kept(fd)
             if size != self._end:
                 # Another process wrote meanwhile, or this is the first record of this object.
                 self._seq, self._head = self._last(fd, size)
@@ -129,10 +137,19 @@ class AuditLog:
             os.fsync(fd)
         finally:
             os.close(fd)
-        self._end = size + written
+        self._end, self._length = size + written, written
         self._seq += 1
         self._head = hashlib.sha256(line).hexdigest()
         return self._head
+
+    def _require_kept(self, fd: int) -> None:
+        """Refuse to go on if the last record that this object knows of is not where it was."""
+        last = os.pread(fd, self._length, self._end - self._length)
+        if self._length and hashlib.sha256(last[:-1]).hexdigest() != self._head:
+            raise AuditWriteError(
+                f"audit log {str(self._path)!r} no longer holds the record that this process saw "
+                "last: it was cut off, removed or exchanged. Nothing was written to it."
+            )
 
     def _last(self, fd: int, size: int) -> tuple[int, str]:
         """Return the next number and the hash of the last record."""
@@ -161,26 +178,36 @@ class AuditLog:
             )
         return record["seq"] + 1, hashlib.sha256(line).hexdigest()
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, *, allow_empty: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the records, each checked against the one before it.
 
+        Args:
+            allow_empty: Whether the log may be absent or hold no record, because nothing may have
+                been written to it yet.
+
         Raises:
-            AuditChainError: The chain breaks here; the message says at which record.
+            AuditChainError: The chain breaks here; the message says at which record. Or there is no
+                record, and there should be.
         """
-        head = _GENESIS
+        head, number = _GENESIS, 0
         try:
             with contextlib.ExitStack() as stack:
-                # A log that was never written to is empty, not broken.
                 lines: Iterable[bytes] = ()
                 if self._path.exists():
                     lines = stack.enter_context(self._path.open("rb"))
-                for number, line in enumerate(lines):
+                for line in lines:
                     yield self._checked(number, line, head)
                     head = hashlib.sha256(line[:-1]).hexdigest()
+                    number += 1
         except OSError as error:
             raise AuditChainError(
                 f"audit log {str(self._path)!r} cannot be read ({error.strerror})."
             ) from None
+        if number == 0 and not allow_empty:
+            raise AuditChainError(
+                f"audit log {str(self._path)!r} is missing or empty: it was removed or emptied, or "
+                "it lies elsewhere. Pass allow_empty=True only where nothing was written to it yet."
+            )
 
     def _checked(self, number: int, line: bytes, head: str) -> dict[str, Any]:
         if not line.endswith(b"\n"):
@@ -195,20 +222,26 @@ class AuditLog:
             raise self._broken(number, "it does not follow the record before it")
         return record
 
-    def verify(self, *, expected_head: str | None = None) -> AuditSummary:
+    def verify(
+        self, *, expected_head: str | None = None, allow_empty: bool = False
+    ) -> AuditSummary:
         """Check the whole chain.
 
         Args:
             expected_head: A head that was kept elsewhere. It must be that of some record, so
-                everything up to then is still there.
+                everything up to then is still there, unchanged. What was written after it can
+                still have been cut off: keep a newer one. Zeros, the head of a log without
+                records, ask for nothing.
+            allow_empty: Whether the log may be absent or hold no record, because nothing may have
+                been written to it yet.
 
         Raises:
-            AuditChainError: A record was changed, removed, inserted or cut off, or the record with
-                the expected head is gone.
+            AuditChainError: A record was changed, removed, inserted or cut off, the record with
+                the expected head is gone, or there is no record at all.
         """
         head, count = _GENESIS, 0
         seen = expected_head in (None, _GENESIS)
-        for record in self.records():
+        for record in self.records(allow_empty=allow_empty):
             head = hashlib.sha256(canonical_json(record)).hexdigest()
             count += 1
             seen = seen or head == expected_head
@@ -230,6 +263,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     record = parse_json_object(line, what="a record")
     if record.keys() != _FIELDS or type(record["seq"]) is not int:
         raise IntegrityError("not a record")
-    if canonical_json(record) != line:
+    if canonical_json(record) != line:  # has a UTF-8 form: parse_json_object saw to it
         raise IntegrityError("not in canonical form")
     return record

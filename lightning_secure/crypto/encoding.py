@@ -13,18 +13,46 @@ from lightning_secure.errors import IntegrityError
 __all__ = ["b64decode", "b64encode", "canonical_json", "parse_json_object"]
 
 
+def utf8(text: str, *, what: str) -> bytes:
+    """Encode text that comes from outside.
+
+    Python's text may hold halves of surrogate pairs, which no encoding has; they come from broken
+    JSON and from file names. The error of ``str.encode`` carries the whole text along.
+
+    Raises:
+        DataError: It has no UTF-8 form. The message names ``what`` and holds nothing of the text.
+    """
+    data = None
+    with contextlib.suppress(UnicodeEncodeError):
+        data = text.encode()
+    if data is None:
+        raise DataError(
+            f"{what} is text with a lone surrogate (half of a character), which has no UTF-8 form. "
+            "Nothing of it was used."
+        )
+    return data
+
+
 def canonical_json(value: Any) -> bytes:
     r"""Encode JSON with sorted keys and no white space, in UTF-8.
 
     Equal to RFC 8785 for the values used here: strings, booleans, integers, lists and objects with
     ASCII keys.
 
+    Raises:
+        DataError: ``value`` has no such form.
+
     >>> canonical_json({"b": [1, True], "a": "ü"})
     b'{"a":"\xc3\xbc","b":[1,true]}'
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    text = None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        text = json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+    if text is None:
+        raise DataError("a value has no JSON form, for example NaN. Nothing of it was used.")
+    return utf8(text, what="a value that is to be signed, recorded or bound to a key")
 
 
 def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:

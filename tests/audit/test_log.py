@@ -57,9 +57,17 @@ def test_a_log_longer_than_one_block_is_continued(log):
     assert log.verify().records == 3
 
 
-def test_an_empty_log_is_sound(log):
-    assert log.verify().records == 0
-    assert log.verify(expected_head="0" * 64).head == "0" * 64
+def test_a_log_that_nothing_was_written_to_is_sound_if_that_is_expected(log):
+    for _ in range(2):
+        assert log.verify(allow_empty=True).records == 0
+        assert log.verify(allow_empty=True, expected_head="0" * 64).head == "0" * 64
+        assert list(log.records(allow_empty=True)) == []
+        with pytest.raises(AuditChainError, match="expected head"):
+            log.verify(allow_empty=True, expected_head="ab" * 32)
+        log.path.parent.mkdir(exist_ok=True)
+        log.path.touch()  # as after a disk that was full from the first record on
+    log.append("key.unwrap")
+    assert log.verify().records == 1
 
 
 def test_threads_do_not_break_the_chain(log):
@@ -138,11 +146,58 @@ def test_records_cut_off_the_end_are_found_with_a_head_only(log):
             log.verify(expected_head=head)
 
 
-def test_a_log_that_was_removed_is_found_with_a_head(log):
+@pytest.mark.parametrize("attack", ["removed", "emptied"])
+def test_a_log_that_was_removed_or_emptied_is_found(log, attack):
     heads = filled(log)
+    if attack == "removed":
+        log.path.unlink()
+    else:
+        log.path.write_bytes(b"")
+    for options in ({}, {"expected_head": heads[0]}, {"expected_head": "0" * 64}):
+        with pytest.raises(AuditChainError, match="missing or empty"):
+            log.verify(**options)
+    with pytest.raises(AuditChainError, match="missing or empty"):
+        list(log.records())
+    with pytest.raises(AuditChainError, match="cut off"):
+        log.verify(allow_empty=True, expected_head=heads[0])
+
+
+@pytest.mark.parametrize("attack", ["removed", "emptied", "cut", "exchanged", "grown"])
+def test_a_log_is_not_begun_anew_under_a_process_that_writes_it(log, attack, tmp_path):
+    """Otherwise the next record would make a sound chain of what is left."""
+    filled(log)
+    other = AuditLog(tmp_path / "other.jsonl")
+    filled(other, 8 if attack == "grown" else 6)
+    if attack == "removed":
+        log.path.unlink()
+    else:
+        kept = {"emptied": [], "cut": lines(log)[:4]}.get(attack, lines(other))
+        log.path.write_bytes(b"".join(kept))
+    before = log.path.read_bytes() if log.path.exists() else b""
+    with pytest.raises(AuditWriteError, match="no longer holds"):
+        log.append("key.unwrap")
+    assert log.path.read_bytes() == before
+
+
+def test_a_log_that_was_copied_over_itself_goes_on(log):
+    filled(log)
+    data = log.path.read_bytes()
     log.path.unlink()
-    with pytest.raises(AuditChainError):
-        log.verify(expected_head=heads[0])
+    log.path.write_bytes(data)
+    log.append("key.unwrap")
+    assert log.verify().records == 7
+
+
+def test_a_record_with_half_a_character_is_found(log):
+    filled(log, 2)
+    kept = lines(log)
+    for half in (b'"\\ud800"', b'"\xed\xa0\x80"'):
+        edited = kept[1].replace(b'"success"', half)
+        assert edited != kept[1]
+        log.path.write_bytes(kept[0] + edited)
+        with pytest.raises(AuditChainError, match="record 1") as caught:
+            log.verify()
+        assert caught.value.__context__ is None
 
 
 @pytest.mark.parametrize(
@@ -189,6 +244,16 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AuditWriteError, match=r"'key.unwrap' was refused"):
         AuditLog(tmp_path / "file" / "audit.jsonl").append("key.unwrap")
+
+
+@pytest.mark.parametrize("value", ["Mary \ud800 Quant", float("nan"), object()])
+def test_what_has_no_form_in_the_log_is_refused_and_not_shown(log, value):
+    with pytest.raises(AuditWriteError, match=r"'key.unwrap' was refused") as caught:
+        log.append("key.unwrap", {"path": value})
+    assert "Mary" not in str(caught.value)
+    assert caught.value.__context__ is caught.value.__cause__ is None
+    log.append("after")
+    assert log.verify().records == 1
 
 
 def test_a_full_disk_leaves_no_half_record(log, monkeypatch):
