@@ -8,9 +8,9 @@ import contextlib
 import json
 from typing import Any
 
-from lightning_secure.errors import IntegrityError
+from lightning_secure.errors import DataError, IntegrityError
 
-__all__ = ["b64decode", "b64encode", "canonical_json", "parse_json_object"]
+__all__ = ["b64decode", "b64encode", "canonical_json", "parse_json_object", "utf8"]
 
 
 def utf8(text: str, *, what: str) -> bytes:
@@ -56,7 +56,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:
-    """Parse a JSON object, refusing duplicate keys.
+    """Parse a JSON object in UTF-8, refusing duplicate keys and text that has no UTF-8 form.
 
     Raises:
         IntegrityError: ``data`` is not one JSON object with unique keys. The message names ``what``
@@ -64,7 +64,10 @@ def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:
     """
     value: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data, object_pairs_hook=_unique)
+        parsed = json.loads(data.decode(), object_pairs_hook=_unique)
+        if b"\\u" in data:  # such an escape can spell half of a surrogate pair
+            json.dumps(parsed, ensure_ascii=False).encode()
+        value = parsed
     if not isinstance(value, dict):
         # Raised outside the handler: a JSONDecodeError carries the whole document with it.
         raise IntegrityError(

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from lightning_secure import events
-from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json
+from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, utf8
 from lightning_secure.crypto.signing import Signer
 from lightning_secure.errors import IntegrityError, KeyAccessError, WrongKeyError
 
@@ -66,7 +66,7 @@ class DataKey:
 
     def subkey(self, purpose: str) -> DataKey:
         """Return the key for one purpose; two purposes' keys say nothing about each other."""
-        return DataKey(self.derive(info=b"lsec/v1/subkey\0" + purpose.encode()))
+        return DataKey(self.derive(info=b"lsec/v1/subkey\0" + utf8(purpose, what="the purpose of a key")))
 
     @property
     def key_id(self) -> str:

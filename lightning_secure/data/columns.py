@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
@@ -16,6 +17,7 @@ from lightning_secure.errors import DataError
 __all__ = ["convert_column", "count_rows", "infer_column", "joined"]
 
 _UNTOUCHED: Final = "Nothing of this call was sealed."
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
 
 def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
@@ -74,6 +76,8 @@ def convert_column(
         kind = str if column.kind == "string" else bytes
         if isinstance(rows, Tensor) or not all(isinstance(row, kind) for row in rows):
             raise _mismatch(column, f"something that is not {kind.__name__}")
+        if kind is str and any(_SURROGATE.search(row) for row in rows):
+            raise _mismatch(column, "a lone surrogate (half of a character), which UTF-8 has not")
         return cast("ColumnData", rows)
     if column.kind == "ragged":
         for number, row in enumerate(rows):

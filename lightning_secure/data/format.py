@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.encoding import canonical_json, utf8
 from lightning_secure.crypto.segments import (
     MAX_SEGMENT_BYTES,
     MAX_SEGMENTS,
@@ -40,7 +40,7 @@ HEADER_BYTES: Final = 4096
 _ALIGNMENT: Final = 8
 _HEADER: Final = struct.Struct("<8sHHI16s16sIIQII32s32s")
 _MAX_COLUMNS: Final = 4096
-_NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
+_NAME: Final = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}")
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "bool": torch.bool,
@@ -66,7 +66,7 @@ class Column:
     """Name and type of one column.
 
     Attributes:
-        name: 1 to 128 characters without control characters.
+        name: 1 to 128 characters without control characters and lone surrogates.
         kind: ``tensor``: the same shape in each row. ``ragged``: a tensor whose first dimension
             differs between rows. ``bytes`` and ``string``: one value of any length a row.
         dtype: Element type: bool, uint8, int8, int16, int32, int64, float16, bfloat16, float32 or
@@ -89,7 +89,8 @@ class Column:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise DataError(
-                "a column name must have 1 to 128 characters and no control characters."
+                "a column name must have 1 to 128 characters, no control characters and no lone "
+                "surrogates."
             )
         plain = self.kind in ("bytes", "string") and (self.dtype, self.shape) == ("uint8", ())
         if not plain and (self.kind not in ("tensor", "ragged") or self.dtype not in DTYPES):
@@ -367,13 +368,13 @@ def _tensor(plaintext: bytearray, column: Column, offset: int, count: int) -> Te
 def _raw(value: Tensor | bytes | str) -> bytes:
     if isinstance(value, Tensor):
         return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return value.encode() if isinstance(value, str) else value
+    return utf8(value, what="a value of a string column") if isinstance(value, str) else value
 
 
 def _raw_bytes(value: Tensor | bytes | str) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return len(value.encode() if isinstance(value, str) else value)
+    return len(_raw(value))
 
 
 def _aligned(position: int) -> int:

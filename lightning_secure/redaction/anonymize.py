@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from lightning_secure.crypto.encoding import utf8
 from lightning_secure.crypto.keys import DataKey, KeyProvider
 from lightning_secure.errors import ConfigError, DataError
 
@@ -98,6 +99,7 @@ class Pseudonymize(Operator):
     def __post_init__(self) -> None:
         if not self.domain:
             raise ConfigError("Pseudonymize needs a domain, for example domain='patient'.")
+        utf8(self.domain, what="the domain of a Pseudonymize")
 
     def bind(self, keys: KeyProvider) -> Bound:
         """Derive the domain's key from the provider."""
@@ -230,7 +232,7 @@ class _Pseudonym(Bound):
     def __call__(self, value: Any) -> str:
         # The type is part of the message: 7 and "7" are different things.
         if isinstance(value, str):
-            message = b"s" + value.encode()
+            message = b"s" + utf8(value, what="a value")
         elif isinstance(value, int) and not isinstance(value, bool):
             message = b"i" + str(value).encode()
         else:

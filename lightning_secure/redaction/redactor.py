@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 #: Stands in place of what was taken out; MLflow accepts it in names too.
 REDACTED: Final = "REDACTED"
 _MAX_DEPTH: Final = 32
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
 
 class Redactor:
@@ -99,6 +100,9 @@ class Redactor:
         Raises:
             RedactionError: A detector failed and the redactor is strict.
         """
+        if _SURROGATE.search(text):
+            # No store can hold it, and the error of trying carries the text along.
+            return self._dropped("encoding")
         try:
             found = [finding for detector in self._detectors for finding in detector.find(text)]
         except Exception:  # noqa: BLE001 # whatever it is, the text was not checked

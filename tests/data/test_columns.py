@@ -138,3 +138,10 @@ def test_parts_are_joined():
 
 def test_every_storable_dtype_is_known():
     assert len(DTYPES) == 10
+
+
+def test_half_a_character_is_refused_and_not_shown():
+    with pytest.raises(DataError, match=r"'note'.*lone surrogate.*sealed") as caught:
+        convert(Column("note", "string"), ["fine", "Mary \ud800 Quant"])
+    assert "Mary" not in str(caught.value)
+    assert caught.value.__context__ is None

@@ -290,3 +290,13 @@ def test_tensors_are_views_and_aligned():
     assert decoded.data_ptr() % 8 == 0
     plaintext[8:16] = struct.pack("<d", 41.0)
     assert decoded[0, 0] == 41.0
+
+
+def test_half_a_character_is_refused_and_not_shown():
+    schema = Schema((Column("note", "string"),))
+    with pytest.raises(DataError, match="string column") as caught:
+        segment_lengths(schema, {"note": ["Mary \ud800 Quant"]})
+    assert "Mary" not in str(caught.value)
+    assert caught.value.__context__ is None
+    with pytest.raises(DataError, match="lone surrogates"):
+        Column("note \udfff", "string")

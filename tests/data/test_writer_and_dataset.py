@@ -444,3 +444,14 @@ def test_nothing_in_the_clear_reaches_the_disk(tmp_path, keys):
         assert X[row].tobytes()[:8] not in written
         assert NAMES[row].encode() not in written
     assert json.loads((tmp_path / MANIFEST_NAME).read_text())["signatures"]
+
+
+def test_half_a_character_leaves_the_rows_before_it(tmp_path, keys):
+    """It comes from broken JSON; the error of encoding it would carry the text along."""
+    with EncryptedShardWriter(tmp_path, split="train", keys=keys) as writer:
+        writer.write({"note": "fine"})
+        with pytest.raises(DataError, match="lone surrogate") as caught:
+            writer.write({"note": "Mary \ud800 Quant"})
+        assert "Mary" not in str(caught.value)
+        assert caught.value.__context__ is None
+    assert dataset(tmp_path, keys).__getitems__([0]).batch() == (["fine"],)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from lightning_secure.errors import (
     AuditWriteError,
     CheckpointCorruptedError,
     ConfigError,
+    DataError,
     WrongKeyError,
 )
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO, load_encrypted_checkpoint
@@ -315,3 +317,28 @@ def test_each_checkpoint_has_a_key_of_its_own(saved, files, monkeypatch):
     for _ in range(2):
         files.save_checkpoint(STATE, saved)
     assert made[0] != made[1]
+
+
+def test_half_a_character_in_what_the_header_holds_is_refused_and_not_shown(files, tmp_path):
+    state = {**STATE, "lightning_secure": {"privacy": {"run_id": "hunter2 \ud800"}}}
+    with pytest.raises(DataError) as caught:
+        files.save_checkpoint(state, tmp_path / "x.ckpt")
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__context__ is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_in_a_header_is_tampering(files, saved):
+    data = saved.read_bytes()
+    length = int.from_bytes(data[10:14], "little")
+    header = re.sub(rb'"run_id":"[^"]{6}', b'"run_id":"\\\\ud800', data[14 : 14 + length])
+    assert header != data[14 : 14 + length]
+    saved.write_bytes(data[:14] + header + data[14 + length :])
+    with pytest.raises(CheckpointCorruptedError) as caught:
+        files.load_checkpoint(saved)
+    assert not isinstance(caught.value.__context__, UnicodeError)
+
+
+def test_half_a_character_in_the_state_is_kept(files, tmp_path):
+    files.save_checkpoint({**STATE, "note": "a \ud800 b"}, tmp_path / "x.ckpt")
+    assert files.load_checkpoint(tmp_path / "x.ckpt")["note"] == "a \ud800 b"

@@ -129,6 +129,18 @@ def test_a_pseudonym_needs_a_domain():
         Pseudonymize(domain="")
 
 
+def test_half_a_character_is_refused_and_not_shown(keys):
+    with pytest.raises(DataError, match=r"'name'.*lone surrogate") as caught:
+        applied({"name": Pseudonymize(domain="p")}, keys, name=["Mary \ud800"])
+    assert "Mary" not in str(caught.value)
+    assert not isinstance(caught.value.__context__, UnicodeError)
+    assert caught.value.__context__.__context__ is None
+    with pytest.raises(DataError, match="domain"):
+        Pseudonymize(domain="\ud800")
+    with pytest.raises(DataError, match="purpose"):
+        keys.derive("\ud800")
+
+
 def test_what_was_done_is_described_without_values(keys):
     plan = AnonymizationPlan(
         {"a": Suppress(), "b": Pseudonymize(domain="p"), "c": Generalize(width=5), "d": Keep()}

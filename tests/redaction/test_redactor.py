@@ -158,6 +158,16 @@ def test_or_raises_if_that_is_wanted():
     assert "hunter2" not in str(caught.value)
 
 
+def test_half_a_character_is_dropped():
+    """No store takes it, and the error of trying would carry the text along."""
+    redactor = Redactor()
+    assert redactor.redact({"a": "hunter2 \ud800", "b\udfff": 1}) == {"a": REDACTED, REDACTED: 1}
+    assert redactor.counts == {"encoding-failed": 2}
+    with pytest.raises(RedactionError) as caught:
+        Redactor(strict=True).redact_text("hunter2 \ud800")
+    assert caught.value.__context__ is None
+
+
 def test_an_object_without_a_text_form_is_dropped():
     class Odd:
         def __str__(self):
