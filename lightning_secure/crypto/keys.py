@@ -66,7 +66,9 @@ class DataKey:
 
     def subkey(self, purpose: str) -> DataKey:
         """Return the key for one purpose; two purposes' keys say nothing about each other."""
-        return DataKey(self.derive(info=b"lsec/v1/subkey\0" + utf8(purpose, what="the purpose of a key")))
+        return DataKey(
+            self.derive(info=b"lsec/v1/subkey\0" + utf8(purpose, what="the purpose of a key"))
+        )
 
     @property
     def key_id(self) -> str:

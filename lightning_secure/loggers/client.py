@@ -148,6 +148,9 @@ class RedactingClient:
                 )
             data = self._redactor.redact_text(text).encode()
         target.parent.mkdir(parents=True, exist_ok=True)
+        number = 2
+        while target.exists():  # two names that differed only in what was taken out
+            target, number = target.with_name(f"{number}_{target.name}"), number + 1
         target.write_bytes(data)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch.loggers import MLFlowLogger
 
 from lightning_secure.errors import ConfigError, MissingExtraError
@@ -104,9 +104,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Log hyperparameters, redacted before they are cut to MLflow's length."""
-        # A secret that was cut in half is not recognised any more, and half of it is a leak.
-        flat = _flatten_dict(_convert_params(params))
-        super().log_hyperparams(self._redactor.redact(flat))
+        # Before they are cut, for half of a secret is not recognised any more and still a leak; and
+        # before they are flattened, which turns containers that Lightning does not know into text.
+        super().log_hyperparams(self._redactor.redact(_convert_params(params)))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log metrics with redacted names; text is dropped, for Lightning would print it."""

@@ -1,7 +1,7 @@
 """What looks like a secret or like personal data.
 
 Secrets are known by their format (the regular expressions of detect-secrets, without its entropy
-guesses) or by the name under which they stand. Of personal data, e-mail addresses are found;
+guesses) or by the name before them. Of personal data, e-mail addresses are found;
 names, places and free text are not, and no pattern can find them: declare such columns, or keep
 them out.
 """
@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Final, NamedTuple, Protocol
 
+from lightning_secure.redaction.assignments import secret_values
+from lightning_secure.redaction.names import KeyNameDetector
+
 __all__ = [
+    "AssignmentDetector",
     "Detector",
     "Finding",
     "KeyNameDetector",
@@ -70,9 +74,15 @@ class SecretDetector:
     # Everything between :// and the last @ before the path: passwords may hold @ and :.
     _URL: Final = PatternDetector("url-credentials", r"://([^/\s?#'\"]+)@")
 
+    # To its end: what stands between the lines is the key. Or to the text's, if it was cut.
+    _PEM: Final = PatternDetector(
+        "private-key", r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*-----|\Z)"
+    )
+
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what has the format of a secret, whole."""
         yield from self._URL.find(text)
+        yield from self._PEM.find(text)
         for rule, pattern in _secret_patterns():
             for match in pattern.finditer(text):
                 yield Finding(rule, *match.span())
@@ -112,62 +122,13 @@ class PersonalDataDetector:
         yield from self._EMAIL.find(text)
 
 
-class KeyNameDetector:
-    """Recognises names of settings whose values are secrets.
+class AssignmentDetector:
+    """Finds values that stand after the name of a secret: ``password=...``, ``--api-key ...``."""
 
-    Whole words count, and only where they end the name: ``hub_token``, ``apiKey`` and
-    ``aws_secret_access_key`` are secrets, ``pad_token_id``, ``max_new_tokens`` and
-    ``use_cls_token`` are settings of a tokenizer.
+    def __init__(self) -> None:
+        self._names = KeyNameDetector()
 
-    >>> names = KeyNameDetector()
-    >>> [names.matches(n) for n in ("db_password", "hubToken", "use_cls_token", "num_tokens")]
-    [True, True, False, False]
-    """
-
-    _WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-    _ENDINGS: Final = (
-        *((word,) for word in ("password", "passwd", "passphrase", "pwd", "secret", "secrets")),
-        *((word,) for word in ("credential", "credentials", "apikey", "authtoken", "token")),
-        *(
-            (word, "key")
-            for word in ("api", "access", "private", "secret", "encryption", "account")
-        ),
-        ("connection", "string"),
-    )
-    # What a tokenizer calls a token.
-    _VOCABULARY: Final = frozenset(
-        [
-            "additional",
-            "audio",
-            "begin",
-            "bos",
-            "cls",
-            "decoder",
-            "end",
-            "eos",
-            "eot",
-            "image",
-            "mask",
-            "model",
-            "pad",
-            "prefix",
-            "sep",
-            "special",
-            "start",
-            "stop",
-            "sub",
-            "suffix",
-            "text",
-            "unk",
-            "video",
-            "vision",
-            "word",
-        ]
-    )
-
-    def matches(self, name: str) -> bool:
-        """Return whether a value under this name should not be shown."""
-        words = tuple(word.lower() for word in self._WORDS.findall(name.split("/")[-1]))
-        if not any(words[-len(ending) :] == ending for ending in self._ENDINGS):
-            return False
-        return not (words[-1] == "token" and len(words) > 1 and words[-2] in self._VOCABULARY)
+    def find(self, text: str) -> Iterator[Finding]:
+        """Yield the values, without their names."""
+        for start, end in secret_values(text, self._names):
+            yield Finding("secret-assigned", start, end)

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.detectors import (
+    AssignmentDetector,
     Detector,
     KeyNameDetector,
     PatternDetector,
@@ -51,6 +53,7 @@ class Redactor:
         self._names = KeyNameDetector()
         self._detectors: list[Detector] = [
             SecretDetector(),
+            AssignmentDetector(),
             PersonalDataDetector(),
             *(PatternDetector(f"extra-{i}", pattern) for i, pattern in enumerate(extra_patterns)),
         ]
@@ -59,7 +62,8 @@ class Redactor:
         """Return ``value`` without secrets and personal data.
 
         Args:
-            value: Text, numbers, and mappings and sequences of them. Anything else becomes text.
+            value: Text, numbers, and mappings and sequences of them, also as dataclasses,
+                namespaces, named tuples, OmegaConf, attrs or pydantic. Anything else becomes text.
             name: Under which the value stands, for example ``optimizer/api_key``.
 
         Raises:
@@ -68,31 +72,63 @@ class Redactor:
         if value is None or isinstance(value, bool):
             return value
         if name and self._names.matches(name):
-            self.counts["secret-name"] += 1
-            return REDACTED
+            return self._taken_out()
         if isinstance(value, int | float):
             return value
         if isinstance(value, str):
             return self.redact_text(value)
         if _depth == _MAX_DEPTH:
             return self._dropped("nesting")
-        if isinstance(value, Mapping):
-            clean: dict[str, Any] = {}
-            for key, item in value.items():
-                label = shown = self.redact_text(str(key))
-                number = 2
-                while shown in clean:  # two names that differed only in what was taken out
-                    shown, number = f"{label}_{number}", number + 1
-                clean[shown] = self.redact(item, name=str(key), _depth=_depth + 1)
-            return clean
-        if isinstance(value, list | tuple | set | frozenset):
-            # The name belongs to each item as much as to all of them.
-            return [self.redact(item, name=name, _depth=_depth + 1) for item in value]
         try:
-            text = str(value)
-        except Exception:  # noqa: BLE001 # a foreign __str__ may raise anything
+            fields, items = fields_of(value), items_of(value)
+            text = str(value) if fields is None and items is None else ""
+        except Exception:  # noqa: BLE001 # a foreign __str__ or mapping may raise anything
             text = None
-        return self._dropped("text-form") if text is None else self.redact_text(text)
+        if text is None:
+            return self._dropped("text-form")
+        if fields is not None:
+            return self._mapping(fields, name, _depth + 1)
+        if items is not None:
+            return self._sequence(items, name, _depth + 1)
+        return self.redact_text(text)
+
+    def _mapping(self, fields: Mapping[str, Any], name: str, depth: int) -> dict[str, Any]:
+        # {"name": "DB_PASSWORD", "value": ...}, as containers and forms have it.
+        labels = {key: item for key, item in fields.items() if key.lower() in ("name", "key")}
+        entry = any(isinstance(x, str) and self._names.matches(x) for x in labels.values())
+        clean: dict[str, Any] = {}
+        for key, item in fields.items():
+            label = shown = self.redact_text(key)
+            number = 2
+            while shown in clean:  # two names that differed only in what was taken out
+                shown, number = f"{label}_{number}", number + 1
+            if entry and key not in labels and item is not None and not isinstance(item, bool):
+                clean[shown] = self._taken_out()
+            else:
+                path = f"{name}/{key}" if name else key
+                clean[shown] = self.redact(item, name=path, _depth=depth)
+        return clean
+
+    def _sequence(self, items: Sequence[Any], name: str, depth: int) -> list[Any]:
+        clean: list[Any] = []
+        for number, item in enumerate(items):
+            before = items[number - 1] if number else None
+            # ("password", ...) as a dict's items, and ["--password", ...] as a command line.
+            if (
+                isinstance(before, str)
+                and (len(items) == 2 or (before.startswith("-") and "=" not in before))
+                and self._names.matches(before)
+                and not (item is None or isinstance(item, bool) or str(item).startswith("--"))
+            ):
+                clean.append(self._taken_out())
+            else:
+                # The name belongs to each item as much as to all of them.
+                clean.append(self.redact(item, name=name, _depth=depth))
+        return clean
+
+    def _taken_out(self) -> str:
+        self.counts["secret-name"] += 1
+        return REDACTED
 
     def redact_text(self, text: str) -> str:
         """Return ``text`` with every finding replaced.
@@ -111,7 +147,7 @@ class Redactor:
             return self._dropped("detector")
         pieces, position = [], 0
         for rule, start, end in sorted(found, key=lambda finding: (finding.start, -finding.end)):
-            if start < position and end <= position:
+            if (start < position and end <= position) or text[start:end] == REDACTED:
                 continue
             if start >= position:
                 pieces += [text[position:start], REDACTED]

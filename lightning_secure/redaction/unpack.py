@@ -45,8 +45,9 @@ _STARTS: Final = {
 _ARCHIVE: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # Formats that the standard library does not open, or in which pages may be packed.
 _CLOSED: Final = (
-    b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"\xff\x06\x00\x00sNaPpY", b"7z\xbc\xaf\x27\x1c",
-    b"Rar!\x1a\x07", b"\x1f\x9d", b"\x1f\xa0", b"LZIP\1", b"MSCF\0\0\0\0", b"PAR1", b"PARE", b"FEA1", b"ARROW1",
+    b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"\xff\x06\x00\x00sNaPpY",
+    b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x1f\x9d", b"\x1f\xa0", b"LZIP\1",
+    b"MSCF\0\0\0\0", b"PAR1", b"PARE", b"FEA1", b"ARROW1",
 )  # fmt: skip
 _LOCAL_HEADER: Final = struct.Struct("<4sHHHHHIIIHH")
 _STORED, _DEFLATED = 0, 8
@@ -221,7 +222,7 @@ def _member(data: bytes, start: int, allowance: _Allowance) -> _Opened | None:
     if flags & 1 or method not in (_STORED, _DEFLATED):
         return _Opened("member", b"", None)
     if method == _STORED:
-        # It lies there as it is. Only that its end is missing can be seen, if it says where that is.
+        # It lies there as it is; only that its end is missing can be seen, if it says where it is.
         return None if body + header[7] <= len(data) else _Opened("member", b"", None)
     content, stop = _inflated("member", data, body, allowance)
     return _Opened("member", content, stop)

@@ -36,8 +36,19 @@ def test_escapes_of_whole_characters_are_read():
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"[]", b"1", b"{", b'{"a":1,"a":2}', b"\xff\xfe", b"[" * 100_000, b'{"secret": "hunter2',
-        b'{"hunter2":"\\ud800"}', b'{"hunter2":"\xed\xa0\x80"}', '{"a":1}'.encode("utf-16")],
+    [
+        b"",
+        b"[]",
+        b"1",
+        b"{",
+        b'{"a":1,"a":2}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"secret": "hunter2',
+        b'{"hunter2":"\\ud800"}',
+        b'{"hunter2":"\xed\xa0\x80"}',
+        '{"a":1}'.encode("utf-16"),
+    ],
 )
 def test_what_is_not_one_object_is_refused_without_showing_it(data):
     with pytest.raises(IntegrityError) as caught:

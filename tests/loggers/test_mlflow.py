@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -27,8 +28,23 @@ pytestmark = [
 
 PASSWORD, ADDRESS, TOKEN = "Wintergreen-90210", "mary.q@clinic.example", "AKIAIOSFODNN7EXAMPLE"
 CANARIES = {"password": PASSWORD, "address": ADDRESS, "token": TOKEN}
+
+
+@dataclasses.dataclass
+class Database:
+    host: str = "db"
+    passwords: tuple[str, ...] = (PASSWORD,)
+
+
 DIRTY = {
     "db_password": PASSWORD,
+    "nested": {"list": [{"api_keys": {"prod": PASSWORD}}, [{"a": {"password1": PASSWORD}}]]},
+    "joined/secrets/db": PASSWORD,
+    "joined.api_key_prod": PASSWORD,
+    "api": {"key": PASSWORD},
+    "argv": ["train.py", "--db-password", PASSWORD, "--lr", "3"],
+    "command": f"export AWS_SECRET_ACCESS_KEY={PASSWORD}; x -H 'Authorization: Bearer {PASSWORD}'",
+    "text": f"see token: {PASSWORD} and password={PASSWORD}",
     "url": f"postgresql://u:{PASSWORD}@db/x",
     "contact": {"email": ADDRESS, "list": [ADDRESS, {"k": TOKEN}]},
     f"by {ADDRESS}": 1,
@@ -93,6 +109,8 @@ def test_nothing_secret_reaches_a_database(tmp_path, keys):
     require_clean(tmp_path / "runs")
     params = run.data.params
     assert params["db_password"] == params["contact/email"] == REDACTED
+    assert params["api/key"] == params["joined.api_key_prod"] == REDACTED
+    assert params["argv/3"] == "--lr"
     assert params["url"] == f"postgresql://{REDACTED}@db/x"
     assert params["long"].startswith("x" * 240)
     assert (params["lr"], params["name"]) == ("0.1", "adam")
@@ -188,6 +206,34 @@ def test_text_files_are_redacted_and_others_refused(client):
             proxy.log_artifacts(run, str(tree))
 
 
+def test_names_that_become_alike_do_not_replace_each_other(client):
+    proxy, run, folder = client
+    (folder / "tree").mkdir()
+    for name in ("a@b.example", "c@d.example", "e@f.example"):
+        (folder / "tree" / name).write_text(name[0])
+    proxy.log_artifacts(run, str(folder / "tree"))
+    stored = [p for p in (folder / "runs" / "artifacts").rglob("*") if p.is_file()]
+    assert sorted(p.read_text() for p in stored) == ["a", "c", "e"]
+
+
+def test_secrets_do_not_pass_through_the_client(client):
+    from mlflow.entities import Param, RunTag
+
+    proxy, run, folder = client
+    proxy.log_param(run, "joined/secrets/db", PASSWORD)
+    proxy.log_param(run, "words", f"--db-password {PASSWORD}")
+    proxy.log_param(run, "half", f"{PASSWORD} \ud800")
+    proxy.set_tag(run, "api_keys.prod", PASSWORD)
+    proxy.log_batch(run, params=[Param("tokens", PASSWORD)], tags=[RunTag("password1", PASSWORD)])
+    proxy.log_text(run, f"a: 1\npasswords:\n  - {PASSWORD}\nb: 2\n", "hparams.yaml")
+    proxy.log_dict(run, {"a": [{"name": "DB_PASSWORD", "value": PASSWORD}]}, "env.json")
+    (folder / "config.json").write_text(f'{{"db": {{"password": "{PASSWORD}"}}, "lr": 3}}')
+    proxy.log_artifact(run, str(folder / "config.json"))
+    require_clean(folder / "runs")
+    (stored,) = (folder / "runs").rglob("config.json")
+    assert stored.read_text() == f'{{"db": {{"password": "{REDACTED}"}}, "lr": 3}}'
+
+
 def test_entities_and_numbers_keep_their_other_fields(client):
     from mlflow.entities import Metric, Param, RunTag
 
@@ -251,6 +297,15 @@ def test_objects_are_logged_as_redacted_text(tmp_path):
     params = logger.experiment.get_run(logger.run_id).data.params
     assert (params["space/in"], params["owner"], params["n"]) == ("a", REDACTED, "3")
     assert params["space/cc/0/b"] == REDACTED
+
+
+def test_secrets_in_objects_are_taken_out_before_they_become_text(tmp_path):
+    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path)
+    nested = {"database": Database(), "list": [Namespace(api_keys={"prod": PASSWORD})]}
+    logger.log_hyperparams(Namespace(**nested))
+    params = logger.experiment.get_run(logger.run_id).data.params
+    assert (params["database/host"], params["database/passwords"]) == ("db", REDACTED)
+    require_clean(tmp_path)
 
 
 def test_a_logger_does_not_inherit_the_database_of_another(tmp_path):

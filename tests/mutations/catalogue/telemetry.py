@@ -18,8 +18,8 @@ CATALOGUE = [
     Mutation(
         "hyperparameters are cut before they are redacted",
         "loggers/mlflow.py",
-        "super().log_hyperparams(self._redactor.redact(flat))",
-        "super().log_hyperparams(flat)",
+        "super().log_hyperparams(self._redactor.redact(_convert_params(params)))",
+        "super().log_hyperparams(_convert_params(params))",
         "tests/loggers/test_mlflow.py -k half",
     ),
     Mutation(
@@ -123,5 +123,76 @@ CATALOGUE = [
         '            self._log.append(event.action, {"run": self._run, **event.details})\n'
         "        except Exception:\n            pass",
         "tests/callbacks/test_callbacks.py -k refuses",
+    ),
+    Mutation(
+        "what stands below a secret name is shown",
+        "redaction/names.py",
+        "any(map(_secret, parts))",
+        "_secret(parts[-1] if parts else ())",
+        "tests/redaction/test_names.py -k names_of_secrets",
+    ),
+    Mutation(
+        "secrets in free text are known by their format only",
+        "redaction/redactor.py",
+        "            AssignmentDetector(),\n",
+        "",
+        "tests/redaction/test_assignments.py -k free_text",
+    ),
+    Mutation(
+        "a dataclass becomes text before its secrets are looked for",
+        "redaction/containers.py",
+        "    elif dataclasses.is_dataclass(value):",
+        "    elif False:",
+        "tests/redaction/test_containers.py -k beside",
+    ),
+    Mutation(
+        "what a search could not open counts as clean",
+        "redaction/canary.py",
+        "            if not part.whole:",
+        "            if False:",
+        "tests/redaction/test_canary.py -k opened_to_its_end",
+    ),
+    Mutation(
+        "a search looks into the first member of a stream only",
+        "redaction/unpack.py",
+        "if kind not in _STARTS or not _STARTS[kind].match(data, end):",
+        "if True:",
+        "tests/redaction/test_canary.py -k packed_is_searched",
+    ),
+    Mutation(
+        "a missing audit log is sound",
+        "audit/log.py",
+        "if number == 0 and not allow_empty:",
+        "if False:",
+        "tests/audit/test_log.py -k removed_or_emptied",
+    ),
+    Mutation(
+        "an audit log is begun anew under the process that writes it",
+        "audit/log.py",
+        "            self._require_kept(fd)\n",
+        "",
+        "tests/audit/test_log.py -k begun_anew",
+    ),
+    Mutation(
+        "a minimum of the Trainer's outlasts the budget",
+        "strategies/steps.py",
+        "    trainer.fit_loop.min_epochs = None\n",
+        "",
+        "tests/callbacks/test_callbacks.py -k 'minimum_of_the and minimum0'",
+    ),
+    Mutation(
+        "the error of half a character carries the text along",
+        "crypto/encoding.py",
+        """    data = None
+    with contextlib.suppress(UnicodeEncodeError):
+        data = text.encode()
+    if data is None:
+        raise DataError(""",
+        """    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise DataError(""",
+        "tests/crypto/test_encoding.py -k utf8_form",
+        (("        )\n    return data\n\n\ndef canonical", "        )\n\n\ndef canonical"),),
     ),
 ]
