@@ -152,9 +152,7 @@ class AuditLog:
             )
 
     def _last(self, fd: int, size: int) -> tuple[int, str]:
-        """Return the next number and the hash of the last record."""
-        if size == 0:
-            return 0, _GENESIS
+        """Return the next number and the hash of the last record of a log that has one."""
         tail = b""
         start = size
         while start > 0 and b"\n" not in tail[:-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import lightning.pytorch as pl
 import torch
@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from lightning_secure.errors import (
     BudgetExhaustedError,
     LedgerError,
-    PrivacyError,
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
@@ -50,6 +49,7 @@ from lightning_secure.strategies.options import (
 from lightning_secure.strategies.steps import (
     loss_of,
     merged,
+    required,
     spare_logical_batch,
     stop_before_any_minimum,
     without_loss,
@@ -59,7 +59,6 @@ from lightning_secure.strategies.telemetry import GuardedResults
 __all__ = ["PrivateStrategy"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 #: What the package itself logs while training; none of it depends on the rows.
 PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
@@ -264,7 +263,7 @@ class PrivateStrategy(SingleDeviceStrategy):
                 "Use an optimizer that does so once. The second was not released."
             )
         batch.spent = True
-        ledger, engine = _required(self._ledger), _required(self._engine)
+        ledger, engine = required(self._ledger), required(self._engine)
         if not ledger.affords_a_step(self.config.target_epsilon):
             raise BudgetExhaustedError(
                 f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
@@ -276,7 +275,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         return merged(chunks, self.root_device)
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        engine, results = _required(self._engine), _required(self._results)
+        engine, results = required(self._engine), required(self._results)
         if self._preflight_due:
             self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
@@ -295,7 +294,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         return super().batch_to_device(data)
 
     def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        engine, results = _required(self._engine), _required(self._results)
+        engine, results = required(self._engine), required(self._results)
 
         def loss(batch: Any) -> Tensor:
             # From before the transfer hooks, which can mix rows as well. Without autocast:
@@ -305,7 +304,7 @@ class PrivateStrategy(SingleDeviceStrategy):
 
         results.muted = True
         try:
-            loader: Any = _required(self._module.trainer.fit_loop._combined_loader).flattened[0]
+            loader: Any = required(self._module.trainer.fit_loop._combined_loader).flattened[0]
             require_rows_kept_apart(loader.trial_batch, engine, self._module, loss)
             preflight(engine, self._module, loss, chunk.data, size=chunk.size)
         finally:
@@ -318,7 +317,7 @@ class PrivateStrategy(SingleDeviceStrategy):
 
         The chunks went backward already; this is where Lightning expects gradients to appear.
         """
-        ledger, engine = _required(self._ledger), _required(self._engine)
+        ledger, engine = required(self._ledger), required(self._engine)
         self.precision_plugin.pre_backward(closure_loss, self._module)
         engine.require_covered(self._module.named_parameters())
         groups = self.optimizers[0].param_groups
@@ -340,7 +339,7 @@ class PrivateStrategy(SingleDeviceStrategy):
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
         result = super().optimizer_step(optimizer, without_loss(closure), model, **kwargs)
-        ledger = _required(self._ledger)
+        ledger = required(self._ledger)
         if not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
@@ -396,10 +395,4 @@ class PrivateStrategy(SingleDeviceStrategy):
 
     @property
     def _module(self) -> pl.LightningModule:
-        return _required(self.lightning_module)
-
-
-def _required(value: T | None) -> T:
-    if value is None:
-        raise PrivacyError("private training is not set up; it runs only inside Trainer.fit.")
-    return value
+        return required(self.lightning_module)

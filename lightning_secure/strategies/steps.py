@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.sampling import LogicalBatch
 
-__all__ = ["loss_of", "merged", "spare_logical_batch", "stop_before_any_minimum", "without_loss"]
+__all__ = [
+    "loss_of",
+    "merged",
+    "required",
+    "spare_logical_batch",
+    "stop_before_any_minimum",
+    "without_loss",
+]
+
+T = TypeVar("T")
 
 
 def loss_of(output: Any) -> Tensor:
@@ -81,3 +90,14 @@ def stop_before_any_minimum(trainer: pl.Trainer) -> None:
     trainer.fit_loop.min_epochs = None
     trainer.fit_loop.epoch_loop.min_steps = None
     trainer.should_stop = True
+
+
+def required(value: T | None) -> T:
+    """Return what is there while a Trainer fits, and only then.
+
+    Raises:
+        PrivacyError: It is not there.
+    """
+    if value is None:
+        raise PrivacyError("private training is not set up; it runs only inside Trainer.fit.")
+    return value

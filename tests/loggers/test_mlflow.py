@@ -110,7 +110,7 @@ def test_nothing_secret_reaches_a_database(tmp_path, keys):
     params = run.data.params
     assert params["db_password"] == params["contact/email"] == REDACTED
     assert params["api/key"] == params["joined.api_key_prod"] == REDACTED
-    assert params["argv/3"] == "--lr"
+    assert params["argv"] == f"['train.py', '--db-password', '{REDACTED}', '--lr', '3']"
     assert params["url"] == f"postgresql://{REDACTED}@db/x"
     assert params["long"].startswith("x" * 240)
     assert (params["lr"], params["name"]) == ("0.1", "adam")
