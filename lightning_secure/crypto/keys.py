@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Self, final
 
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from lightning_secure import events
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, utf8
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.errors import IntegrityError, KeyAccessError, WrongKeyError
+from lightning_secure.errors import ConfigError, IntegrityError, KeyAccessError, WrongKeyError
 
 __all__ = ["DataKey", "KeyProvider", "WrappedKey"]
 
@@ -89,7 +89,7 @@ class DataKey:
         """
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._wrapping_cipher().encrypt(
-            nonce, key._material, _associated_data(context)
+            nonce, key._material, associated_data(context)
         )
 
     def unwrap(self, blob: bytes, *, context: Mapping[str, str]) -> DataKey:
@@ -103,12 +103,12 @@ class DataKey:
             nonce, sealed = blob[:_NONCE_BYTES], blob[_NONCE_BYTES:]
             try:
                 return DataKey(
-                    self._wrapping_cipher().decrypt(nonce, sealed, _associated_data(context))
+                    self._wrapping_cipher().decrypt(nonce, sealed, associated_data(context))
                 )
             except InvalidTag:
                 pass
         raise IntegrityError(
-            f"wrapped key for {_describe(context)} rejected: it was altered, moved from "
+            f"wrapped key for {describe(context)} rejected: it was altered, moved from "
             "elsewhere, or made under another key. Nothing was decrypted with it."
         )
 
@@ -202,8 +202,20 @@ class KeyProvider(ABC):
     def trusted_signers(self) -> Mapping[str, Ed25519PublicKey]:
         """Public keys by id whose manifests are accepted."""
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """Ids of the KEKs for which :meth:`wrap_all` protects a key: one, the provider's own.
+
+        A provider with public-key recipients names them instead.
+        """
+        return (self.key_id,)
+
     @abstractmethod
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes: ...
+
+    def _wrap_for(self, recipient: str, key: DataKey, context: Mapping[str, str]) -> bytes:
+        """Wrap for one of several :attr:`recipients`; there is only one, unless overridden."""
+        return self._wrap(key, context)
 
     @abstractmethod
     def _unwrap(self, blob: bytes, context: Mapping[str, str]) -> DataKey: ...
@@ -212,10 +224,35 @@ class KeyProvider(ABC):
     def _derive(self, purpose: str) -> DataKey: ...
 
     @final
+    def wrap_all(self, key: DataKey, *, context: Mapping[str, str]) -> tuple[WrappedKey, ...]:
+        """Protect ``key`` once for each recipient, bound to ``context``.
+
+        Raises:
+            KeyUnavailableError: The provider could not wrap; no wrapped form is returned.
+            AuditWriteError: A listener could not record the use; the key was not wrapped.
+        """
+        wrapped = []
+        for recipient in self.recipients:
+            events.announce("key.wrap", {**self._event(context), "key_id": recipient})
+            blob = self._wrap_for(recipient, key, context)
+            wrapped.append(WrappedKey(provider=self.name, key_id=recipient, blob=blob))
+        return tuple(wrapped)
+
+    @final
     def wrap(self, key: DataKey, *, context: Mapping[str, str]) -> WrappedKey:
-        """Protect ``key`` under the KEK, bound to ``context``."""
-        events.announce("key.wrap", self._event(context))
-        return WrappedKey(provider=self.name, key_id=self.key_id, blob=self._wrap(key, context))
+        """Protect ``key`` for the one recipient, bound to ``context``.
+
+        Raises:
+            ConfigError: There are several recipients; :meth:`wrap_all` leaves none of them out.
+            KeyUnavailableError: The provider could not wrap.
+        """
+        if len(self.recipients) != 1:
+            raise ConfigError(
+                f"this provider has {len(self.recipients)} recipients, and one wrapped key would "
+                "leave some out. Use wrap_all. Nothing was wrapped."
+            )
+        (wrapped,) = self.wrap_all(key, context=context)
+        return wrapped
 
     @final
     def unwrap(self, wrapped: WrappedKey, *, context: Mapping[str, str]) -> DataKey:
@@ -224,22 +261,38 @@ class KeyProvider(ABC):
         Raises:
             WrongKeyError: ``wrapped`` names another provider or another KEK.
             IntegrityError: ``wrapped`` was altered or belongs to another context.
+            KeyUnavailableError: The KEK cannot be used now, or this provider only seals.
             AuditWriteError: A listener could not record the use; the key was not released.
         """
         if (wrapped.provider, wrapped.key_id) != (self.name, self.key_id):
             events.announce("key.unwrap", self._event(context), outcome="failure")
             raise WrongKeyError(
-                f"{_describe(context)} was sealed under key {wrapped.key_id!r} of provider "
+                f"{describe(context)} was sealed under key {wrapped.key_id!r} of provider "
                 f"{wrapped.provider!r}, and this is key {self.key_id!r} of provider {self.name!r}. "
                 "Nothing was decrypted."
             )
         try:
             key = self._unwrap(wrapped.blob, context)
-        except IntegrityError:
+        except (IntegrityError, KeyAccessError):
             events.announce("key.unwrap", self._event(context), outcome="failure")
             raise
         events.announce("key.unwrap", self._event(context))
         return key
+
+    @final
+    def unwrap_any(self, wrapped: Sequence[WrappedKey], *, context: Mapping[str, str]) -> DataKey:
+        """Release a key that was wrapped for several recipients, of which this may be one.
+
+        Only the own one is tried, with one call to the provider. Where there is none, the first
+        is refused, with the event that deserves.
+
+        Raises:
+            WrongKeyError: None of ``wrapped`` is for this provider.
+            IntegrityError: The own one was altered or belongs to another context.
+            KeyUnavailableError: The KEK cannot be used now, or this provider only seals.
+        """
+        mine = (key for key in wrapped if (key.provider, key.key_id) == (self.name, self.key_id))
+        return self.unwrap(next(mine, wrapped[0]), context=context)
 
     @final
     def derive(self, purpose: str) -> DataKey:
@@ -251,9 +304,11 @@ class KeyProvider(ABC):
         return {"provider": self.name, "key_id": self.key_id, **context}
 
 
-def _associated_data(context: Mapping[str, str]) -> bytes:
+def associated_data(context: Mapping[str, str]) -> bytes:
+    """Return the bytes to which a wrapped key is bound."""
     return b"lsec/v1/wrap\0" + canonical_json(dict(context))
 
 
-def _describe(context: Mapping[str, str]) -> str:
+def describe(context: Mapping[str, str]) -> str:
+    """Name a use of a key in an error."""
     return ", ".join(f"{name} {value!r}" for name, value in context.items()) or "this use"

@@ -263,11 +263,8 @@ class Manifest:
             WrongKeyError: The partition was not sealed for this provider's key.
             IntegrityError: The wrapped key was altered.
         """
-        recipients = self.partitions[partition]
-        mine = (key for key in recipients if (key.provider, key.key_id) == (keys.name, keys.key_id))
-        # If no recipient is ours, the provider refuses the first one, with the event that deserves.
-        wrapped = next(mine, recipients[0])
-        key = keys.unwrap(wrapped, context=_partition_context(self.dataset_id, partition))
+        context = _partition_context(self.dataset_id, partition)
+        key = keys.unwrap_any(self.partitions[partition], context=context)
         return PartitionKey(key, dataset_id=self.dataset_id, partition=partition)
 
 
@@ -288,10 +285,10 @@ class PartitionKey:
     @classmethod
     def create(
         cls, dataset_id: bytes, partition: str, keys: KeyProvider
-    ) -> tuple[Self, WrappedKey]:
-        """Make a fresh partition key; return it, and its wrapped form for the manifest."""
+    ) -> tuple[Self, tuple[WrappedKey, ...]]:
+        """Make a fresh partition key; return it, and for the manifest its form per recipient."""
         key = DataKey.generate()
-        wrapped = keys.wrap(key, context=_partition_context(dataset_id, partition))
+        wrapped = keys.wrap_all(key, context=_partition_context(dataset_id, partition))
         return cls(key, dataset_id=dataset_id, partition=partition), wrapped
 
     def seal(self, key: DataKey, *, shard_uuid: bytes) -> bytes:

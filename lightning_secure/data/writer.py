@@ -55,6 +55,7 @@ class EncryptedShardWriter:
 
     Raises:
         ConfigError: An argument is wrong, or the split exists.
+        KeyUnavailableError: The provider has no signing key, so it cannot seal.
         IntegrityError: The folder holds a manifest that is not this provider's.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
@@ -88,6 +89,7 @@ class EncryptedShardWriter:
         self._root = Path(root)
         self._split = split
         self._keys = keys
+        self._signer = keys.signer  # whoever may only read is refused before a row is taken
         self._segment_bytes = segment_bytes
         self._shard_bytes = shard_bytes
         self._schema = schema
@@ -251,7 +253,7 @@ class EncryptedShardWriter:
                     splits={},
                     partitions={},
                 )
-                write_manifest(self._root, manifest, signer=self._keys.signer)
+                write_manifest(self._root, manifest, signer=self._signer)
             else:
                 manifest = read_manifest(self._root, trusted=self._keys.trusted_signers)
         self._require_free(manifest)
@@ -281,7 +283,7 @@ class EncryptedShardWriter:
                 previous=current.digest,
                 created=_now(),
                 splits={**current.splits, self._split: split},
-                partitions={**current.partitions, self._split: (self._wrapped,)},
+                partitions={**current.partitions, self._split: self._wrapped},
             )
             events.announce(
                 "data.seal",
@@ -294,7 +296,7 @@ class EncryptedShardWriter:
                     "manifest": manifest.digest,
                 },
             )
-            write_manifest(self._root, manifest, signer=self._keys.signer)
+            write_manifest(self._root, manifest, signer=self._signer)
             replaced = current.splits.get(self._split)
         for entry in replaced.shards if replaced else ():
             (self._root / entry.file).unlink(missing_ok=True)

@@ -93,22 +93,28 @@ class EncryptedCheckpointIO(CheckpointIO):
             storage_options: Not supported.
 
         Raises:
-            ConfigError: It holds objects that could be written but, for safety, never read.
-                Nothing was written.
+            ConfigError: It holds objects that could be written but, for safety, never read, or
+                there are too many recipients. Nothing was written.
         """
         if storage_options is not None:
             raise ConfigError("EncryptedCheckpointIO takes no storage_options; use an fsspec URL.")
         self._require_readable(checkpoint)
         key, name = DataKey.generate(), secrets.token_hex(16)
+        wrapped = [one.to_json() for one in self._keys.wrap_all(key, context=_context(name))]
         privacy = checkpoint.get("lightning_secure", {}).get("privacy", {})
         header = canonical_json(
             {
                 "checkpoint": name,
                 "run_id": privacy.get("run_id", self._run_id),
                 "step": int(checkpoint.get("global_step", 0)),
-                "key": self._keys.wrap(key, context=_context(name)).to_json(),
+                "key": wrapped[0] if len(wrapped) == 1 else wrapped,
             }
         )
+        if len(header) > _MAX_HEADER:
+            raise ConfigError(
+                f"the checkpoint's key was wrapped for {len(wrapped)} recipients, more than its "
+                f"header of {_MAX_HEADER} bytes can hold. Nothing was written."
+            )
         prefix = _PREFIX.pack(MAGIC, _VERSION, len(header)) + header
         with _writer(path) as raw:
             raw.write(prefix)
@@ -247,8 +253,9 @@ def opened(path: _PATH, *, keys: KeyProvider) -> Iterator[IO[bytes]]:
     with _reader(path) as raw:
         try:
             prefix, header = _read_header(raw)
-            wrapped = WrappedKey.from_json(header["key"])
-            key = keys.unwrap(wrapped, context=_context(header["checkpoint"]))
+            key = keys.unwrap_any(
+                _wrapped_keys(header["key"]), context=_context(header["checkpoint"])
+            )
             stream = StreamReader(raw, key=key, context=prefix, start=len(prefix))
             with stream:
                 yield cast("IO[bytes]", stream)
@@ -282,6 +289,12 @@ def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     if header.keys() != {"checkpoint", "run_id", "step", "key"}:
         raise IntegrityError("its header was altered")
     return start + data, header
+
+
+def _wrapped_keys(value: Any) -> list[WrappedKey]:
+    """Parse the key's wrapped form: one, or a list with one for each recipient."""
+    several = value if isinstance(value, list) and value else [value]
+    return [WrappedKey.from_json(one) for one in several]
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def manifest_of(keys, **changes):
         "previous": "ab" * 32,
         "created": "2026-11-23T12:00:00+00:00",
         "splits": {"train": split},
-        "partitions": {"train": (wrapped,)},
+        "partitions": {"train": wrapped},
     }
     return Manifest(**{**fields, **changes})
 
@@ -175,7 +175,7 @@ def test_keys_go_from_provider_to_partition_to_shard(keys):
     partition, wrapped = PartitionKey.create(DATASET, "train", keys)
     key = DataKey.generate()
     sealed = partition.seal(key, shard_uuid=entry().uuid)
-    manifest = manifest_of(keys, partitions={"train": (wrapped,)})
+    manifest = manifest_of(keys, partitions={"train": wrapped})
     opened = manifest.open_partition("train", keys)
     assert opened.open(entry(wrapped_key=sealed)) == key
 
@@ -190,11 +190,11 @@ def test_a_shards_key_belongs_to_its_shard_and_partition(keys):
 def test_a_partition_key_belongs_to_its_dataset_and_name(keys):
     _, wrapped = PartitionKey.create(DATASET, "train", keys)
     with pytest.raises(IntegrityError):
-        manifest_of(keys, dataset_id=bytes(16), partitions={"train": (wrapped,)}).open_partition(
+        manifest_of(keys, dataset_id=bytes(16), partitions={"train": wrapped}).open_partition(
             "train", keys
         )
     with pytest.raises(IntegrityError):
-        manifest_of(keys, partitions={"val": (wrapped,)}).open_partition("val", keys)
+        manifest_of(keys, partitions={"val": wrapped}).open_partition("val", keys)
 
 
 def test_a_stranger_is_told_whose_key_is_needed(keys, other_keys, heard):
@@ -206,7 +206,7 @@ def test_a_stranger_is_told_whose_key_is_needed(keys, other_keys, heard):
 def test_the_right_recipient_is_found_among_several(keys, other_keys):
     _, mine = PartitionKey.create(DATASET, "train", keys)
     _, theirs = PartitionKey.create(DATASET, "train", other_keys)
-    manifest = manifest_of(keys, partitions={"train": (theirs, mine)})
+    manifest = manifest_of(keys, partitions={"train": (*theirs, *mine)})
     assert isinstance(manifest.open_partition("train", keys), PartitionKey)
 
 
