@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_writer", "exclusive_lock", "sync_directory"]
+__all__ = ["atomic_writer", "exclusive_lock", "make_private_directories", "sync_directory"]
 
 
 def sync_directory(path: Path) -> None:
@@ -20,6 +20,23 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_private_directories(path: Path) -> None:
+    """Make ``path`` and its missing parents, each with mode 0700.
+
+    ``Path.mkdir(parents=True, mode=0o700)`` gives only the last one that mode, and leaves the
+    others open to whoever may rename what lies in them. Directories that exist are left as they
+    are.
+
+    Raises:
+        OSError: The file system refused, or a part of ``path`` is not a directory.
+    """
+    if path.is_dir():
+        return
+    make_private_directories(path.parent)
+    # Another process may have made it meanwhile.
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextlib.contextmanager

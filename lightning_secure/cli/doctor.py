@@ -27,7 +27,8 @@ _KNOWN_BAD: Final = {
     ("pytorch-lightning", "2.6.2"): "carried malware (GHSA-w37p-236h-pfx3)",
     ("pytorch-lightning", "2.6.3"): "carried malware (GHSA-w37p-236h-pfx3)",
 }
-_EXTRAS: Final = {"mlflow": "tracking"}
+_EXTRAS: Final = {"mlflow": "tracking", "pkcs11": "pkcs11", "hvac": "vault", "boto3": "aws"}
+_NAMES_ON_PYPI: Final = {"pkcs11": "python-pkcs11"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _package(requirement: Requirement) -> Check:
 def _extra(name: str, extra: str) -> Check:
     if importlib.util.find_spec(name) is None:
         return Check(name, "missing", f"pip install '{_DISTRIBUTION}[{extra}]'")
-    return Check(name, "ok", version(name))
+    return Check(name, "ok", version(_NAMES_ON_PYPI.get(name, name)))
 
 
 def _encryption() -> Check:

@@ -19,7 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, parse_json_object
 from lightning_secure.errors import KeyAccessError, ManifestMismatchError
 
-__all__ = ["Signer", "open_envelope", "public_key_id", "seal_envelope"]
+__all__ = [
+    "Signer",
+    "open_envelope",
+    "pre_authentication_encoding",
+    "public_key_id",
+    "seal_envelope",
+]
 
 SEED_BYTES: Final = 32
 
@@ -67,7 +73,7 @@ class Signer:
 
 def seal_envelope(payload: bytes, *, payload_type: str, signer: Signer) -> bytes:
     """Return a DSSE envelope of ``payload`` as JSON bytes."""
-    signature = signer.sign(_pre_authentication_encoding(payload_type, payload))
+    signature = signer.sign(pre_authentication_encoding(payload_type, payload))
     return canonical_json(
         {
             "payloadType": payload_type,
@@ -98,7 +104,7 @@ def open_envelope(
         raise ManifestMismatchError(
             f"{what} is not a document of type {payload_type!r}. Nothing from it was used."
         )
-    signed = _pre_authentication_encoding(payload_type, payload)
+    signed = pre_authentication_encoding(payload_type, payload)
     signatures: Any = envelope.get("signatures")
     for entry in signatures if isinstance(signatures, list) else []:
         key = trusted.get(str(entry.get("keyid"))) if isinstance(entry, dict) else None
@@ -116,6 +122,7 @@ def open_envelope(
     )
 
 
-def _pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
+def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
+    """Return what DSSE signs: the payload and what kind of document it is."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)

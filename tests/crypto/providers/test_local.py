@@ -116,14 +116,14 @@ def test_a_damaged_key_file_is_refused_and_not_shown(path, damage):
         "garbage": "hunter2",
         "{}": "{}",
         "cut": json.dumps(record)[:-20],
-        "version": json.dumps({**record, "version": 2}),
+        "version": json.dumps({**record, "version": 3}),
         "type": json.dumps({**record, "type": "other"}),
         "short kek": json.dumps({**record, "kek": record["kek"][:-8]}),
-        "long": json.dumps(record) + " " * 5000,
+        "long": json.dumps(record) + " " * 70000,
         "more fields": json.dumps({**record, "comment": "x"}),
     }[damage]
     path.write_text(text)
-    with pytest.raises(KeyUnavailableError, match="damaged") as caught:
+    with pytest.raises(KeyUnavailableError, match="or it is damaged") as caught:
         LocalKeyProvider(path)
     error: BaseException | None = caught.value
     while error is not None:

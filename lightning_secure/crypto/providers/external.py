@@ -1,0 +1,233 @@
+"""What providers have in common whose key-encryption key is not in one file with all the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib
+import ipaddress
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from lightning_secure.crypto.keys import (
+    KEY_BYTES,
+    DataKey,
+    KeyProvider,
+    WrappedKey,
+    associated_data,
+    describe,
+)
+from lightning_secure.crypto.providers.identity import SigningKey, trusted_keys
+from lightning_secure.crypto.providers.keyfiles import damaged, read_record, write_record
+from lightning_secure.crypto.signing import Signer
+from lightning_secure.errors import (
+    ConfigError,
+    IntegrityError,
+    KeyUnavailableError,
+    MissingExtraError,
+)
+
+__all__ = [
+    "ExternalKeyProvider",
+    "bound_payload",
+    "import_extra",
+    "is_loopback",
+    "open_bound_payload",
+    "rejected",
+    "require_safe_url",
+]
+
+PathLike = str | os.PathLike[str]
+_DERIVATION_TYPE: Final = "lightning-secure/derivation-key"
+_DERIVATION_CONTEXT: Final = {"purpose": "derivation"}
+_WHAT: Final = "derivation key file"
+
+
+class ExternalKeyProvider(KeyProvider):
+    """A provider whose KEK is kept apart from the signing key.
+
+    Args:
+        signing_key: File made by :meth:`SigningKey.generate`, for those who seal. Without it the
+            provider reads only.
+        trusted: Public signing keys whose manifests are accepted besides the own one: text
+            (``ed25519:...``) or files with it.
+        derivation_key: File made by :meth:`create_derivation_key`, from which :meth:`derive` takes
+            its keys. The KEK cannot be used for it where it does not leave its place.
+
+    Subclasses keep their own constructor's arguments in ``_config``; the object pickles as these,
+    and asks again for what it needs.
+    """
+
+    def __init__(
+        self,
+        *,
+        signing_key: PathLike | None,
+        trusted: Sequence[PathLike],
+        derivation_key: PathLike | None,
+    ) -> None:
+        self._signing = SigningKey(signing_key) if signing_key is not None else None
+        self._trusted = trusted_keys(trusted)
+        if self._signing is not None:
+            self._trusted[self._signing.key_id] = self._signing.signer.public_key
+        self._derivation_path = Path(derivation_key) if derivation_key is not None else None
+        self._derivation: DataKey | None = None
+
+    @property
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """The constructor's own arguments, without any secret."""
+
+    @property
+    def signer(self) -> Signer:
+        """The signing key.
+
+        Raises:
+            KeyUnavailableError: None was given: this provider reads and does not seal.
+        """
+        if self._signing is None:
+            raise KeyUnavailableError(
+                f"this {type(self).__name__} has no signing_key=, so it can read and cannot seal. "
+                "Nothing was signed. SigningKey.generate(path) makes one; readers must then trust "
+                "its public half."
+            )
+        return self._signing.signer
+
+    @property
+    def trusted_signers(self) -> Mapping[str, Ed25519PublicKey]:
+        """The own signing key, if there is one, and those that were given as ``trusted``."""
+        return self._trusted
+
+    def create_derivation_key(self, path: PathLike) -> None:
+        """Make a fresh key for :meth:`derive`, and write it, wrapped under the KEK, to a new file.
+
+        The file is no secret, but losing it changes all pseudonyms made from now on. Everybody who
+        should get the same pseudonyms needs the same file, and a KEK that opens it.
+
+        Raises:
+            ConfigError: ``path`` exists. It is never overwritten.
+            KeyUnavailableError: The provider could not wrap, or the file system refused.
+        """
+        wrapped = self.wrap_all(DataKey.generate(), context=_DERIVATION_CONTEXT)
+        record = {
+            "type": _DERIVATION_TYPE,
+            "version": 1,
+            "keys": [one.to_json() for one in wrapped],
+        }
+        write_record(Path(path), record, what=_WHAT)
+
+    def _derive(self, purpose: str) -> DataKey:
+        if self._derivation is None:
+            self._derivation = self._open_derivation_key()
+        return self._derivation.subkey(f"derive/{purpose}")
+
+    def _open_derivation_key(self) -> DataKey:
+        path = self._derivation_path
+        if path is None:
+            raise KeyUnavailableError(
+                f"this {type(self).__name__} cannot derive keys, for example for pseudonyms: its "
+                "KEK does not leave its place. Make a file with create_derivation_key(path) and "
+                "pass it as derivation_key=. No key was derived."
+            )
+        record = read_record(path, what=_WHAT, kinds=((_DERIVATION_TYPE, 1),))
+        keys = record.get("keys")
+        if record.keys() != {"type", "version", "keys"} or not isinstance(keys, list) or not keys:
+            raise damaged(path, _WHAT)
+        wrapped = [WrappedKey.from_json(key) for key in keys]
+        return self.unwrap_any(wrapped, context=_DERIVATION_CONTEXT)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(key_id={self.key_id!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self._portable_config()))
+
+    def _portable_config(self) -> dict[str, Any]:
+        """Return ``_config``, after making sure that no secret would be pickled with it."""
+        return self._config
+
+
+def _rebuild(kind: type[ExternalKeyProvider], config: dict[str, Any]) -> ExternalKeyProvider:
+    return kind(**config)
+
+
+def bound_payload(key: DataKey, context: Mapping[str, str]) -> bytes:
+    """Return what is encrypted under a KEK elsewhere: the key, and a digest of its context.
+
+    64 bytes. The backend binds the context too, as associated data; this keeps holding for one
+    that ignores an argument that it does not know.
+    """
+    return key._material + _context_digest(context)
+
+
+def open_bound_payload(payload: bytes, context: Mapping[str, str]) -> DataKey:
+    """Return the key in what :func:`bound_payload` made.
+
+    Raises:
+        IntegrityError: It was made for another context.
+    """
+    material, digest = payload[:KEY_BYTES], payload[KEY_BYTES:]
+    if not hmac.compare_digest(digest, _context_digest(context)):
+        raise rejected(context, "its context is another one")
+    return DataKey(material)
+
+
+def _context_digest(context: Mapping[str, str]) -> bytes:
+    return hashlib.sha256(associated_data(context)).digest()
+
+
+def rejected(context: Mapping[str, str], reason: str) -> IntegrityError:
+    """Return the error for a wrapped key that its KEK does not open."""
+    return IntegrityError(
+        f"wrapped key for {describe(context)} rejected ({reason}): it was altered, moved from "
+        "elsewhere, or made under another key. Nothing was decrypted with it."
+    )
+
+
+def import_extra(module: str, *, extra: str, user: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        MissingExtraError: It is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        pass
+    raise MissingExtraError(f"{user} needs {module}: pip install 'lightning-secure[{extra}]'.")
+
+
+def require_safe_url(url: str, *, name: str, insecure_allow_http: bool) -> None:
+    """Refuse to send keys and tokens in the clear, or to a URL that holds a password.
+
+    Raises:
+        ConfigError: ``url`` is neither https nor http to this machine, or has user information.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(f"{name} must not hold user information: it would show up in errors.")
+    if parts.scheme == "https" and parts.hostname:
+        return
+    if parts.scheme == "http" and parts.hostname:
+        if insecure_allow_http or is_loopback(url):
+            return
+        raise ConfigError(
+            f"{name}={url!r} would send keys over the network in the clear. Use https, or pass "
+            "insecure_allow_http=True where the network itself is trusted."
+        )
+    raise ConfigError(f"{name}={url!r} is not an https URL.")
+
+
+def is_loopback(url: str) -> bool:
+    """Tell whether a URL's host is this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
