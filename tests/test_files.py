@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from lightning_secure.files import atomic_writer, exclusive_lock
+from lightning_secure.files import atomic_writer, exclusive_lock, make_private_directories
 
 
 def names(folder):
@@ -93,3 +94,19 @@ def test_the_mode_is_that_asked_for(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_every_private_directory_that_is_made_is_private(tmp_path):
+    """Path.mkdir(parents=True, mode=0o700) leaves all but the last one open to others."""
+    outside = tmp_path / "there"
+    outside.mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        make_private_directories(outside / "a" / "b" / "c")
+        make_private_directories(outside / "a" / "b" / "d")
+        make_private_directories(outside)
+    finally:
+        os.umask(before)
+    for name in ("a", "a/b", "a/b/c", "a/b/d"):
+        assert stat.S_IMODE((outside / name).stat().st_mode) == 0o700, name
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o755

@@ -8,8 +8,8 @@ import pytest
 from lightning_secure.crypto.encoding import b64encode
 from lightning_secure.crypto.signing import (
     Signer,
-    _pre_authentication_encoding,
     open_envelope,
+    pre_authentication_encoding,
     seal_envelope,
 )
 from lightning_secure.errors import IntegrityError, KeyAccessError, ManifestMismatchError
@@ -34,7 +34,7 @@ def test_the_payload_comes_back():
 
 
 def test_the_signed_bytes_are_those_of_the_dsse_specification():
-    signed = _pre_authentication_encoding("http://example.com/HelloWorld", b"hello world")
+    signed = pre_authentication_encoding("http://example.com/HelloWorld", b"hello world")
     assert signed == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
 
 

@@ -81,7 +81,7 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
             )
         positive(timeout=timeout)
         import_extra("boto3", extra="aws", user="AwsKmsKeyProvider")
-        self._arguments: dict[str, Any] = {
+        self._arguments = {
             "key_arn": key_arn,
             "profile": profile,
             "endpoint_url": endpoint_url,
@@ -105,44 +105,42 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         """The key's ARN."""
         return str(self._arguments["key_arn"])
 
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self._arguments
-
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
-        answer = self._call("encrypt", context, Plaintext=bound_payload(key, context))
-        return bytes(answer["CiphertextBlob"])
+        payload = bound_payload(key, context)
+        return self._call("encrypt", "CiphertextBlob", context, Plaintext=payload)
 
     def _unwrap(self, blob: bytes, context: Mapping[str, str]) -> DataKey:
         if not 0 < len(blob) <= 6144:
             raise rejected(context, "its length is wrong")
-        answer = self._call("decrypt", context, CiphertextBlob=blob)
-        return open_bound_payload(bytes(answer["Plaintext"]), context)
+        payload = self._call("decrypt", "Plaintext", context, CiphertextBlob=blob)
+        return open_bound_payload(payload, context)
 
-    def _call(self, operation: str, context: Mapping[str, str], **arguments: Any) -> Any:
-        """Send one request; its answer, or an error that holds nothing of either."""
-        from botocore.exceptions import BotoCoreError, ClientError
+    def _call(
+        self, operation: str, wanted: str, context: Mapping[str, str], **arguments: Any
+    ) -> bytes:
+        """Send one request; one field of its answer, or an error that holds nothing of either."""
+        from botocore.exceptions import ClientError
 
-        failure, answer = "", None
+        client = self._client()
+        code, failure, answer = "", "", None
         try:
             with _unlogged():
-                answer = getattr(self._client(), operation)(
+                answer = getattr(client, operation)(
                     KeyId=self.key_id, EncryptionContext=dict(context), **arguments
-                )
+                )[wanted]
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(error.response.get("Error", {}).get("Code"))
             failure = f"{code}, status {status}"
-            if code in _REFUSALS:
-                failure = code
-        except BotoCoreError as error:
+        except Exception as error:  # noqa: BLE001 # also an answer that botocore cannot parse
             failure = type(error).__name__
         # Raised outside the handlers: those errors may hold the request.
-        if failure in _REFUSALS:
-            raise rejected(context, f"KMS answers {failure}")
-        if failure:
+        if code in _REFUSALS:
+            raise rejected(context, f"KMS answers {code}")
+        if failure or not isinstance(answer, bytes):
             raise KeyUnavailableError(
-                f"AWS KMS did not answer for key {self.key_id!r} ({failure}). No key was released."
+                f"AWS KMS did not answer for key {self.key_id!r} ({failure or 'another form'}). No "
+                "key was released."
             )
         return answer
 

@@ -7,7 +7,6 @@ import hmac
 import importlib
 import ipaddress
 import os
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,8 +60,8 @@ class ExternalKeyProvider(KeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`, from which :meth:`derive` takes
             its keys. The KEK cannot be used for it where it does not leave its place.
 
-    Subclasses keep their own constructor's arguments in ``_config``; the object pickles as these,
-    and asks again for what it needs.
+    Subclasses keep their constructor's arguments in ``_arguments``; the object pickles as these, and
+    asks again for what it needs.
     """
 
     def __init__(
@@ -78,11 +77,7 @@ class ExternalKeyProvider(KeyProvider):
             self._trusted[self._signing.key_id] = self._signing.signer.public_key
         self._derivation_path = Path(derivation_key) if derivation_key is not None else None
         self._derivation: DataKey | None = None
-
-    @property
-    @abstractmethod
-    def _config(self) -> dict[str, Any]:
-        """The constructor's own arguments, without any secret."""
+        self._arguments: dict[str, Any] = {}
 
     @property
     def signer(self) -> Signer:
@@ -149,8 +144,8 @@ class ExternalKeyProvider(KeyProvider):
         return (_rebuild, (type(self), self._portable_config()))
 
     def _portable_config(self) -> dict[str, Any]:
-        """Return ``_config``, after making sure that no secret would be pickled with it."""
-        return self._config
+        """Return the arguments, after making sure that no secret would be pickled with them."""
+        return self._arguments
 
 
 def _rebuild(kind: type[ExternalKeyProvider], config: dict[str, Any]) -> ExternalKeyProvider:

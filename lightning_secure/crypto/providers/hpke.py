@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -111,15 +112,13 @@ class HpkePrivateKey:
         self._path = Path(path)
         record = read_record(self._path, what=_WHAT, kinds=((TYPE, 1),))
         data: bytes | None = None
-        kem = record.get("kem")
+        kem = str(record.get("kem"))
         if record.keys() == {"type", "version", "kem", "private"} and kem in _KEMS:
-            try:
+            with contextlib.suppress(IntegrityError):
                 data = b64decode(record["private"], what=_WHAT, length=_PRIVATE_BYTES[kem])
-            except IntegrityError:
-                data = None
         if data is None:
             raise damaged(self._path, _WHAT)
-        self._key, self.public = _key_pair(str(kem), data)
+        self._key, self.public = _key_pair(kem, data)
 
     @classmethod
     def generate(cls, path: PathLike, *, kem: str = HYBRID) -> HpkePrivateKey:
@@ -228,10 +227,6 @@ class HpkeKeyProvider(ExternalKeyProvider):
     def recipients(self) -> tuple[str, ...]:
         """Ids of those for whom a key is wrapped."""
         return tuple(self._recipients)
-
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self._arguments
 
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
         return self._wrap_for(self.recipients[0], key, context)

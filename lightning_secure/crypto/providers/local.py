@@ -46,8 +46,8 @@ class LocalKeyProvider(KeyProvider):
             anyone but its owner; or the passphrase is missing or wrong.
 
     Whoever can read the file, and knows its passphrase if it has one, can decrypt and can sign.
-    Keep it apart from the data: a copy of both is a copy of the plaintext. Losing it loses the data for good, so keep a second copy in a safe
-    place.
+    Keep it apart from the data: a copy of both is a copy of the plaintext. Losing it loses the data
+    for good, so keep a second copy in a safe place.
 
     The object pickles as its path, never with key material.
     """

@@ -78,7 +78,7 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
         super().__init__(signing_key=signing_key, trusted=trusted, derivation_key=derivation_key)
         require_source("pin", pin)
         self._pkcs11 = import_extra("pkcs11", extra="pkcs11", user="Pkcs11KeyProvider")
-        self._arguments: dict[str, Any] = {
+        self._arguments = {
             "module": os.fspath(module),
             "token": token,
             "key": key,
@@ -154,10 +154,6 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
     def key_id(self) -> str:
         """The key's CKA_ID in hexadecimal."""
         return self._key_id
-
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self._arguments
 
     def _portable_config(self) -> dict[str, Any]:
         require_portable(self._arguments["pin"], what="the PIN")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
             if path is not None and not _PATH.fullmatch(path):
                 raise ConfigError(f"{name}={path!r} is not a path of a Vault server.")
         self._hvac = import_extra("hvac", extra="vault", user="VaultTransitKeyProvider")
-        self._arguments: dict[str, Any] = {
+        self._arguments = {
             "url": url,
             "key": key,
             "mount": mount,
@@ -134,10 +135,6 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         """Namespace, mount and name of the key. Its version is part of each wrapped key."""
         return self._key_id
 
-    @property
-    def _config(self) -> dict[str, Any]:
-        return self._arguments
-
     def _portable_config(self) -> dict[str, Any]:
         require_portable(self._arguments["token"], what="the token")
         return self._arguments
@@ -155,11 +152,9 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         if not _is_ciphertext(blob):
             raise rejected(context, "it is not a ciphertext of a transit engine")
         answer = self._call("decrypt_data", context, ciphertext=blob.decode())
-        payload: bytes | None = None
-        try:
-            payload = base64.b64decode(str(answer.get("plaintext")), validate=True)
-        except binascii.Error:
-            payload = None
+        text, payload = answer.get("plaintext"), None
+        with contextlib.suppress(binascii.Error):
+            payload = base64.b64decode(text, validate=True) if isinstance(text, str) else None
         if payload is None:
             raise self._failed("an answer without a plaintext")
         return open_bound_payload(payload, context)

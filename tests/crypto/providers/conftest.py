@@ -10,9 +10,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -369,3 +371,48 @@ def vault(request, bao) -> Case:
 @pytest.fixture
 def aws(request, kms) -> Case:
     return aws_case(request.getfixturevalue("sealer"), kms)
+
+
+# ---------------------------------------------------------------- servers that misbehave
+
+
+@dataclass
+class Misbehaving:
+    url: str
+    requests: list[bytes]
+
+
+@pytest.fixture
+def misbehaving() -> Iterator[Callable[..., Misbehaving]]:
+    """Starts servers that answer as told: no real one can be made to redirect or to lie."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Callable[[bytes], tuple[int, dict[str, str], bytes]]) -> Misbehaving:
+        seen: list[bytes] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                request = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                seen.append(request)
+                status, headers, body = answer(request)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = do_PUT = handle_any  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return Misbehaving(f"http://127.0.0.1:{server.server_port}", seen)
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -26,6 +26,16 @@ def test_a_new_key_file_is_its_owners_alone(path):
     assert [item.name for item in path.parent.iterdir()] == [path.name]
 
 
+def test_every_directory_that_is_made_for_a_key_is_its_owners_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        LocalKeyProvider.generate(tmp_path / "a" / "b" / "c" / "project.kek")
+    finally:
+        os.umask(before)
+    for name in ("a", "a/b", "a/b/c"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700, name
+
+
 def test_the_same_file_gives_the_same_keys(path):
     first = LocalKeyProvider.generate(path)
     second = LocalKeyProvider(str(path))
