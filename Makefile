@@ -9,11 +9,12 @@ PEERS ?= .venv-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format peers clean
+.PHONY: help demo test lint types format services peers clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
 	@echo "make test   the whole test suite, with its coverage"
+	@echo "make services   what some tests need beyond Python's packages (softhsm2, by apt-get)"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
 
@@ -49,6 +50,13 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@touch $@
 
 peers: $(PEERS)/.installed
+
+# The other services that tests start (OpenBao, moto) come with the dev extra.
+services:
+	@command -v softhsm2-util >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then run=""; else run="sudo -n"; fi; \
+	  $$run apt-get update -qq && $$run apt-get install -qq -y --no-install-recommends softhsm2 >/dev/null; } || \
+	  { echo "softhsm2 is missing; as root: apt-get update && apt-get install softhsm2"; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run

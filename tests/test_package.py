@@ -21,6 +21,7 @@ PUBLIC = [
     "AuditLog",
     "AuditSummary",
     "AuditTrail",
+    "AwsKmsKeyProvider",
     "CanaryHit",
     "CanarySearch",
     "Column",
@@ -29,17 +30,24 @@ PUBLIC = [
     "EncryptedDataModule",
     "EncryptedShardDataset",
     "EncryptedShardWriter",
+    "EnvironmentSecret",
+    "FileSecret",
     "Generalize",
+    "HpkeKeyProvider",
+    "HpkePrivateKey",
     "Keep",
     "KeyProvider",
     "LocalKeyProvider",
+    "Pkcs11KeyProvider",
     "PrivacyBudget",
     "PrivateStrategy",
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
     "Schema",
+    "SigningKey",
     "Suppress",
+    "VaultTransitKeyProvider",
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
@@ -69,6 +77,7 @@ def run(code: str) -> dict:
     return json.loads(done.stdout)
 
 
+KEY_SERVICES = ("hvac", "requests", "boto3", "botocore", "pkcs11")
 HEAVY = ("torch", "lightning", "mlflow", "opacus", "dp_accounting", "numpy", "cryptography")
 
 
@@ -87,7 +96,8 @@ def test_importing_the_package_imports_nothing_heavy_and_is_quick():
 @pytest.mark.parametrize(
     ("name", "without"),
     [
-        ("LocalKeyProvider", ("torch", "lightning", "mlflow", "opacus")),
+        ("LocalKeyProvider", ("torch", "lightning", "mlflow", "opacus", *KEY_SERVICES)),
+        ("VaultTransitKeyProvider", ("torch", "lightning", "mlflow", "opacus", *KEY_SERVICES)),
         ("AnonymizationPlan", ("torch", "lightning", "mlflow", "opacus")),
         ("DPConfig", ("torch", "lightning", "mlflow", "opacus")),
         ("EncryptedShardWriter", ("lightning", "mlflow", "opacus")),

@@ -60,8 +60,8 @@ class ExternalKeyProvider(KeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`, from which :meth:`derive` takes
             its keys. The KEK cannot be used for it where it does not leave its place.
 
-    Subclasses keep their constructor's arguments in ``_arguments``; the object pickles as these, and
-    asks again for what it needs.
+    Subclasses keep their constructor's arguments in ``_arguments``; the object pickles as these,
+    and asks again for what it needs.
     """
 
     def __init__(

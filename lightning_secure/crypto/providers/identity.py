@@ -24,6 +24,7 @@ from lightning_secure.errors import ConfigError, IntegrityError
 __all__ = [
     "SigningKey",
     "public_file",
+    "public_text",
     "read_public",
     "trusted_keys",
     "write_pair",
@@ -71,7 +72,7 @@ class SigningKey:
         """
         seed = os.urandom(SEED_BYTES)
         record = {"type": TYPE, "version": 1, "seed": b64encode(seed)}
-        write_pair(Path(path), record, public=_text(Signer(seed)), what=_WHAT)
+        write_pair(Path(path), record, public=public_text(Signer(seed)), what=_WHAT)
         return cls(path)
 
     @property
@@ -87,7 +88,7 @@ class SigningKey:
     @property
     def public(self) -> str:
         """The public key as text: what readers pass as ``trusted=[...]``."""
-        return _text(self._signer)
+        return public_text(self._signer)
 
     def __repr__(self) -> str:
         return f"SigningKey({str(self._path)!r}, key_id={self.key_id!r})"
@@ -155,7 +156,8 @@ def public_file(private: Path) -> Path:
     return private.with_name(f"{private.name}.pub")
 
 
-def _text(signer: Signer) -> str:
+def public_text(signer: Signer) -> str:
+    """Return a signing key's public half as text."""
     return f"{_ALGORITHM}:{b64encode(signer.public_key.public_bytes_raw())}"
 
 
