@@ -54,8 +54,9 @@ peers: $(PEERS)/.installed
 # The other services that tests start (OpenBao, moto) come with the dev extra.
 services:
 	@command -v softhsm2-util >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ]; then run=""; else run="sudo -n"; fi; \
-	  $$run apt-get update -qq && $$run apt-get install -qq -y --no-install-recommends softhsm2 >/dev/null; } || \
+	  if [ "$$(id -u)" = 0 ]; then run="env"; else run="sudo -n env"; fi; \
+	  $$run apt-get update -qq && \
+	  $$run DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends softhsm2 >/dev/null; } || \
 	  { echo "softhsm2 is missing; as root: apt-get update && apt-get install softhsm2"; exit 1; }
 
 clean:
