@@ -46,9 +46,12 @@ SECRETS = {
 }
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Secrets in the environment, and nothing of the developer's own configuration."""
+@pytest.fixture(scope="package")
+def environment() -> Iterator[dict[str, str]]:
+    """Secrets in the environment, and nothing of the developer's own configuration.
+
+    For this folder's tests only, as all that is started here: the next ones find what was there.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(("AWS_", "VAULT_", "BAO_", "HTTP_PROXY", "HTTPS_PROXY")):
@@ -57,7 +60,6 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
             patch.setenv(name, value)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield SECRETS
 
 
@@ -89,7 +91,7 @@ class Token:
     label: str
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def softhsm(tmp_path_factory, environment) -> Token:
     """A PKCS#11 token in software, with a PIN."""
     tool = shutil.which("softhsm2-util")
@@ -102,7 +104,7 @@ def softhsm(tmp_path_factory, environment) -> Token:
     (folder / "softhsm2.conf").write_text(
         f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n"
     )
-    os.environ["SOFTHSM2_CONF"] = str(folder / "softhsm2.conf")
+    os.environ["SOFTHSM2_CONF"] = str(folder / "softhsm2.conf")  # read once by the library
     initialise = [tool, "--init-token", "--free", "--label", "lsec", "--so-pin", "12345678"]
     subprocess.run(
         [*initialise, "--pin", SECRETS["LSEC_TEST_PIN"]], check=True, capture_output=True
@@ -141,7 +143,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bao(tmp_path_factory, environment) -> Iterator[Bao]:
     """An OpenBao server that speaks TLS and keeps an audit log."""
     program = beside_python("bao")
@@ -165,7 +167,11 @@ def bao(tmp_path_factory, environment) -> Iterator[Bao]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # In the environment, not on the command line, where every user could see it.
-                env={**os.environ, "BAO_DEV_ROOT_TOKEN_ID": SECRETS["LSEC_TEST_TOKEN"]},
+                env={
+                    **os.environ,
+                    "BAO_DEV_ROOT_TOKEN_ID": SECRETS["LSEC_TEST_TOKEN"],
+                    "HOME": str(folder),
+                },
             )
         started = wait_for(lambda: b"server started!" in (folder / "output").read_bytes(), process)
         if started:
@@ -204,7 +210,7 @@ class Kms:
         return self.log.read_bytes().count(b'"POST / HTTP/1.1" ')
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kms(tmp_path_factory, environment) -> Iterator[Kms]:
     """moto's server, which keeps keys and encryption contexts as AWS KMS does."""
     program = beside_python("moto_server")
@@ -247,12 +253,12 @@ class Case:
     requests: Callable[[], int] | None = None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sealer(tmp_path_factory) -> SigningKey:
     return SigningKey.generate(tmp_path_factory.mktemp("sealer") / "sealer.key")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def other_sealer(tmp_path_factory) -> SigningKey:
     return SigningKey.generate(tmp_path_factory.mktemp("other-sealer") / "sealer.key")
 
@@ -347,13 +353,13 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session", params=CASES)
+@pytest.fixture(scope="package", params=CASES)
 def case(request, tmp_path_factory) -> Case:
     """Each provider in turn, with the service that it needs."""
     return CASES[request.param](request, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def provider(case) -> KeyProvider:
     return case.make()
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import hpke as pyca
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 import lightning_secure
 from lightning_secure.crypto.encoding import b64encode, canonical_json
@@ -191,19 +196,60 @@ def test_a_second_trusted_sealer_cannot_claim_the_firsts_key(people, sealer, oth
         alice.unwrap(claimed, context=CONTEXT)
 
 
-def test_the_form_is_the_documented_one(people, sealer):
-    """A second reader, from docs/format.md."""
-    provider = HpkeKeyProvider(recipients=[people / "bob.pub"], signing_key=sealer._path)
+def labeled(prk: bytes, label: bytes, value: bytes, suite: bytes, length: int | None) -> bytes:
+    """LabeledExtract and, where there is a length, LabeledExpand of RFC 9180, section 4."""
+    if length is None:
+        return hmac.digest(prk, b"HPKE-v1" + suite + label + value, "sha256")
+    info = length.to_bytes(2, "big") + b"HPKE-v1" + suite + label + value
+    return HKDFExpand(SHA256(), length, info).derive(prk)
+
+
+def opened_by_the_standard(message: bytes, private: dict, info: bytes) -> bytes:
+    """Open an HPKE message by RFC 9180 and its hybrid KEM alone, without HPKE of a library."""
+    data = base64.b64decode(private["private"])
+    x = X25519PrivateKey.from_private_bytes(data[-32:])
+    public = x.public_key().public_bytes_raw()
+    if private["kem"] == X25519:
+        kem_id, encapsulated, sealed = b"\x00\x20", message[:32], message[32:]
+        kem = b"KEM" + kem_id
+        dh = x.exchange(X25519PublicKey.from_public_bytes(encapsulated))
+        secret = labeled(b"", b"eae_prk", dh, kem, None)
+        secret = labeled(secret, b"shared_secret", encapsulated + public, kem, 32)
+    else:
+        kem_id, encapsulated, sealed = b"\x64\x7a", message[:1120], message[1120:]
+        mlkem = MLKEM768PrivateKey.from_seed_bytes(data[:64]).decapsulate(encapsulated[:1088])
+        dh = x.exchange(X25519PublicKey.from_public_bytes(encapsulated[1088:]))
+        label = bytes.fromhex("5c2e2f2f5e5c")
+        secret = hashlib.sha3_256(mlkem + dh + encapsulated[1088:] + public + label).digest()
+    suite = b"HPKE" + kem_id + b"\x00\x01\x00\x02"  # HKDF-SHA256, AES-256-GCM
+    context = b"\0" + labeled(b"", b"psk_id_hash", b"", suite, None)
+    context += labeled(b"", b"info_hash", info, suite, None)
+    schedule = labeled(secret, b"secret", b"", suite, None)
+    key = labeled(schedule, b"key", context, suite, 32)
+    nonce = labeled(schedule, b"base_nonce", context, suite, 12)
+    return AESGCM(key).decrypt(nonce, sealed, b"")
+
+
+@pytest.mark.parametrize("name", ["alice", "bob"])
+def test_the_form_is_the_documented_one(people, sealer, name):
+    """A second reader, from docs/format.md and the standards that it names."""
+    provider = HpkeKeyProvider(recipients=[people / f"{name}.pub"], signing_key=sealer._path)
     key = DataKey.generate()
     (wrapped,) = provider.wrap_all(key, context=CONTEXT)
-    private = json.loads((people / "bob").read_text())
-    bob = X25519PrivateKey.from_private_bytes(base64.b64decode(private["private"], validate=True))
-    assert wrapped.blob[:16].hex() == sealer.key_id
+    kem, _, public = (people / f"{name}.pub").read_text().strip().partition(":")
+    named = b"lsec/v1/hpke-key-id\0" + kem.encode() + b"\0" + base64.b64decode(public)
+    assert wrapped.key_id == hashlib.sha256(named).hexdigest()[:32]
+    signer, signature, message = wrapped.blob[:16], wrapped.blob[16:80], wrapped.blob[80:]
+    assert signer.hex() == sealer.key_id
     info = b"lsec/v1/hpke\0" + canonical_json(
         {"context": CONTEXT, "recipient": wrapped.key_id, "signer": sealer.key_id}
     )
-    suite = pyca.Suite(pyca.KEM.X25519, pyca.KDF.HKDF_SHA256, pyca.AEAD.AES_256_GCM)
-    assert suite.decrypt(wrapped.blob[80:], bob, info) == key._material
+    kind = b"application/vnd.lightning-secure.hpke-wrapped-key.v1+json"
+    payload = canonical_json({"info": b64encode(info), "sealed": b64encode(message)})
+    signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    sealer.signer.public_key.verify(signature, signed)
+    private = json.loads((people / name).read_text())
+    assert opened_by_the_standard(message, private, info) == key._material
 
 
 # ---------------------------------------------------------------- key files
