@@ -204,19 +204,20 @@ def require_safe_url(url: str, *, name: str, insecure_allow_http: bool) -> None:
     Raises:
         ConfigError: ``url`` is neither https nor http to this machine, or has user information.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        scheme, host = parts.scheme, parts.hostname
+    except ValueError:
+        scheme, host, parts = "", None, urlsplit("")
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"{name} must not hold user information: it would show up in errors.")
-    if parts.scheme == "https" and parts.hostname:
-        return
-    if parts.scheme == "http" and parts.hostname:
-        if insecure_allow_http or is_loopback(url):
-            return
+    if scheme not in ("http", "https") or not host:
+        raise ConfigError(f"{name} is not an https URL.")
+    if scheme == "http" and not insecure_allow_http and not is_loopback(url):
         raise ConfigError(
             f"{name}={url!r} would send keys over the network in the clear. Use https, or pass "
             "insecure_allow_http=True where the network itself is trusted."
         )
-    raise ConfigError(f"{name}={url!r} is not an https URL.")
 
 
 def is_loopback(url: str) -> bool:

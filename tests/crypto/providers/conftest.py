@@ -92,7 +92,7 @@ class Token:
 
 
 @pytest.fixture(scope="package")
-def softhsm(tmp_path_factory, environment) -> Token:
+def softhsm(tmp_path_factory, environment) -> Iterator[Token]:
     """A PKCS#11 token in software, with a PIN."""
     tool = shutil.which("softhsm2-util")
     module = next((path for path in SOFTHSM_LIBRARIES if Path(path).exists()), None)
@@ -104,12 +104,13 @@ def softhsm(tmp_path_factory, environment) -> Token:
     (folder / "softhsm2.conf").write_text(
         f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n"
     )
-    os.environ["SOFTHSM2_CONF"] = str(folder / "softhsm2.conf")  # read once by the library
     initialise = [tool, "--init-token", "--free", "--label", "lsec", "--so-pin", "12345678"]
-    subprocess.run(
-        [*initialise, "--pin", SECRETS["LSEC_TEST_PIN"]], check=True, capture_output=True
-    )
-    return Token(module, "lsec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOFTHSM2_CONF", str(folder / "softhsm2.conf"))
+        subprocess.run(
+            [*initialise, "--pin", SECRETS["LSEC_TEST_PIN"]], check=True, capture_output=True
+        )
+        yield Token(module, "lsec")
 
 
 # ---------------------------------------------------------------- OpenBao

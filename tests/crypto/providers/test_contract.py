@@ -208,6 +208,20 @@ def test_a_dataset_is_sealed_and_read_with_one_call_per_partition(case, provider
             assert case.requests() - before == number
 
 
+def test_training_starts_with_one_call_per_partition(case, provider, heard, folder):
+    seal(folder, provider)
+    seal(folder, provider, split="val")
+    module = lightning_secure.EncryptedDataModule(folder, keys=case.make(), batch_size=5)
+    heard.clear()
+    before = case.requests() if case.requests else 0
+    module.setup("fit")
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        assert sum(len(batch[0]) for batch in loader) == 10
+    assert [event.action for event in heard].count("key.unwrap") == 2
+    if case.requests:
+        assert case.requests() - before == 2
+
+
 def test_a_reader_without_a_signing_key_reads_and_cannot_seal(case, provider, sealer, folder):
     if isinstance(provider, LocalKeyProvider):
         return  # a local key file holds both

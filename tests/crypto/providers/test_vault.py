@@ -177,6 +177,11 @@ def test_a_refusal_is_final(misbehaving, environment, status):
     assert str(status) in message or "UnexpectedError" in message
 
 
+@pytest.mark.parametrize("body", [b"hello", b"[]", b'{"errors":7}', b'{"errors":[7]}', b"7"])
+def test_a_refusal_of_another_form_is_one_too(misbehaving, environment, body):
+    refusal(made(misbehaving(lambda request: (400, {}, body))))
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -234,6 +239,7 @@ def test_a_proxy_sees_nothing_of_plain_http(misbehaving, environment, monkeypatc
         ("ftp://vault.example", "not an https URL"),
         ("vault.example", "not an https URL"),
         ("https://", "not an https URL"),
+        ("https://[::1", "not an https URL"),
     ],
 )
 def test_an_unsafe_url_is_refused(url, words):
