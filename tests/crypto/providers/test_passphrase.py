@@ -211,7 +211,7 @@ def test_a_source_that_could_carry_its_secret_is_not_pickled(path):
     def local() -> str:
         return PASSPHRASE
 
-    for source in (local, lambda: PASSPHRASE, functools.partial(str, PASSPHRASE)):
+    for source in (functools.partial(str, PASSPHRASE), local, lambda: PASSPHRASE):
         provider = LocalKeyProvider(path, passphrase=source)
         with pytest.raises(KeyAccessError, match="cannot be pickled") as caught:
             pickle.dumps(provider)
