@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime as dt
 import os
 import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -28,14 +27,13 @@ from lightning_secure.crypto.manifest import (
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
+from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
 from lightning_secure.data.shard import seal_shard
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.files import exclusive_lock
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 __all__ = ["EncryptedShardWriter"]
-
-_LOCK_NAME: Final = ".lock"
 
 
 class EncryptedShardWriter:
@@ -241,7 +239,7 @@ class EncryptedShardWriter:
 
     def _open_dataset(self) -> Manifest:
         """Return the dataset's manifest, after starting an empty one if there is none."""
-        with exclusive_lock(self._root / _LOCK_NAME):
+        with exclusive_lock(self._root / LOCK_NAME):
             if not (self._root / MANIFEST_NAME).exists():
                 manifest = Manifest(
                     dataset_id=secrets.token_bytes(16),
@@ -266,7 +264,7 @@ class EncryptedShardWriter:
             )
 
     def _commit(self, schema: Schema) -> None:
-        with exclusive_lock(self._root / _LOCK_NAME):
+        with exclusive_lock(self._root / LOCK_NAME):
             current = read_manifest(self._root, trusted=self._keys.trusted_signers)
             self._require_free(current)
             split = SplitEntry(
@@ -294,17 +292,17 @@ class EncryptedShardWriter:
                     "manifest": manifest.digest,
                 },
             )
+            require_files(self._root, split.files)
             write_manifest(self._root, manifest, signer=self._keys.signer)
             replaced = current.splits.get(self._split)
-        for entry in replaced.shards if replaced else ():
-            (self._root / entry.file).unlink(missing_ok=True)
+        # From here on the new manifest stands, whatever happens; old files go last.
+        remove_unnamed(self._root, replaced.files if replaced else (), keys=self._keys)
 
     def _discard(self) -> None:
         self._parts = []
         self._pending_rows = self._pending_bytes = 0
-        for entry in self._entries:
-            with contextlib.suppress(OSError):  # unreadable without a manifest in any case
-                (self._root / entry.file).unlink()
+        # The manifest may be in place already: an interruption can come right after that.
+        remove_unnamed(self._root, [entry.file for entry in self._entries], keys=self._keys)
         self._entries = []
 
 
