@@ -36,6 +36,7 @@ __all__ = [
     "PartitionKey",
     "ShardEntry",
     "SplitEntry",
+    "parse_manifest",
     "read_manifest",
     "write_manifest",
 ]
@@ -161,6 +162,17 @@ def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Man
         raise ManifestMismatchError(
             f"{what} cannot be read ({error.strerror}). Nothing from the dataset was used."
         ) from None
+    return parse_manifest(data, trusted=trusted, what=what)
+
+
+def parse_manifest(data: bytes, *, trusted: Mapping[str, Ed25519PublicKey], what: str) -> Manifest:
+    """Verify the bytes of a manifest; ``what`` names them in errors.
+
+    Raises:
+        ManifestMismatchError: No trusted key signed it, or its payload is not in the one
+            canonical form.
+        IntegrityError: It is damaged.
+    """
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))
     if canonical_json(manifest.to_json()) != payload:

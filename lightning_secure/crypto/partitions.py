@@ -30,16 +30,17 @@ class PartitionKey:
     ) -> tuple[Self, WrappedKey]:
         """Make a fresh partition key; return it, and its wrapped form for the manifest."""
         made = cls.generate(dataset_id, partition)
-        return made, made.wrapped_for(keys)
+        return made, made.wrapped_for(keys)[0]
 
     @classmethod
     def generate(cls, dataset_id: bytes, partition: str) -> Self:
         """Make a fresh partition key that nobody has been given yet."""
         return cls(DataKey.generate(), dataset_id=dataset_id, partition=partition)
 
-    def wrapped_for(self, keys: KeyProvider) -> WrappedKey:
+    def wrapped_for(self, keys: KeyProvider) -> tuple[WrappedKey, ...]:
         """Return this key under a provider's own: that provider's holder becomes a recipient."""
-        return keys.wrap(self._key, context=partition_context(self._dataset_id, self._partition))
+        context = partition_context(self._dataset_id, self._partition)
+        return (keys.wrap(self._key, context=context),)
 
     def seal(self, key: DataKey, *, shard_uuid: bytes) -> bytes:
         """Wrap a shard's data key."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, final
 
@@ -18,9 +18,9 @@ from lightning_secure.crypto.encoding import (
     parse_json_object,
 )
 from lightning_secure.crypto.keys import DataKey, KeyProvider
-from lightning_secure.crypto.signing import SEED_BYTES, Signer
+from lightning_secure.crypto.signing import SEED_BYTES, Signer, public_key_id
 from lightning_secure.errors import ConfigError, IntegrityError, KeyUnavailableError
-from lightning_secure.files import atomic_writer
+from lightning_secure.files import atomic_writer, sync_directory
 
 __all__ = ["LocalKeyProvider"]
 
@@ -34,6 +34,8 @@ class LocalKeyProvider(KeyProvider):
 
     Args:
         path: A file made by :meth:`generate`.
+        trusted: Public signing keys whose manifests are accepted besides the file's own, for
+            whoever reads what somebody else seals.
 
     Raises:
         KeyUnavailableError: The file is missing, is not a key file, or can be read or written by
@@ -46,12 +48,15 @@ class LocalKeyProvider(KeyProvider):
     The object pickles as its path, never with key material.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, trusted: Sequence[Ed25519PublicKey] = ()
+    ) -> None:
         self._path = Path(path)
         kek, seed = _read_key_file(self._path)
-        self._kek = DataKey(kek)
+        self._kek: DataKey | None = DataKey(kek)
+        self._trusted = tuple(trusted)
         self._signer = Signer(seed)
-        self._key_id = self._kek.key_id
+        self._key_id = DataKey(kek).key_id
 
     @classmethod
     def generate(cls, path: str | os.PathLike[str]) -> Self:
@@ -104,23 +109,56 @@ class LocalKeyProvider(KeyProvider):
 
     @property
     def trusted_signers(self) -> Mapping[str, Ed25519PublicKey]:
-        """The file's own signing key and no other."""
-        return {self._signer.key_id: self._signer.public_key}
+        """The file's own signing key, and those that were given as ``trusted``."""
+        return {public_key_id(key): key for key in (self._signer.public_key, *self._trusted)}
 
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
-        return self._kek.wrap(key, context=context)
+        return self._live().wrap(key, context=context)
 
     def _unwrap(self, blob: bytes, context: Mapping[str, str]) -> DataKey:
-        return self._kek.unwrap(blob, context=context)
+        return self._live().unwrap(blob, context=context)
 
     def _derive(self, purpose: str) -> DataKey:
-        return self._kek.subkey(f"derive/{purpose}")
+        return self._live().subkey(f"derive/{purpose}")
+
+    def _retire(self) -> bool:
+        """Overwrite the key file and remove it; copies of it are beyond reach."""
+        try:
+            with self._path.open("r+b") as file:
+                file.write(bytes(os.fstat(file.fileno()).st_size))
+                file.flush()
+                os.fsync(file.fileno())
+            self._path.unlink()
+            sync_directory(self._path.parent)
+        except OSError as error:
+            raise KeyUnavailableError(
+                f"key file {str(self._path)!r} could not be destroyed ({error.strerror}). The key "
+                "may still be used."
+            ) from None
+        self._kek = None
+        return True
+
+    def _live(self) -> DataKey:
+        if self._kek is None:
+            raise KeyUnavailableError(
+                f"key {self._key_id!r} was retired: it was destroyed, and nothing is opened with "
+                "it any more."
+            )
+        return self._kek
 
     def __repr__(self) -> str:
         return f"LocalKeyProvider({str(self._path)!r}, key_id={self._key_id!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (str(self._path),))
+        trusted = tuple(key.public_bytes_raw() for key in self._trusted)
+        return (
+            (_restored, (str(self._path), trusted)) if trusted else (type(self), (str(self._path),))
+        )
+
+
+def _restored(path: str, trusted: Sequence[bytes]) -> LocalKeyProvider:
+    keys = [Ed25519PublicKey.from_public_bytes(raw) for raw in trusted]
+    return LocalKeyProvider(path, trusted=keys)
 
 
 def _read_key_file(path: Path) -> tuple[bytes, bytes]:

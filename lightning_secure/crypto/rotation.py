@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from lightning_secure.crypto.entries import ColumnGroup, SplitEntry
@@ -42,9 +42,9 @@ def with_recipient(
     """
     wraps = _wraps(manifest, partition)
     added = manifest.open_partition(partition, keys).wrapped_for(recipient)
-    others = tuple(key for key in wraps if not _same(key, added))
     return dataclasses.replace(
-        manifest, partitions={**manifest.partitions, partition: (*others, added)}
+        manifest,
+        partitions={**manifest.partitions, partition: (*_others(wraps, added), *added)},
     )
 
 
@@ -105,10 +105,10 @@ def rekeyed(
         WrongKeyError: ``keys`` cannot open the partition.
         IntegrityError: A wrapped key was altered.
     """
-    present = {(key.provider, key.key_id) for key in _wraps(manifest, partition)}
-    given = {(keys.name, keys.key_id), *((one.name, one.key_id) for one in recipients)}
-    left_out = sorted(key_id for _, key_id in present - given if key_id not in without)
-    strangers = sorted(key_id for _, key_id in given - present - {(keys.name, keys.key_id)})
+    present = {_id(key) for key in _wraps(manifest, partition)}
+    given = {one for provider in recipients for one in _ids(provider)}
+    left_out = sorted(key_id for _, key_id in present - given - _ids(keys) if key_id not in without)
+    strangers = sorted(key_id for _, key_id in given - present)
     if left_out or strangers:
         raise ConfigError(
             f"a new key for partition {partition!r} was not made: "
@@ -118,16 +118,19 @@ def rekeyed(
         )
     old = manifest.open_partition(partition, keys)
     new = PartitionKey.generate(manifest.dataset_id, partition)
-    own = to if to is not None else keys
-    holders = [own, *(one for one in recipients if (one.name, one.key_id) != _id(own))]
-    wraps = tuple(new.wrapped_for(one) for one in holders if one.key_id not in without)
+    wraps: tuple[WrappedKey, ...] = ()
+    for holder in (to if to is not None else keys, *recipients):
+        wraps += tuple(_others(new.wrapped_for(holder), wraps))
     return dataclasses.replace(
         manifest,
         splits={
             name: _rewrapped(split, partition, old=old, new=new)
             for name, split in manifest.splits.items()
         },
-        partitions={**manifest.partitions, partition: wraps},
+        partitions={
+            **manifest.partitions,
+            partition: tuple(key for key in wraps if key.key_id not in without),
+        },
     )
 
 
@@ -138,14 +141,14 @@ def with_kek(manifest: Manifest, *, keys: KeyProvider, to: KeyProvider) -> Manif
         ConfigError: ``keys`` is a recipient of no partition, or ``to`` is the same key.
         IntegrityError: A wrapped key was altered.
     """
-    if _id(keys) == _id(to):
+    if _ids(keys) & _ids(to):
         raise ConfigError(f"key {to.key_id!r} is the present key. Nothing was rotated.")
     partitions = dict(manifest.partitions)
     for name, wraps in manifest.partitions.items():
-        if any((key.provider, key.key_id) == _id(keys) for key in wraps):
+        if any(_id(key) in _ids(keys) for key in wraps):
             new = manifest.open_partition(name, keys).wrapped_for(to)
-            others = (key for key in wraps if (key.provider, key.key_id) != _id(keys))
-            partitions[name] = (new, *(key for key in others if not _same(key, new)))
+            others = (key for key in _others(wraps, new) if _id(key) not in _ids(keys))
+            partitions[name] = (*new, *others)
     if partitions == manifest.partitions:
         raise ConfigError(
             f"key {keys.key_id!r} is a recipient of no partition of this dataset. Nothing was "
@@ -185,9 +188,15 @@ def _wraps(manifest: Manifest, partition: str) -> tuple[WrappedKey, ...]:
     return manifest.partitions[partition]
 
 
-def _id(keys: KeyProvider) -> tuple[str, str]:
-    return keys.name, keys.key_id
+def _id(key: WrappedKey) -> tuple[str, str]:
+    return key.provider, key.key_id
 
 
-def _same(one: WrappedKey, other: WrappedKey) -> bool:
-    return (one.provider, one.key_id) == (other.provider, other.key_id)
+def _ids(keys: KeyProvider) -> set[tuple[str, str]]:
+    """Return what :meth:`PartitionKey.wrapped_for` wraps for."""
+    return {(keys.name, keys.key_id)}
+
+
+def _others(wraps: Iterable[WrappedKey], than: Sequence[WrappedKey]) -> Iterator[WrappedKey]:
+    known = {_id(key) for key in than}
+    return (key for key in wraps if _id(key) not in known)

@@ -56,7 +56,8 @@ def remove_unnamed(root: Path, files: Iterable[str], *, keys: KeyProvider) -> li
         manifest = read_manifest(root, trusted=keys.trusted_signers)
     except IntegrityError:
         return wanted
-    return [file for file in wanted if not _removed(root, file, manifest)]
+    named = manifest.files
+    return [file for file in wanted if file in named or not _removed(root, file)]
 
 
 def require_files(root: Path, files: Iterable[str]) -> None:
@@ -96,8 +97,11 @@ class Journal:
         if fresh:
             sync_directory(self._root)
 
-    def sweep(self, *, keys: KeyProvider) -> list[str]:
+    def sweep(self, manifest: Manifest) -> list[str]:
         """Remove what is listed and not named by the manifest in place; then the list.
+
+        Args:
+            manifest: The one that is in place, verified.
 
         Returns:
             What could not be removed; it stays on the list.
@@ -106,15 +110,11 @@ class Journal:
             listed = self._path.read_text(encoding="ascii", errors="replace").split("\n")
         except FileNotFoundError:
             return []
-        files = [name for name in listed if _SHARD.fullmatch(name)]
-        try:
-            manifest = read_manifest(self._root, trusted=keys.trusted_signers)
-        except IntegrityError:
-            return files
+        named = manifest.files
         left = [
             name
-            for name in files
-            if name not in manifest.files and not _removed(self._root, name, manifest)
+            for name in dict.fromkeys(listed)
+            if _SHARD.fullmatch(name) and name not in named and not _removed(self._root, name)
         ]
         if not left:
             self._path.unlink()
@@ -146,9 +146,9 @@ def collect_garbage(
     read_manifest(folder, trusted=keys.trusted_signers)  # before a lock file is made there
     with exclusive_lock(folder / ROTATION_LOCK_NAME):
         before = set(_candidates(folder))
-        Journal(folder).sweep(keys=keys)
         with exclusive_lock(folder / LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
+            Journal(folder).sweep(manifest)
             oldest = time.time() - min_age_s
             for name in before - manifest.files:
                 with contextlib.suppress(FileNotFoundError):
@@ -169,10 +169,8 @@ def _candidates(root: Path) -> Iterator[str]:
                     yield name
 
 
-def _removed(root: Path, file: str, manifest: Manifest) -> bool:
+def _removed(root: Path, file: str) -> bool:
     """Remove a file and its unfinished copies; return whether it is not there any more."""
-    if file in manifest.files or not _SHARD.fullmatch(file):
-        return False
     folder, name = file.split("/")
     try:
         for path in [*(root / folder).glob(f".{name}.*.tmp"), root / file]:

@@ -18,17 +18,16 @@ from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
     NAME_PATTERN,
     Manifest,
-    PartitionKey,
     ShardEntry,
-    SplitEntry,
     read_manifest,
     write_manifest,
 )
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
+from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
-from lightning_secure.data.shard import seal_shard
+from lightning_secure.data.subjects import by_subject, taken
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.files import exclusive_lock
 from lightning_secure.redaction.anonymize import AnonymizationPlan
@@ -49,7 +48,17 @@ class EncryptedShardWriter:
         schema: The columns. By default they are read off the first row.
         anonymize: What happens to identifying columns before a row is encrypted.
         allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
-        replace: Whether an existing split of this name may be replaced.
+        column_keys: For columns that not every reader may see, the name of the key that they are
+            sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their
+            own in the partition ``SPLIT.sensitive``; the others in the partition ``SPLIT``. Who
+            is given which is up to :func:`~lightning_secure.data.rotation.add_recipient`.
+        subject_column: The column that says whose a row is, as text or a whole number. Each
+            subject's rows are sealed under keys of its own, so that
+            :func:`~lightning_secure.data.erasure.erase_subject` can destroy them. The ids are read
+            before ``anonymize`` changes the column. Give rows ordered by subject: each time
+            ``shard_bytes`` are full, every subject among them gets a shard, of 4 KiB at least.
+        replace: Whether an existing split of this name may be replaced. Its recipients besides
+            ``keys`` do not become those of the new one.
 
     Raises:
         ConfigError: An argument is wrong, or the split exists.
@@ -75,6 +84,8 @@ class EncryptedShardWriter:
         schema: Schema | None = None,
         anonymize: AnonymizationPlan | None = None,
         allow_nonfinite: bool = False,
+        column_keys: Mapping[str, str] | None = None,
+        subject_column: str | None = None,
         replace: bool = False,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
@@ -93,11 +104,12 @@ class EncryptedShardWriter:
         self._anonymizer = anonymize.bind(keys) if anonymize else None
         self._allow_nonfinite = allow_nonfinite
         self._replace = replace
+        self._layout = SplitLayout(split, column_keys or {}, subject_column)
+        self._pending_subjects: list[bytes] = []
 
         self._folder = self._root / split
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._dataset_id = self._open_dataset().dataset_id
-        self._partition, self._wrapped = PartitionKey.create(self._dataset_id, split, keys)
+        self._layout.create_keys(self._open_dataset().dataset_id, keys)
         self._parts: list[Mapping[str, ColumnData]] = []
         self._pending_rows = 0
         self._pending_bytes = 0
@@ -111,7 +123,7 @@ class EncryptedShardWriter:
 
     @property
     def _sealed_rows(self) -> int:
-        return sum(entry.records for entry in self._entries)
+        return sum(entry.records for entry in self._entries[:: len(self._layout.partitions)])
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row.
@@ -140,6 +152,7 @@ class EncryptedShardWriter:
         rows = count_rows(columns)
         if rows == 0:
             return
+        subjects = self._layout.subjects_of(columns)
         if self._anonymizer is not None:
             columns = self._anonymizer.apply(columns)
         schema = self._schema or Schema(
@@ -147,6 +160,7 @@ class EncryptedShardWriter:
         )
         if columns.keys() != set(schema.names):
             raise DataError(_name_mismatch(schema, columns.keys()))
+        self._layout.groups(schema)
         part = {
             column.name: convert_column(
                 column,
@@ -166,6 +180,7 @@ class EncryptedShardWriter:
                 )
         self._schema = schema
         self._parts.append(part)
+        self._pending_subjects += subjects
         self._pending_rows += rows
         self._pending_bytes += length_of(0, rows)
         if self._pending_bytes >= self._shard_bytes:
@@ -214,20 +229,18 @@ class EncryptedShardWriter:
         # A segment has one row at least, so that many rows never need too many segments.
         per_shard = max(1, rows * self._shard_bytes // max(1, self._pending_bytes))
         per_shard = min(per_shard, MAX_SEGMENTS)
-        while rows - start >= per_shard or (last and start < rows):
+        while not self._layout.by_subject and (
+            rows - start >= per_shard or (last and start < rows)
+        ):
             stop = min(start + per_shard, rows)
-            entry = seal_shard(
-                self._folder,
-                {name: values[start:stop] for name, values in columns.items()},
-                records=stop - start,
-                schema=schema,
-                dataset_id=self._dataset_id,
-                number=len(self._entries),
-                segment_bytes=self._segment_bytes,
-                partition=self._partition,
-            )
-            self._entries.append(entry)
+            chosen = {name: values[start:stop] for name, values in columns.items()}
+            self._seal(chosen, schema, stop - start)
             start = stop
+        if self._layout.by_subject:
+            for subject, own in by_subject(self._pending_subjects, per_shard):
+                chosen = {name: taken(values, own) for name, values in columns.items()}
+                self._seal(chosen, schema, len(own), subject)
+            self._pending_subjects, start = [], rows
         # Cloned, so that the rest of a large batch does not keep all of it in memory.
         rest = {
             name: values[start:].clone() if isinstance(values, Tensor) else values[start:]
@@ -236,6 +249,23 @@ class EncryptedShardWriter:
         self._parts = [rest] if start < rows else []
         self._pending_rows = rows - start
         self._pending_bytes = segment_lengths(schema, rest)(0, rows - start)
+
+    def _seal(
+        self,
+        columns: Mapping[str, ColumnData],
+        schema: Schema,
+        records: int,
+        subject: bytes | None = None,
+    ) -> None:
+        self._entries += self._layout.seal(
+            self._folder,
+            columns,
+            records=records,
+            schema=schema,
+            number=len(self._entries) // len(self._layout.partitions),
+            segment_bytes=self._segment_bytes,
+            subject=subject,
+        )
 
     def _open_dataset(self) -> Manifest:
         """Return the dataset's manifest, after starting an empty one if there is none."""
@@ -262,24 +292,25 @@ class EncryptedShardWriter:
                 f"{manifest.splits[self._split].records} rows, and was left as it is. Choose "
                 "another name, or pass replace=True to seal it anew."
             )
+        self._layout.require_free(manifest)
 
     def _commit(self, schema: Schema) -> None:
         with exclusive_lock(self._root / LOCK_NAME):
             current = read_manifest(self._root, trusted=self._keys.trusted_signers)
             self._require_free(current)
-            split = SplitEntry(
-                partition=self._split,
-                schema=tuple(schema.to_json()),
-                shards=tuple(self._entries),
-                attributes=_remarks(self._plan),
-            )
+            split = self._layout.split_entry(schema, self._entries, _remarks(self._plan))
+            replaced = current.splits.get(self._split)
+            kept = current.partitions.keys() - set(replaced.partitions if replaced else ())
             manifest = dataclasses.replace(
                 current,
                 generation=current.generation + 1,
                 previous=current.digest,
                 created=_now(),
                 splits={**current.splits, self._split: split},
-                partitions={**current.partitions, self._split: (self._wrapped,)},
+                partitions={
+                    **{name: current.partitions[name] for name in kept},
+                    **self._layout.wrapped,
+                },
             )
             events.announce(
                 "data.seal",
@@ -294,12 +325,12 @@ class EncryptedShardWriter:
             )
             require_files(self._root, split.files)
             write_manifest(self._root, manifest, signer=self._keys.signer)
-            replaced = current.splits.get(self._split)
         # From here on the new manifest stands, whatever happens; old files go last.
         remove_unnamed(self._root, replaced.files if replaced else (), keys=self._keys)
 
     def _discard(self) -> None:
         self._parts = []
+        self._pending_subjects = []
         self._pending_rows = self._pending_bytes = 0
         # The manifest may be in place already: an interruption can come right after that.
         remove_unnamed(self._root, [entry.file for entry in self._entries], keys=self._keys)
