@@ -106,6 +106,7 @@ def rekeyed(
         IntegrityError: A wrapped key was altered.
     """
     present = {_id(key) for key in _wraps(manifest, partition)}
+    old = manifest.open_partition(partition, keys)
     given = {one for provider in recipients for one in _ids(provider)}
     left_out = sorted(key_id for _, key_id in present - given - _ids(keys) if key_id not in without)
     strangers = sorted(key_id for _, key_id in given - present)
@@ -116,7 +117,6 @@ def rekeyed(
             + (f"{strangers} are no recipients of it yet. " if strangers else "")
             + "Pass every recipient's provider, or remove the recipient first."
         )
-    old = manifest.open_partition(partition, keys)
     new = PartitionKey.generate(manifest.dataset_id, partition)
     wraps: tuple[WrappedKey, ...] = ()
     for holder in (to if to is not None else keys, *recipients):
