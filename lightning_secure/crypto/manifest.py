@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -121,7 +122,7 @@ class Manifest:
             )
         return manifest
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the signed payload, in hexadecimal: what to pin."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()

@@ -86,6 +86,9 @@ class Journal:
         self._root = root
         self._path = root / _JOURNAL_NAME
 
+    def __bool__(self) -> bool:
+        return self._path.exists()
+
     def note(self, files: Iterable[str]) -> None:
         """Add names, and return when they are on the disk."""
         fresh = not self._path.exists()
@@ -117,7 +120,8 @@ class Journal:
             if _SHARD.fullmatch(name) and name not in named and not _removed(self._root, name)
         ]
         if not left:
-            self._path.unlink()
+            with contextlib.suppress(OSError):  # it then lists what is gone
+                self._path.unlink()
         return left
 
 

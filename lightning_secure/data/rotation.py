@@ -23,6 +23,7 @@ from lightning_secure.crypto import rotation
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import (
+    MANIFEST_NAME,
     Manifest,
     PartitionKey,
     read_manifest,
@@ -242,7 +243,8 @@ def rotating(root: Path, *, keys: KeyProvider) -> Iterator[None]:
     Raises:
         ManifestMismatchError: There is no manifest by a trusted signer.
     """
-    read_manifest(root, trusted=keys.trusted_signers)  # before a lock file is made there
+    if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
+        read_manifest(root, trusted=keys.trusted_signers)
     with exclusive_lock(root / ROTATION_LOCK_NAME):
         _sweep(root, keys)
         try:
@@ -254,7 +256,8 @@ def rotating(root: Path, *, keys: KeyProvider) -> Iterator[None]:
 def _sweep(root: Path, keys: KeyProvider) -> None:
     # Where the manifest in place cannot be verified, nothing is removed.
     with contextlib.suppress(IntegrityError):
-        Journal(root).sweep(read_manifest(root, trusted=keys.trusted_signers))
+        if journal := Journal(root):
+            journal.sweep(read_manifest(root, trusted=keys.trusted_signers))
 
 
 def commit(
