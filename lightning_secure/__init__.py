@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from lightning_secure.crypto.providers import LocalKeyProvider
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
+    from lightning_secure.data.erasure import ErasureReport, erase_shard, erase_subject
     from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.leftovers import collect_garbage
+    from lightning_secure.data.rotation import (
+        add_recipient,
+        remove_recipient,
+        rotate_data,
+        rotate_kek,
+        rotate_partition,
+    )
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.plugins.checkpoint import (
@@ -51,6 +60,7 @@ __all__ = [
     "EncryptedDataModule",
     "EncryptedShardDataset",
     "EncryptedShardWriter",
+    "ErasureReport",
     "Generalize",
     "Keep",
     "KeyProvider",
@@ -64,7 +74,15 @@ __all__ = [
     "Suppress",
     "WriteWatch",
     "__version__",
+    "add_recipient",
+    "collect_garbage",
+    "erase_shard",
+    "erase_subject",
     "load_encrypted_checkpoint",
+    "remove_recipient",
+    "rotate_data",
+    "rotate_kek",
+    "rotate_partition",
 ]
 
 _HOMES = {
@@ -80,6 +98,7 @@ _HOMES = {
     "EncryptedDataModule": "data.datamodule",
     "EncryptedShardDataset": "data.dataset",
     "EncryptedShardWriter": "data.writer",
+    "ErasureReport": "data.erasure",
     "Generalize": "redaction.anonymize",
     "Keep": "redaction.anonymize",
     "KeyProvider": "crypto.keys",
@@ -92,7 +111,15 @@ _HOMES = {
     "Schema": "data.format",
     "Suppress": "redaction.anonymize",
     "WriteWatch": "redaction.canary",
+    "add_recipient": "data.rotation",
+    "collect_garbage": "data.leftovers",
+    "erase_shard": "data.erasure",
+    "erase_subject": "data.erasure",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "remove_recipient": "data.rotation",
+    "rotate_data": "data.rotation",
+    "rotate_kek": "data.rotation",
+    "rotate_partition": "data.rotation",
 }
 
 

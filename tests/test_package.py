@@ -29,6 +29,7 @@ PUBLIC = [
     "EncryptedDataModule",
     "EncryptedShardDataset",
     "EncryptedShardWriter",
+    "ErasureReport",
     "Generalize",
     "Keep",
     "KeyProvider",
@@ -42,7 +43,15 @@ PUBLIC = [
     "Suppress",
     "WriteWatch",
     "__version__",
+    "add_recipient",
+    "collect_garbage",
+    "erase_shard",
+    "erase_subject",
     "load_encrypted_checkpoint",
+    "remove_recipient",
+    "rotate_data",
+    "rotate_kek",
+    "rotate_partition",
 ]
 
 

@@ -123,6 +123,12 @@ class LocalKeyProvider(KeyProvider):
 
     def _retire(self) -> bool:
         """Overwrite the key file and remove it; copies of it are beyond reach."""
+        kek, _ = _read_key_file(self._path)
+        if DataKey(kek) != self._live():
+            raise KeyUnavailableError(
+                f"key file {str(self._path)!r} holds another key by now, so it was left alone. "
+                f"Key {self._key_id!r} was not destroyed."
+            )
         try:
             with self._path.open("r+b") as file:
                 file.write(bytes(os.fstat(file.fileno()).st_size))

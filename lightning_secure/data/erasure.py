@@ -22,7 +22,7 @@ from typing import Literal
 
 from lightning_secure.crypto import rotation
 from lightning_secure.crypto.entries import ShardEntry, SplitEntry
-from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.keys import DataKey, KeyProvider
 from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -334,13 +334,16 @@ def _opens(manifest: Manifest, keys: KeyProvider, erased: Sequence[tuple[str, Sh
     for name in dict.fromkeys(partition for partition, _ in erased):
         with contextlib.suppress(KeyAccessError, IntegrityError):
             partition = manifest.open_partition(name, keys)
-            for shard in (shard for of, shard in erased if of == name):
-                found = SegmentKeys.derive(
-                    partition.open(shard),
-                    shard_uuid=shard.uuid,
-                    dataset_id=manifest.dataset_id,
-                    suite=SUITE_AES256GCM_SHA256,
-                )
-                if hmac.compare_digest(found.commitment, shard.commitment):
-                    return True
+            if any(_is_key(partition.open(one), one, manifest) for of, one in erased if of == name):
+                return True
     return False
+
+
+def _is_key(key: DataKey, shard: ShardEntry, manifest: Manifest) -> bool:
+    found = SegmentKeys.derive(
+        key,
+        shard_uuid=shard.uuid,
+        dataset_id=manifest.dataset_id,
+        suite=SUITE_AES256GCM_SHA256,
+    )
+    return hmac.compare_digest(found.commitment, shard.commitment)

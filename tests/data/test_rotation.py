@@ -28,7 +28,7 @@ from lightning_secure.data.rotation import (
     rotate_kek,
     rotate_partition,
 )
-from lightning_secure.data.shard import ShardReader
+from lightning_secure.data.shard import ShardReader, fresh_uuid
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
@@ -222,6 +222,14 @@ def test_a_copied_data_key_opens_nothing_any_more(sealed, keys):
     with pytest.raises(ShardCorruptedError):
         read(sealed, keys)
     assert after.open_partition("train", keys).open(new) != stolen
+
+
+def test_no_two_shards_ever_share_a_file(tmp_path, monkeypatch):
+    """Their names hold 4 random bytes, which is too few to rely on."""
+    drawn = [bytes(16), bytes(15) + b"\1", b"\1" * 16]
+    monkeypatch.setattr("secrets.token_bytes", lambda count: drawn.pop(0))
+    (tmp_path / "shard-00003-00000000.lsec").touch()
+    assert fresh_uuid(tmp_path, 3) == b"\1" * 16
 
 
 def test_a_split_that_does_not_exist_is_named(sealed, keys):
