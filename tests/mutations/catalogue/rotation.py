@@ -45,7 +45,7 @@ CATALOGUE = [
         "data/rotation.py",
         "        journal.note(entry.files)\n",
         "        for name in entry.files:\n            (folder / name).unlink()\n",
-        "tests/data/test_rotation.py -k replaced_at_the_last_moment",
+        "tests/data/test_rotation.py -k cannot_be_recorded",
     ),
     Mutation(
         "an erasure that failed is called a success",
