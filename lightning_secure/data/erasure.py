@@ -123,8 +123,9 @@ def erase_shard(
         keys: Opens all the split's partitions, and signs the new manifest.
         recipients: All other recipients of these partitions.
         rotate_kek_to: Takes the place of ``keys`` in the whole dataset, and signs from now on.
-        retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can.
-            Everything else under it, other datasets and checkpoints too, is lost.
+        retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can,
+            and only once ``rotate_kek_to`` was seen to open the new manifest. Everything else
+            under the key, other datasets and checkpoints too, is lost.
 
     Returns:
         What was done, and whether an old copy of the manifest still opens.
@@ -256,11 +257,7 @@ def _erase(
             signer=(to or keys).signer,
             event=("data.erase", {"split": split, "shards": len(numbers)}),
         )
-        retired = None
-        if retire_kek:
-            retired = False
-            with contextlib.suppress(KeyAccessError):  # the attempt below says what that means
-                retired = keys.retire()
+        retired = _retired(root, keys, to) if retire_kek and to is not None else None
     providers = {(one.name, one.key_id): one for one in (keys, *recipients, *([to] if to else []))}
     return ErasureReport(
         split=split,
@@ -271,6 +268,28 @@ def _erase(
         files_left=tuple(file for file in files if (root / file).exists()),
         attempts=_attempts(old_copy, keys, providers, erased, retired=bool(retired)),
     )
+
+
+def _retired(root: Path, keys: KeyProvider, to: KeyProvider) -> bool:
+    """Destroy the key of ``keys`` if ``to`` was seen to open all that it opened."""
+    try:
+        manifest = read_manifest(root, trusted=to.trusted_signers)
+        held = [
+            name
+            for name, wraps in manifest.partitions.items()
+            if any((key.provider, key.key_id) == (to.name, to.key_id) for key in wraps)
+        ]
+        for name in held:
+            partition = manifest.open_partition(name, to)
+            for entry in manifest.splits.values():
+                for group in entry.all_groups:
+                    if group.partition == name and not all(
+                        _is_key(partition.open(shard), shard, manifest) for shard in group.shards
+                    ):
+                        return False
+        return keys.retire()
+    except (KeyAccessError, IntegrityError):
+        return False  # the attempts say what that means
 
 
 def _without(manifest: Manifest, split: str, numbers: set[int]) -> Manifest:

@@ -92,9 +92,10 @@ class Journal:
     def note(self, files: Iterable[str]) -> None:
         """Add names, and return when they are on the disk."""
         fresh = not self._path.exists()
-        with self._path.open("a", encoding="ascii") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self._path, flags, 0o666), "wb") as file:
             # The first newline ends a line that a crash may have cut.
-            file.write("".join(f"\n{name}" for name in files) + "\n")
+            file.write(("".join(f"\n{name}" for name in files) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if fresh:

@@ -219,6 +219,22 @@ def test_a_provider_that_cannot_destroy_its_key_says_so(sealed, old, new):
     assert report.recoverable
 
 
+def test_the_old_key_is_not_destroyed_before_the_new_one_was_seen_to_open(
+    sealed, old, new, monkeypatch
+):
+    report = erase_shard(
+        sealed, "train", 1, keys=old, rotate_kek_to=Sealer(new, works=False), retire_kek=True
+    )
+    assert report.kek_retired is False
+    assert LocalKeyProvider(old._path).key_id == old.key_id
+    newest = LocalKeyProvider.generate(new._path.with_name("newest.kek"))
+    # No sound signer writes such a manifest.
+    monkeypatch.setattr(erasure, "_is_key", lambda *_: False)
+    report = erase_shard(sealed, "train", 2, keys=new, rotate_kek_to=newest, retire_kek=True)
+    assert report.kek_retired is False
+    assert new._path.exists()
+
+
 def test_a_key_that_cannot_be_used_now_is_not_taken_for_destroyed(sealed, old, new):
     add_recipient(sealed, "train", keys=old, recipient=new)
     add_recipient(sealed, "train.s", keys=old, recipient=new)

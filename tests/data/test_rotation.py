@@ -478,6 +478,17 @@ def test_a_journal_that_somebody_wrote_removes_nothing_of_worth(sealed, keys, tm
     assert_whole(sealed, keys)
 
 
+def test_a_journal_is_never_written_through_a_link(sealed, keys, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"before")
+    (sealed / ".leftovers").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        Journal(sealed).note(["train/shard-00000-00000000.lsec"])
+    rotate_data(sealed, "train", keys=keys)
+    assert victim.read_bytes() == b"before"
+    assert_whole(sealed, keys)
+
+
 def test_a_sweep_without_a_trusted_manifest_removes_nothing(sealed, keys, other_keys):
     Journal(sealed).note(shard_files(sealed))
     with pytest.raises(ManifestMismatchError):
