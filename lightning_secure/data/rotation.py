@@ -192,7 +192,7 @@ def rotate_data(root: str | os.PathLike[str], split: str, *, keys: KeyProvider) 
         journal = Journal(folder)
         partitions = [before.open_partition(name, keys) for name in entry.partitions]
         resealed = [
-            _resealed(folder, split, group, partition, before)
+            _resealed(folder, group, partition, before)
             for group, partition in zip(entry.all_groups, partitions, strict=True)
         ]
         after = dataclasses.replace(
@@ -294,7 +294,7 @@ def commit(
 
 
 def _resealed(
-    root: Path, split: str, group: ColumnGroup, partition: PartitionKey, manifest: Manifest
+    root: Path, group: ColumnGroup, partition: PartitionKey, manifest: Manifest
 ) -> tuple[ShardEntry, ...]:
     schema, storage, journal = Schema.from_json(group.schema), LocalStorage(root), Journal(root)
 
@@ -309,10 +309,12 @@ def _resealed(
 
     shards = []
     for entry in group.shards:
-        uuid = fresh_uuid(root / split, entry.number)
-        journal.note([f"{split}/{shard_name(entry.number, uuid)}"])
+        # Beside the old file: what was sealed in parallel lies in a folder of its own.
+        folder = root / Path(entry.file).parent
+        uuid = fresh_uuid(folder, entry.number)
+        journal.note([f"{folder.name}/{shard_name(entry.number, uuid)}"])
         with contextlib.closing(reader(entry)) as old:
-            sealed = reseal_shard(root / split, old, shard_uuid=uuid, partition=partition)
+            sealed = reseal_shard(folder, old, shard_uuid=uuid, partition=partition)
             with contextlib.closing(reader(sealed)) as new:
                 _require_same(old, new, sealed)
         shards.append(dataclasses.replace(sealed, subject=entry.subject))

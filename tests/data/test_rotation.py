@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from lightning_secure import events
-from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.crypto.manifest import read_manifest, write_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.data import rotation
 from lightning_secure.data.dataset import EncryptedShardDataset
@@ -209,6 +210,28 @@ def test_new_data_keys_leave_the_same_rows_in_new_files(sealed, keys):
     assert manifest_of(sealed, keys).splits["train"].content_digest == old.content_digest
     assert_whole(sealed, keys)
     assert not (sealed / ".leftovers").exists()
+
+
+def test_shards_may_lie_in_any_folder(sealed, keys):
+    """Those who seal in parallel use folders of their own."""
+    manifest = manifest_of(sealed, keys)
+    split = manifest.splits["train"]
+    (sealed / "elsewhere").mkdir()
+
+    def moved(shard):
+        file = shard.file.replace("train/", "elsewhere/")
+        (sealed / shard.file).rename(sealed / file)
+        return dataclasses.replace(shard, file=file)
+
+    groups = [
+        dataclasses.replace(group, shards=tuple(map(moved, group.shards))) for group in split.groups
+    ]
+    split = dataclasses.replace(split, shards=tuple(map(moved, split.shards)), groups=tuple(groups))
+    after = dataclasses.replace(manifest, splits={"train": split})
+    write_manifest(sealed, after, signer=keys.signer)
+    rotated = rotate_data(sealed, "train", keys=keys)
+    assert_whole(sealed, keys)
+    assert shard_files(sealed) == set(rotated.files)
 
 
 def test_a_copied_data_key_opens_nothing_any_more(sealed, keys):
