@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +20,7 @@ from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.errors import ConfigError, ManifestMismatchError
+from lightning_secure.files import as_path
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
@@ -68,7 +68,7 @@ class EncryptedShardDataset(Dataset[Any]):
     ) -> None:
         if output not in ("tuple", "dict"):
             raise ConfigError(f"output={output!r} is neither 'tuple' nor 'dict'.")
-        self._root = Path(root)
+        self._root = as_path(root, what="root")
         self._split = split
         self._keys = keys
         self._output: Output = output
