@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
     from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.ray import EncryptedShardDatasink
+    from lightning_secure.data.seal import seal
+    from lightning_secure.data.sources.arrow import Fill, Stack
+    from lightning_secure.data.splits import SplitByColumn, SplitByRatio
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.plugins.checkpoint import (
@@ -50,7 +54,9 @@ __all__ = [
     "EncryptedCheckpointIO",
     "EncryptedDataModule",
     "EncryptedShardDataset",
+    "EncryptedShardDatasink",
     "EncryptedShardWriter",
+    "Fill",
     "Generalize",
     "Keep",
     "KeyProvider",
@@ -61,10 +67,14 @@ __all__ = [
     "RedactingMLFlowLogger",
     "Redactor",
     "Schema",
+    "SplitByColumn",
+    "SplitByRatio",
+    "Stack",
     "Suppress",
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
+    "seal",
 ]
 
 _HOMES = {
@@ -78,8 +88,10 @@ _HOMES = {
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
     "EncryptedDataModule": "data.datamodule",
+    "EncryptedShardDatasink": "data.ray",
     "EncryptedShardDataset": "data.dataset",
     "EncryptedShardWriter": "data.writer",
+    "Fill": "data.sources.arrow",
     "Generalize": "redaction.anonymize",
     "Keep": "redaction.anonymize",
     "KeyProvider": "crypto.keys",
@@ -90,9 +102,13 @@ _HOMES = {
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
     "Schema": "data.format",
+    "SplitByColumn": "data.splits",
+    "SplitByRatio": "data.splits",
+    "Stack": "data.sources.arrow",
     "Suppress": "redaction.anonymize",
     "WriteWatch": "redaction.canary",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "seal": "data.seal",
 }
 
 

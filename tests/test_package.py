@@ -27,8 +27,10 @@ PUBLIC = [
     "DPConfig",
     "EncryptedCheckpointIO",
     "EncryptedDataModule",
+    "EncryptedShardDatasink",
     "EncryptedShardDataset",
     "EncryptedShardWriter",
+    "Fill",
     "Generalize",
     "Keep",
     "KeyProvider",
@@ -39,10 +41,14 @@ PUBLIC = [
     "RedactingMLFlowLogger",
     "Redactor",
     "Schema",
+    "SplitByColumn",
+    "SplitByRatio",
+    "Stack",
     "Suppress",
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
+    "seal",
 ]
 
 
@@ -91,6 +97,7 @@ def test_importing_the_package_imports_nothing_heavy_and_is_quick():
         ("AnonymizationPlan", ("torch", "lightning", "mlflow", "opacus")),
         ("DPConfig", ("torch", "lightning", "mlflow", "opacus")),
         ("EncryptedShardWriter", ("lightning", "mlflow", "opacus")),
+        ("seal", ("lightning", "mlflow", "opacus", "pyarrow", "pandas", "PIL", "ray")),
         ("EncryptedDataModule", ("mlflow", "opacus")),
         ("EncryptedCheckpointIO", ("mlflow", "opacus")),
         ("PrivateStrategy", ("mlflow", "dp_accounting")),
