@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     )
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
+    from lightning_secure.data.erasure import ErasureReport, erase_shard, erase_subject
     from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.leftovers import collect_garbage
+    from lightning_secure.data.ray import EncryptedShardDatasink
+    from lightning_secure.data.rotation import (
+        add_recipient,
+        remove_recipient,
+        rotate_data,
+        rotate_kek,
+        rotate_partition,
+    )
+    from lightning_secure.data.seal import seal
+    from lightning_secure.data.sources.arrow import Fill, Stack
+    from lightning_secure.data.splits import SplitByColumn, SplitByRatio
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.plugins.checkpoint import (
@@ -61,9 +74,12 @@ __all__ = [
     "EncryptedCheckpointIO",
     "EncryptedDataModule",
     "EncryptedShardDataset",
+    "EncryptedShardDatasink",
     "EncryptedShardWriter",
     "EnvironmentSecret",
+    "ErasureReport",
     "FileSecret",
+    "Fill",
     "Generalize",
     "HpkeKeyProvider",
     "HpkePrivateKey",
@@ -78,11 +94,23 @@ __all__ = [
     "Redactor",
     "Schema",
     "SigningKey",
+    "SplitByColumn",
+    "SplitByRatio",
+    "Stack",
     "Suppress",
     "VaultTransitKeyProvider",
     "WriteWatch",
     "__version__",
+    "add_recipient",
+    "collect_garbage",
+    "erase_shard",
+    "erase_subject",
     "load_encrypted_checkpoint",
+    "remove_recipient",
+    "rotate_data",
+    "rotate_kek",
+    "rotate_partition",
+    "seal",
 ]
 
 _HOMES = {
@@ -98,9 +126,12 @@ _HOMES = {
     "EncryptedCheckpointIO": "plugins.checkpoint",
     "EncryptedDataModule": "data.datamodule",
     "EncryptedShardDataset": "data.dataset",
+    "EncryptedShardDatasink": "data.ray",
     "EncryptedShardWriter": "data.writer",
     "EnvironmentSecret": "crypto.providers",
+    "ErasureReport": "data.erasure",
     "FileSecret": "crypto.providers",
+    "Fill": "data.sources.arrow",
     "Generalize": "redaction.anonymize",
     "HpkeKeyProvider": "crypto.providers",
     "HpkePrivateKey": "crypto.providers",
@@ -115,10 +146,22 @@ _HOMES = {
     "Redactor": "redaction.redactor",
     "Schema": "data.format",
     "SigningKey": "crypto.providers",
+    "SplitByColumn": "data.splits",
+    "SplitByRatio": "data.splits",
+    "Stack": "data.sources.arrow",
     "Suppress": "redaction.anonymize",
     "VaultTransitKeyProvider": "crypto.providers",
     "WriteWatch": "redaction.canary",
+    "add_recipient": "data.rotation",
+    "collect_garbage": "data.leftovers",
+    "erase_shard": "data.erasure",
+    "erase_subject": "data.erasure",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "remove_recipient": "data.rotation",
+    "rotate_data": "data.rotation",
+    "rotate_kek": "data.rotation",
+    "rotate_partition": "data.rotation",
+    "seal": "data.seal",
 }
 
 

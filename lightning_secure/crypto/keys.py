@@ -40,7 +40,7 @@ class DataKey:
     DataKey(<hidden>)
     """
 
-    __slots__ = ("_material",)
+    __slots__ = ("_cipher", "_material")
 
     def __init__(self, material: bytes) -> None:
         if len(material) != KEY_BYTES:
@@ -48,6 +48,7 @@ class DataKey:
                 f"a key has {KEY_BYTES} bytes; these are {len(material)}. No key was made."
             )
         self._material = bytes(material)
+        self._cipher: AESGCM | None = None
 
     @classmethod
     def generate(cls) -> Self:
@@ -113,7 +114,10 @@ class DataKey:
         )
 
     def _wrapping_cipher(self) -> AESGCM:
-        return AESGCM(self.derive(info=b"lsec/v1/key-wrap"))
+        # Derived once: a partition key wraps the keys of ten thousand shards.
+        if self._cipher is None:
+            self._cipher = AESGCM(self.derive(info=b"lsec/v1/key-wrap"))
+        return self._cipher
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DataKey):
@@ -299,6 +303,26 @@ class KeyProvider(ABC):
         """Return the same key for the same purpose each time, for example for pseudonyms."""
         events.announce("key.derive", self._event({"purpose": purpose}))
         return self._derive(purpose)
+
+    @final
+    def retire(self) -> bool:
+        """Destroy the current KEK for good, where that is in this provider's power.
+
+        Returns:
+            Whether it was destroyed. False: this provider cannot, and whoever keeps the KEK can
+            still unwrap everything that was ever wrapped under it.
+
+        Raises:
+            KeyUnavailableError: It could be destroyed, and that failed.
+            AuditWriteError: A listener could not record it; the KEK was not destroyed.
+
+        Whatever is still wrapped under the KEK, in any dataset or checkpoint, is lost.
+        """
+        events.announce("key.retire", self._event({}))
+        return self._retire()
+
+    def _retire(self) -> bool:
+        return False
 
     def _event(self, context: Mapping[str, str]) -> dict[str, str]:
         return {"provider": self.name, "key_id": self.key_id, **context}

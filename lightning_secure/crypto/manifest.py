@@ -11,177 +11,39 @@ manifest's digest where the storage administrator cannot write.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from lightning_secure.crypto.encoding import (
-    b64decode,
-    b64encode,
-    canonical_json,
-    parse_json_object,
-)
-from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
+from lightning_secure.crypto import parsing
+from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
+from lightning_secure.crypto.keys import KeyProvider, WrappedKey
+from lightning_secure.crypto.parsing import NAME_PATTERN
+from lightning_secure.crypto.partitions import PartitionKey, partition_context
 from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
 from lightning_secure.errors import IntegrityError, ManifestMismatchError
 from lightning_secure.files import atomic_writer
 
 __all__ = [
     "MANIFEST_NAME",
+    "NAME_PATTERN",
+    "ColumnGroup",
     "Manifest",
     "PartitionKey",
     "ShardEntry",
     "SplitEntry",
+    "parse_manifest",
     "read_manifest",
     "write_manifest",
 ]
 
 MANIFEST_NAME: Final = "manifest.json"
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.manifest.v1+json"
-NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_FILE_PATTERN: Final = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-)
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """What the signer saw of one shard.
-
-    Attributes:
-        file: Path below the dataset's root, one folder deep.
-        uuid: 16 random bytes that name the shard.
-        number: Position in the split, from 0.
-        records: Rows in the shard.
-        segments: Segments in the shard.
-        size: Length of the file in bytes.
-        header_sha256: Digest of the 4096 header bytes.
-        merkle_root: RFC 6962 root over the segments' tags, in order.
-        commitment: The key commitment in the header.
-        wrapped_key: The data key under the partition key.
-    """
-
-    file: str
-    uuid: bytes
-    number: int
-    records: int
-    segments: int
-    size: int
-    header_sha256: bytes
-    merkle_root: bytes
-    commitment: bytes
-    wrapped_key: bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the form that the manifest holds."""
-        return {
-            "file": self.file,
-            "uuid": self.uuid.hex(),
-            "number": self.number,
-            "records": self.records,
-            "segments": self.segments,
-            "size": self.size,
-            "header_sha256": b64encode(self.header_sha256),
-            "merkle_root": b64encode(self.merkle_root),
-            "commitment": b64encode(self.commitment),
-            "wrapped_key": b64encode(self.wrapped_key),
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Parse what :meth:`to_json` wrote; raises IntegrityError on anything else."""
-        fields = _fields(value, cls.__annotations__.keys(), "a shard entry")
-        file = _typed(fields["file"], str, "a shard's file name")
-        if not _FILE_PATTERN.fullmatch(file) or ".." in file:
-            raise IntegrityError(
-                "the manifest names a shard file outside of its dataset. Nothing was read."
-            )
-        return cls(
-            file=file,
-            uuid=_hex(fields["uuid"], 16),
-            number=_count(fields["number"]),
-            records=_count(fields["records"], least=1),
-            segments=_count(fields["segments"], least=1),
-            size=_count(fields["size"], least=1),
-            header_sha256=b64decode(fields["header_sha256"], what="a header digest", length=32),
-            merkle_root=b64decode(fields["merkle_root"], what="a Merkle root", length=32),
-            commitment=b64decode(fields["commitment"], what="a key commitment", length=32),
-            wrapped_key=b64decode(fields["wrapped_key"], what="a wrapped key"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitEntry:
-    """One split of a dataset.
-
-    Attributes:
-        partition: Name of the partition key under which the shards' keys are wrapped.
-        schema: The columns, as JSON values.
-        shards: In order.
-        attributes: Signed remarks, for example what was done to which column before sealing.
-    """
-
-    partition: str
-    schema: tuple[Mapping[str, Any], ...]
-    shards: tuple[ShardEntry, ...]
-    attributes: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def records(self) -> int:
-        """Rows in all shards."""
-        return sum(shard.records for shard in self.shards)
-
-    @property
-    def content_digest(self) -> str:
-        """SHA-256, in hexadecimal, of what the rows are: unchanged when only keys are rotated."""
-        content = {
-            "schema": list(self.schema),
-            "shards": [
-                [shard.header_sha256.hex(), shard.merkle_root.hex()] for shard in self.shards
-            ],
-        }
-        return hashlib.sha256(canonical_json(content)).hexdigest()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the form that the manifest holds."""
-        return {
-            "partition": self.partition,
-            "schema": [dict(column) for column in self.schema],
-            "shards": [shard.to_json() for shard in self.shards],
-            "attributes": dict(self.attributes),
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Parse what :meth:`to_json` wrote; raises IntegrityError on anything else."""
-        fields = _fields(value, cls.__annotations__.keys(), "a split")
-        schema = tuple(
-            _typed(column, dict, "a column")
-            for column in _typed(fields["schema"], list, "a schema")
-        )
-        attributes = _typed(fields["attributes"], dict, "a split's attributes")
-        for text in attributes.values():
-            _typed(text, str, "a split's attribute")
-        shards = tuple(
-            ShardEntry.from_json(shard)
-            for shard in _typed(fields["shards"], list, "a list of shards")
-        )
-        numbers = [shard.number for shard in shards]
-        if not shards or numbers != list(range(len(shards))):
-            raise IntegrityError(
-                "the manifest's shards are not numbered in order. Nothing was read."
-            )
-        return cls(
-            partition=_name(fields["partition"]),
-            schema=schema,
-            shards=shards,
-            attributes=attributes,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +66,11 @@ class Manifest:
     splits: Mapping[str, SplitEntry]
     partitions: Mapping[str, tuple[WrappedKey, ...]]
 
+    @property
+    def files(self) -> frozenset[str]:
+        """Every shard file of the dataset."""
+        return frozenset(file for split in self.splits.values() for file in split.files)
+
     def to_json(self) -> dict[str, Any]:
         """Return the signed payload as JSON values."""
         return {
@@ -221,37 +88,41 @@ class Manifest:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """Parse what :meth:`to_json` wrote; raises IntegrityError on anything else."""
-        fields = _fields(value, {"version", *cls.__annotations__}, "the manifest")
+        fields = parsing.fields(value, {"version", *cls.__annotations__}, "the manifest")
         if fields["version"] != 1:
             raise IntegrityError("the manifest has a version that this package cannot read.")
         previous = fields["previous"]
         if previous is not None:
-            _hex(previous, 32)
-        generation = _count(fields["generation"], least=1)
+            parsing.hexadecimal(previous, 32)
+        generation = parsing.count(fields["generation"], least=1)
         if (generation == 1) != (previous is None):
             raise IntegrityError("the manifest's generation and predecessor contradict each other.")
-        splits = _typed(fields["splits"], dict, "the splits")
-        partitions = _typed(fields["partitions"], dict, "the partitions")
+        splits = parsing.typed(fields["splits"], dict, "the splits")
+        partitions = parsing.typed(fields["partitions"], dict, "the partitions")
         manifest = cls(
-            dataset_id=_hex(fields["dataset_id"], 16),
+            dataset_id=parsing.hexadecimal(fields["dataset_id"], 16),
             generation=generation,
             previous=previous,
-            created=_typed(fields["created"], str, "the time"),
-            splits={_name(name): SplitEntry.from_json(split) for name, split in splits.items()},
+            created=parsing.typed(fields["created"], str, "the time"),
+            splits={
+                parsing.name(name): SplitEntry.from_json(split) for name, split in splits.items()
+            },
             partitions={
-                _name(name): tuple(
-                    WrappedKey.from_json(key) for key in _typed(keys, list, "a partition's keys")
+                parsing.name(name): tuple(
+                    WrappedKey.from_json(key)
+                    for key in parsing.typed(keys, list, "a partition's keys")
                 )
                 for name, keys in partitions.items()
             },
         )
-        if not all(manifest.partitions.get(split.partition) for split in manifest.splits.values()):
+        needed = (name for split in manifest.splits.values() for name in split.partitions)
+        if not all(manifest.partitions.get(name) for name in needed):
             raise IntegrityError(
                 "the manifest has a split without a partition key. Nothing was read."
             )
         return manifest
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the signed payload, in hexadecimal: what to pin."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
@@ -263,53 +134,9 @@ class Manifest:
             WrongKeyError: The partition was not sealed for this provider's key.
             IntegrityError: The wrapped key was altered.
         """
-        context = _partition_context(self.dataset_id, partition)
+        context = partition_context(self.dataset_id, partition)
         key = keys.unwrap_any(self.partitions[partition], context=context)
         return PartitionKey(key, dataset_id=self.dataset_id, partition=partition)
-
-
-class PartitionKey:
-    """Wraps and unwraps the data keys of one partition's shards.
-
-    Args:
-        key: The key itself.
-        dataset_id: 16 bytes.
-        partition: Name of the partition.
-    """
-
-    def __init__(self, key: DataKey, *, dataset_id: bytes, partition: str) -> None:
-        self._key = key
-        self._dataset_id = dataset_id
-        self._partition = partition
-
-    @classmethod
-    def create(
-        cls, dataset_id: bytes, partition: str, keys: KeyProvider
-    ) -> tuple[Self, tuple[WrappedKey, ...]]:
-        """Make a fresh partition key; return it, and for the manifest its form per recipient."""
-        key = DataKey.generate()
-        wrapped = keys.wrap_all(key, context=_partition_context(dataset_id, partition))
-        return cls(key, dataset_id=dataset_id, partition=partition), wrapped
-
-    def seal(self, key: DataKey, *, shard_uuid: bytes) -> bytes:
-        """Wrap a shard's data key."""
-        return self._key.wrap(key, context=self._context(shard_uuid))
-
-    def open(self, entry: ShardEntry) -> DataKey:
-        """Unwrap a shard's data key.
-
-        Raises:
-            IntegrityError: The wrapped key was altered or belongs to another shard.
-        """
-        return self._key.unwrap(entry.wrapped_key, context=self._context(entry.uuid))
-
-    def _context(self, shard_uuid: bytes) -> dict[str, str]:
-        return {
-            "purpose": "shard",
-            "dataset": self._dataset_id.hex(),
-            "partition": self._partition,
-            "shard": shard_uuid.hex(),
-        }
 
 
 def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Manifest:
@@ -333,6 +160,17 @@ def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Man
         raise ManifestMismatchError(
             f"{what} cannot be read ({error.strerror}). Nothing from the dataset was used."
         ) from None
+    return parse_manifest(data, trusted=trusted, what=what)
+
+
+def parse_manifest(data: bytes, *, trusted: Mapping[str, Ed25519PublicKey], what: str) -> Manifest:
+    """Verify the bytes of a manifest; ``what`` names them in errors.
+
+    Raises:
+        ManifestMismatchError: No trusted key signed it, or its payload is not in the one
+            canonical form.
+        IntegrityError: It is damaged.
+    """
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))
     if canonical_json(manifest.to_json()) != payload:
@@ -347,41 +185,3 @@ def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
     )
     with atomic_writer(root / MANIFEST_NAME) as file:
         file.write(envelope)
-
-
-def _partition_context(dataset_id: bytes, partition: str) -> dict[str, str]:
-    return {"purpose": "partition", "dataset": dataset_id.hex(), "partition": partition}
-
-
-def _fields(value: Any, names: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or value.keys() != set(names):
-        raise IntegrityError(f"{what} in the manifest does not have the expected fields.")
-    return value
-
-
-@overload
-def _typed(value: Any, kind: type[dict[Any, Any]], what: str) -> dict[Any, Any]: ...
-@overload
-def _typed(value: Any, kind: type[_T], what: str) -> _T: ...
-def _typed(value: Any, kind: type[_T], what: str) -> Any:
-    if not isinstance(value, kind):
-        raise IntegrityError(f"{what} in the manifest is not of the expected type.")
-    return value
-
-
-def _count(value: Any, *, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < 2**63:
-        raise IntegrityError("a number in the manifest is not a count.")
-    return value
-
-
-def _hex(value: Any, length: int) -> bytes:
-    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{2 * length}}}", value):
-        raise IntegrityError("an id in the manifest is not hexadecimal of the expected length.")
-    return bytes.fromhex(value)
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
-        raise IntegrityError("a name in the manifest has characters that names may not have.")
-    return value

@@ -14,10 +14,20 @@ from torch import Tensor
 from lightning_secure.data.format import DTYPE_NAMES, DTYPES, Column, ColumnData
 from lightning_secure.errors import DataError
 
-__all__ = ["convert_column", "count_rows", "infer_column", "joined"]
+__all__ = ["Ragged", "convert_column", "count_rows", "infer_column", "joined"]
 
 _UNTOUCHED: Final = "Nothing of this call was sealed."
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+_INT64_MAX: Final = np.iinfo(np.int64).max
+
+
+class Ragged(list[Tensor]):
+    """Tensors, one a row, whose first dimension may differ even where these happen to agree."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or rows as the same kind of list."""
+        value = super().__getitem__(index)
+        return Ragged(value) if isinstance(index, slice) else value
 
 
 def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
@@ -26,6 +36,19 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     Raises:
         DataError: There is no column, or they differ in length.
     """
+    if not isinstance(columns, Mapping):
+        raise DataError(f"rows must be given as names and values of columns. {_UNTOUCHED}")
+    for name, values in columns.items():
+        if not isinstance(name, str):
+            raise DataError(
+                f"a column's name is not text but a {type(name).__name__}. {_UNTOUCHED}"
+            )
+        single = isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0
+        if single or not hasattr(values, "__len__"):
+            raise DataError(
+                f"column {name!r} was given one {type(values).__name__} where a call needs a "
+                f"sequence with one value a row. {_UNTOUCHED}"
+            )
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
         raise DataError(
@@ -40,6 +63,9 @@ def infer_column(name: str, values: Any) -> Column:
     Raises:
         DataError: Their type cannot be stored.
     """
+    if isinstance(values, Ragged):
+        dtype = _known(name, str(values[0].dtype).removeprefix("torch."))
+        return Column(name, "ragged", dtype, tuple(values[0].shape[1:]))
     rows = _normalised(name, values)
     if isinstance(rows, Tensor):
         return Column(name, "tensor", DTYPE_NAMES[rows.dtype], tuple(rows.shape[1:]))
@@ -58,15 +84,16 @@ def infer_column(name: str, values: Any) -> Column:
 
 
 def convert_column(
-    column: Column, values: Any, *, allow_nonfinite: bool, first_row: int
+    column: Column, values: Any, *, allow_nonfinite: bool, first_row: int, copy: bool = True
 ) -> ColumnData:
-    """Return a copy of ``values`` in the form that a shard holds.
+    """Return ``values`` in the form that a shard holds.
 
     Args:
         column: What they must be.
         values: A tensor, an array or a sequence.
         allow_nonfinite: Whether NaN and infinities may pass.
         first_row: Number of the first value's row in its split, for errors.
+        copy: Whether the result must not share memory with ``values``.
 
     Raises:
         DataError: They are something else. The message names the column and never a value.
@@ -84,11 +111,13 @@ def convert_column(
             if not isinstance(row, Tensor) or row.ndim == 0 or row.shape[1:] != column.shape:
                 raise _mismatch(column, "a row of another shape")
             _check(column, row, allow_nonfinite, first_row + number)
-        return [row.clone() for row in rows]
+        return [row.clone() for row in rows] if copy else list(rows)
     tensor = _batched(column, rows)
     if tensor.shape[1:] != column.shape:
         raise _mismatch(column, f"rows of shape {tuple(tensor.shape[1:])}")
     _check(column, tensor, allow_nonfinite, first_row)
+    if not copy:
+        return tensor.contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -105,7 +134,10 @@ def _normalised(name: str, values: Any) -> Tensor | list[Any]:
         if values.dtype.kind in "OU":
             return _normalised(name, values.tolist())
         _known(name, str(values.dtype))
-        return torch.as_tensor(np.ascontiguousarray(values))
+        # asarray, not ascontiguousarray: that one turns the shape () into (1,).
+        array = np.asarray(values, order="C")
+        # torch warns of read-only memory, which is what Arrow and mapped files are.
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
     if isinstance(values, Tensor):
         _known(name, str(values.dtype).removeprefix("torch."))
         return values.detach().cpu()
@@ -132,8 +164,10 @@ def _batched(column: Column, rows: Tensor | list[Any]) -> Tensor:
         raise _mismatch(column, "a value of another type")
     if not _plain(rows):
         raise _mismatch(column, f"{array.dtype} values")
+    # What int64 cannot hold is uint64 here, and would wrap around.
+    wraps = not floating and array.dtype == np.uint64 and bool((array > _INT64_MAX).any())
     tensor = torch.as_tensor(array.astype("float64" if floating else "int64"))
-    if not floating and bool((tensor.to(target) != tensor).any()):
+    if wraps or (not floating and bool((tensor.to(target) != tensor).any())):
         raise _mismatch(column, "a number that its dtype cannot hold")
     return tensor.to(target)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -15,12 +14,14 @@ from torch.utils.data import Dataset
 
 from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import Manifest, PartitionKey, SplitEntry, read_manifest
+from lightning_secure.crypto.manifest import Manifest, SplitEntry, read_manifest
 from lightning_secure.data.format import ColumnData, Schema
+from lightning_secure.data.groups import GroupedReader, OpenGroups, schema_of
 from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.errors import ConfigError, ManifestMismatchError
+from lightning_secure.files import as_path
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
@@ -33,7 +34,8 @@ class EncryptedShardDataset(Dataset[Any]):
     Args:
         root: The dataset's folder.
         split: Name of the split.
-        keys: Releases the split's key, with one call when the dataset is made.
+        keys: Releases the split's key, with one call when the dataset is made, and one for each
+            further group of columns.
         output: ``tuple``: a sample is a tuple in the order of the columns, so ``x, y = batch``
             works. ``dict``: a dict by column name.
         columns: Which columns a sample has, in which order. All by default.
@@ -43,7 +45,8 @@ class EncryptedShardDataset(Dataset[Any]):
     Raises:
         ManifestMismatchError: There is no manifest, it is not signed by a trusted key, or it is
             not what was pinned.
-        WrongKeyError: The split was sealed for another key.
+        WrongKeyError: The split, or a wanted column, was sealed for another key. The message says
+            which ``columns`` can be read.
         ConfigError: There is no such split or column.
 
     A row is returned only after the segment it lies in was authenticated. A storage administrator
@@ -68,7 +71,7 @@ class EncryptedShardDataset(Dataset[Any]):
     ) -> None:
         if output not in ("tuple", "dict"):
             raise ConfigError(f"output={output!r} is neither 'tuple' nor 'dict'.")
-        self._root = Path(root)
+        self._root = as_path(root, what="root")
         self._split = split
         self._keys = keys
         self._output: Output = output
@@ -88,16 +91,16 @@ class EncryptedShardDataset(Dataset[Any]):
             )
         entry = manifest.splits[self._split]
         self._manifest = manifest
-        self._schema = Schema.from_json(entry.schema)
+        self._schema = schema_of(entry)
         self._names = self._columns or self._schema.names
         if unknown := set(self._names) - set(self._schema.names):
             raise ConfigError(
                 f"split {self._split!r} has no column {sorted(unknown)}; its columns are "
                 f"{list(self._schema.names)}."
             )
-        self._partition: PartitionKey = manifest.open_partition(entry.partition, self._keys)
+        self._groups = OpenGroups(manifest, self._split, self._keys, names=self._names)
         self._ends = np.cumsum([shard.records for shard in entry.shards])
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._readers: OrderedDict[int, ShardReader | GroupedReader] = OrderedDict()
         self._recent: tuple[tuple[int, int], dict[str, ColumnData]] | None = None
         events.announce(
             "data.open",
@@ -212,18 +215,11 @@ class EncryptedShardDataset(Dataset[Any]):
             self._recent = ((shard, segment), self._reader(shard).read_segment(segment))
         return self._recent[1]
 
-    def _reader(self, shard: int) -> ShardReader:
+    def _reader(self, shard: int) -> ShardReader | GroupedReader:
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard]
-        entry = self.entry.shards[shard]
-        reader = ShardReader(
-            LocalStorage(self._root),
-            entry,
-            key=self._partition.open(entry),
-            schema=self._schema,
-            dataset_id=self._manifest.dataset_id,
-        )
+        reader = self._groups.reader(LocalStorage(self._root), shard)
         self._readers[shard] = reader
         if len(self._readers) > _OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()

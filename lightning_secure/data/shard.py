@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lightning_secure.crypto.keys import DataKey
@@ -32,7 +33,7 @@ from lightning_secure.data.storage import Storage
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
-__all__ = ["ShardReader", "seal_shard"]
+__all__ = ["ShardReader", "fresh_uuid", "plan_segments", "reseal_shard", "seal_shard", "shard_name"]
 
 
 def seal_shard(
@@ -45,6 +46,8 @@ def seal_shard(
     number: int,
     segment_bytes: int,
     partition: PartitionKey,
+    records_per_segment: int | None = None,
+    uuid: bytes | None = None,
 ) -> ShardEntry:
     """Encrypt rows into a new file below ``folder`` and return its manifest entry.
 
@@ -58,17 +61,29 @@ def seal_shard(
         segment_bytes: Plaintext length that segments should not exceed. A single row that is
             longer gets a longer segment.
         partition: Protects the shard's fresh data key.
+        records_per_segment: Rows in a segment, where ``segment_bytes`` does not decide it.
+        uuid: 16 random bytes that nothing else is named by; drawn by default.
 
     Raises:
         DataError: A row needs 64 MiB or more, or the rows need more than 2**20 segments.
 
     The file appears whole or not at all, and is worthless until a signed manifest names it.
     """
-    segments, per_segment, length = _plan(columns, records, schema, segment_bytes)
-    key, uuid = DataKey.generate(), secrets.token_bytes(16)
-    keys = SegmentKeys.derive(
-        key, shard_uuid=uuid, dataset_id=dataset_id, suite=SUITE_AES256GCM_SHA256
+    segments, per_segment, length = plan_segments(
+        columns, records, schema, segment_bytes, per_segment=records_per_segment
     )
+
+    def plaintexts() -> Iterator[bytearray]:
+        for index in range(segments):
+            start = index * per_segment
+            stop = min(start + per_segment, records)
+            plaintext = encode_segment(schema, _rows(columns, start, stop))
+            if index < segments - 1:
+                plaintext += bytes(length - len(plaintext))
+            yield plaintext
+
+    key, uuid = DataKey.generate(), uuid or fresh_uuid(folder, number)
+    keys = _derived(key, uuid, dataset_id)
     header = Header(
         dataset_id=dataset_id,
         shard_uuid=uuid,
@@ -80,36 +95,84 @@ def seal_shard(
         schema_digest=schema.digest,
         commitment=keys.commitment,
     )
+    return _write(folder, header, keys, plaintexts(), partition.seal(key, shard_uuid=uuid))
+
+
+def reseal_shard(
+    folder: Path, reader: ShardReader, *, shard_uuid: bytes, partition: PartitionKey
+) -> ShardEntry:
+    """Encrypt an open shard's rows anew, under a fresh key and into a new file; return its entry.
+
+    Args:
+        folder: The split's folder.
+        reader: The shard.
+        shard_uuid: 16 fresh random bytes that name the new file.
+        partition: Protects the new data key.
+
+    Raises:
+        ShardCorruptedError: A segment of the old shard was altered.
+
+    One segment at a time is in memory.
+    """
+    key = DataKey.generate()
+    keys = _derived(key, shard_uuid, reader.header.dataset_id)
+    header = dataclasses.replace(reader.header, shard_uuid=shard_uuid, commitment=keys.commitment)
+    plaintexts = (reader.read_plaintext(index) for index in range(header.segments))
+    wrapped = partition.seal(key, shard_uuid=shard_uuid)
+    return _write(folder, header, keys, plaintexts, wrapped)
+
+
+def fresh_uuid(folder: Path, number: int) -> bytes:
+    """Return 16 random bytes that name a shard whose file does not exist yet."""
+    while True:
+        uuid = secrets.token_bytes(16)
+        if not (folder / shard_name(number, uuid)).exists():
+            return uuid
+
+
+def shard_name(number: int, shard_uuid: bytes) -> str:
+    """Return the name of a shard's file in its folder."""
+    return f"shard-{number:05d}-{shard_uuid.hex()[:8]}.lsec"
+
+
+def _derived(key: DataKey, shard_uuid: bytes, dataset_id: bytes) -> SegmentKeys:
+    return SegmentKeys.derive(
+        key, shard_uuid=shard_uuid, dataset_id=dataset_id, suite=SUITE_AES256GCM_SHA256
+    )
+
+
+def _write(
+    folder: Path,
+    header: Header,
+    keys: SegmentKeys,
+    plaintexts: Iterable[bytearray],
+    wrapped_key: bytes,
+) -> ShardEntry:
     packed = header.pack()
     digest = hashlib.sha256(packed).digest()
     cipher = SegmentCipher(keys, header_digest=digest)
-    path = folder / f"shard-{number:05d}-{uuid.hex()[:8]}.lsec"
-    sealed = bytearray(length + TAG_BYTES)
+    path = folder / shard_name(header.shard_number, header.shard_uuid)
+    sealed = bytearray(header.segment_bytes + TAG_BYTES)
     tags = []
     with atomic_writer(path) as file:
         file.write(packed)
-        for index in range(segments):
-            start = index * per_segment
-            count = header.records_in(index)
-            plaintext = encode_segment(schema, _rows(columns, start, start + count))
-            if index < segments - 1:
-                plaintext += bytes(length - len(plaintext))
+        for index, plaintext in enumerate(plaintexts):
             with memoryview(sealed)[: len(plaintext) + TAG_BYTES] as out:
-                cipher.seal_into(index, plaintext, records=count, out=out)
+                cipher.seal_into(index, plaintext, records=header.records_in(index), out=out)
                 file.write(out)
                 tags.append(bytes(out[-TAG_BYTES:]))
         size = file.tell()
     return ShardEntry(
         file=f"{folder.name}/{path.name}",
-        uuid=uuid,
-        number=number,
-        records=records,
-        segments=segments,
+        uuid=header.shard_uuid,
+        number=header.shard_number,
+        records=header.records,
+        segments=header.segments,
         size=size,
         header_sha256=digest,
         merkle_root=merkle_root(tags),
         commitment=keys.commitment,
-        wrapped_key=partition.seal(key, shard_uuid=uuid),
+        wrapped_key=wrapped_key,
     )
 
 
@@ -145,15 +208,13 @@ class ShardReader:
         try:
             self._file = storage.open(entry.file)
         except OSError as error:
-            raise self._corrupted(f"it cannot be opened ({error.strerror})") from None
+            raise self._corrupted(
+                f"it cannot be opened ({error.strerror}). If the dataset was rotated, erased from "
+                "or replaced since it was opened, open it again"
+            ) from None
         try:
             self.header = self._verify(entry, dataset_id)
-            keys = SegmentKeys.derive(
-                key,
-                shard_uuid=entry.uuid,
-                dataset_id=dataset_id,
-                suite=SUITE_AES256GCM_SHA256,
-            )
+            keys = _derived(key, entry.uuid, dataset_id)
             if not hmac.compare_digest(keys.commitment, self.header.commitment):
                 raise self._corrupted("its key commitment does not match the manifest's key")
             self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
@@ -210,6 +271,18 @@ class ShardReader:
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
         """
+        plaintext, records = self.read_plaintext(index), self.header.records_in(index)
+        try:
+            return decode_segment(self._schema, plaintext, records=records)
+        except IntegrityError as error:
+            raise self._corrupted(str(error)) from None
+
+    def read_plaintext(self, index: int) -> bytearray:
+        """Return one segment as it was before encryption, rows laid out as in the format.
+
+        Raises:
+            ShardCorruptedError: The segment was altered since the shard was opened.
+        """
         header = self.header
         offset = header.segment_offset(index)
         length = header.segment_bytes + TAG_BYTES
@@ -221,9 +294,9 @@ class ShardReader:
             raise self._corrupted(f"tag mismatch in segment {index}")
         try:
             self._cipher.open_into(index, sealed, records=records, out=plaintext)
-            return decode_segment(self._schema, plaintext, records=records)
         except IntegrityError as error:
             raise self._corrupted(str(error)) from None
+        return plaintext
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
@@ -240,12 +313,17 @@ class ShardReader:
         self._file.close()
 
 
-def _plan(
-    columns: Mapping[str, ColumnData], records: int, schema: Schema, segment_bytes: int
+def plan_segments(
+    columns: Mapping[str, ColumnData],
+    records: int,
+    schema: Schema,
+    segment_bytes: int,
+    *,
+    per_segment: int | None = None,
 ) -> tuple[int, int, int]:
     """Return how many segments there are, how many rows each holds, and its plaintext length."""
     length_of = segment_lengths(schema, columns)
-    per_segment = records
+    decided, per_segment = per_segment is not None, per_segment or records
     while True:
         starts = range(0, records, per_segment)
         # Rows of one size need one look, at the first segment.
@@ -253,7 +331,7 @@ def _plan(
             length_of(start, min(start + per_segment, records))
             for start in (starts[:1] if schema.fixed else starts)
         )
-        if length <= segment_bytes or per_segment == 1:
+        if decided or length <= segment_bytes or per_segment == 1:
             break
         per_segment = max(1, min(per_segment - 1, per_segment * segment_bytes // length))
     if length > MAX_SEGMENT_BYTES or len(starts) > MAX_SEGMENTS:

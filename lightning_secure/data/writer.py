@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import datetime as dt
 import os
-import secrets
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, Final, Self
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Self
 
 from torch import Tensor
 
-from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    NAME_PATTERN,
-    Manifest,
-    PartitionKey,
-    ShardEntry,
-    SplitEntry,
-    read_manifest,
-    write_manifest,
-)
+from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
-from lightning_secure.data.shard import seal_shard
-from lightning_secure.errors import ConfigError, DataError
-from lightning_secure.files import exclusive_lock
+from lightning_secure.data.generations import commit_split, open_or_start, require_free
+from lightning_secure.data.layout import SplitLayout
+from lightning_secure.data.leftovers import remove_unnamed
+from lightning_secure.data.resume import SealingState
+from lightning_secure.data.sealing import ShardPool, ShardQueue
+from lightning_secure.data.subjects import by_subject, taken
+from lightning_secure.errors import ConfigError, DataError, LightningSecureError
+from lightning_secure.files import as_path
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 __all__ = ["EncryptedShardWriter"]
-
-_LOCK_NAME: Final = ".lock"
 
 
 class EncryptedShardWriter:
@@ -51,12 +39,30 @@ class EncryptedShardWriter:
         schema: The columns. By default they are read off the first row.
         anonymize: What happens to identifying columns before a row is encrypted.
         allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
+        column_keys: For columns that not every reader may see, the name of the key that they are
+            sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their
+            own in the partition ``SPLIT.sensitive``; the others in the partition ``SPLIT``. Who
+            is given which is up to :func:`~lightning_secure.data.rotation.add_recipient`.
+        subject_column: The column that says whose a row is, as text or a whole number. Each
+            subject's rows are sealed under keys of its own, so that
+            :func:`~lightning_secure.data.erasure.erase_subject` can destroy them. The ids are read
+            before ``anonymize`` changes the column. Give rows ordered by subject: each time
+            ``shard_bytes`` are full, every subject among them gets a shard, of 4 KiB at least.
         replace: Whether an existing split of this name may be replaced.
+        threads: How many shards are encrypted and written side by side, each a copy of
+            ``shard_bytes`` in memory; or a pool that several writers share.
+        source_id: Names the state of what the rows come from, for example a version or a digest.
+            With it the sealing can be resumed after a crash, by a call with the same arguments.
+        resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
+            says how many rows are sealed already: the caller goes on with the next. If there is
+            nothing to go on from, the sealing begins.
+        remarks: Goes into the signed manifest: where the rows come from, what was done to them.
 
     Raises:
-        ConfigError: An argument is wrong, or the split exists.
-        KeyUnavailableError: The provider has no signing key, so it cannot seal.
-        IntegrityError: The folder holds a manifest that is not this provider's.
+        ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
+            would be resumed was sealed from another source or with other arguments.
+        IntegrityError: The folder holds a manifest that is not this provider's, or what would be
+            resumed is not what this provider's holder left.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
     until then, and for good after an error or a crash, they are in no manifest and nobody reads
@@ -66,6 +72,9 @@ class EncryptedShardWriter:
             for row in rows:
                 writer.write({"x": row.features, "y": row.label})
     """
+
+    #: Number of the first shard; those who seal parts of one split have ranges of their own.
+    _first_number = 0
 
     def __init__(
         self,
@@ -78,7 +87,13 @@ class EncryptedShardWriter:
         schema: Schema | None = None,
         anonymize: AnonymizationPlan | None = None,
         allow_nonfinite: bool = False,
+        column_keys: Mapping[str, str] | None = None,
+        subject_column: str | None = None,
         replace: bool = False,
+        threads: int | ShardPool = 1,
+        source_id: str | None = None,
+        resume: bool = False,
+        remarks: Mapping[str, str] | None = None,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
@@ -86,10 +101,20 @@ class EncryptedShardWriter:
             )
         if segment_bytes < 1 or shard_bytes < segment_bytes:
             raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
-        self._root = Path(root)
+        if resume and source_id is None:
+            raise ConfigError(
+                "resume=True needs source_id=, which names the state of the source: without it "
+                "nobody can tell whether the remaining rows belong to those that are sealed."
+            )
+        self._layout = SplitLayout(split, column_keys or {}, subject_column)
+        if source_id is not None and not self._layout.plain:
+            raise ConfigError(
+                "a sealing with column_keys or subject_column cannot be resumed: leave source_id "
+                "out. Nothing was sealed."
+            )
+        self._root = as_path(root, what="root")
         self._split = split
         self._keys = keys
-        self._signer = keys.signer  # whoever may only read is refused before a row is taken
         self._segment_bytes = segment_bytes
         self._shard_bytes = shard_bytes
         self._schema = schema
@@ -97,25 +122,37 @@ class EncryptedShardWriter:
         self._anonymizer = anonymize.bind(keys) if anonymize else None
         self._allow_nonfinite = allow_nonfinite
         self._replace = replace
+        self._remarks = {**(remarks or {}), **_described(anonymize)}
 
         self._folder = self._root / split
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._dataset_id = self._open_dataset().dataset_id
-        self._partition, self._wrapped = PartitionKey.create(self._dataset_id, split, keys)
+        self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
+        self._own_pool = self._pool is not threads
+        dataset = self._open_dataset()
+        self._dataset_id = dataset.dataset_id
+        if not resume:
+            self._require_free(dataset)
+        self._state = self._begin(dataset, source_id, resume=resume)
+        self._layout.create_keys(
+            dataset.dataset_id, keys, own=(self._state.partition, self._state.wrapped)
+        )
+        self._pending_subjects: list[bytes] = []
+        self._schema = self._state.schema or schema
+        self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
+        self._begun_rows = sum(entry.records for entry in self._state.shards)
         self._parts: list[Mapping[str, ColumnData]] = []
         self._pending_rows = 0
         self._pending_bytes = 0
-        self._entries: list[ShardEntry] = []
-        self._closed = False
+        self._closed = self._state.complete
 
     @property
     def records(self) -> int:
-        """Rows taken so far."""
-        return self._sealed_rows + self._pending_rows
+        """Rows taken so far, with those of the sealing that is resumed."""
+        return self._begun_rows + self._pending_rows
 
     @property
-    def _sealed_rows(self) -> int:
-        return sum(entry.records for entry in self._entries)
+    def complete(self) -> bool:
+        """Whether the split was found sealed to its end, from this source: nothing is to do."""
+        return self._state.complete
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row.
@@ -127,6 +164,8 @@ class EncryptedShardWriter:
             DataError: A column is missing or unknown, or a value does not fit. The row was not
                 taken; those before it were.
         """
+        if not isinstance(row, Mapping):
+            raise DataError(f"a row is a mapping of values by column, not a {type(row).__name__}.")
         self.write_batch({name: [value] for name, value in row.items()})
 
     def write_batch(self, columns: Mapping[str, Any]) -> None:
@@ -139,11 +178,24 @@ class EncryptedShardWriter:
         Raises:
             DataError: As for :meth:`write`. None of the rows was taken.
         """
+        self.take(columns, copy=True)
+
+    def take(self, columns: Mapping[str, Any], *, copy: bool) -> None:
+        """Take many rows, which the caller will not change if they need not be copied.
+
+        Args:
+            columns: As for :meth:`write_batch`.
+            copy: Whether the memory may be used for something else after the call.
+
+        Raises:
+            DataError: As for :meth:`write_batch`.
+        """
         if self._closed:
             raise ConfigError("the writer is closed; its split is sealed and does not grow.")
         rows = count_rows(columns)
         if rows == 0:
             return
+        subjects = self._layout.subjects_of(columns)
         if self._anonymizer is not None:
             columns = self._anonymizer.apply(columns)
         schema = self._schema or Schema(
@@ -151,12 +203,14 @@ class EncryptedShardWriter:
         )
         if columns.keys() != set(schema.names):
             raise DataError(_name_mismatch(schema, columns.keys()))
+        self._layout.groups(schema)
         part = {
             column.name: convert_column(
                 column,
                 columns[column.name],
                 allow_nonfinite=self._allow_nonfinite,
                 first_row=self.records,
+                copy=copy,
             )
             for column in schema.columns
         }
@@ -170,6 +224,7 @@ class EncryptedShardWriter:
                 )
         self._schema = schema
         self._parts.append(part)
+        self._pending_subjects += subjects
         self._pending_rows += rows
         self._pending_bytes += length_of(0, rows)
         if self._pending_bytes >= self._shard_bytes:
@@ -177,6 +232,9 @@ class EncryptedShardWriter:
 
     def close(self) -> None:
         """Seal the remaining rows and put the split into the manifest.
+
+        After an error the dataset is as it was. What a sealing with a ``source_id`` finished is
+        kept to be resumed, unless the error lies in the rows or the keys.
 
         Raises:
             DataError: There is no row. The dataset is as it was.
@@ -193,15 +251,29 @@ class EncryptedShardWriter:
                 )
             if self._pending_rows:
                 self._seal_pending(self._schema, last=True)
-            self._commit(self._schema)
-        except BaseException:
-            self._discard()
+            self._commit(self._schema, self._queue.finish())
+        except BaseException as error:
+            self._leave(type(error))
             raise
+        self._release(keep=False)
 
     def abort(self) -> None:
         """Give up: remove what was written. The dataset is as it was before this writer."""
         self._closed = True
         self._discard()
+
+    def suspend(self) -> None:
+        """Stop, and keep what was finished for a sealing with ``resume=True``.
+
+        Without a ``source_id`` nothing can be resumed, and this is :meth:`abort`.
+        """
+        self._closed = True
+        if not self._state.resumable:
+            self._discard()
+            return
+        self._forget_pending()
+        self._remove(self._queue.stop())
+        self._release(keep=True)
 
     def __enter__(self) -> Self:
         return self
@@ -210,28 +282,34 @@ class EncryptedShardWriter:
         if kind is None:
             self.close()
         else:
+            self._leave(kind)
+
+    def _leave(self, kind: type[BaseException]) -> None:
+        # Rows or keys that were refused are refused again; an interruption is not.
+        if issubclass(kind, LightningSecureError):
             self.abort()
+        else:
+            self.suspend()
 
     def _seal_pending(self, schema: Schema, *, last: bool) -> None:
         columns = {name: joined([part[name] for part in self._parts]) for name in schema.names}
+        self._parts = []
         rows, start = self._pending_rows, 0
         # A segment has one row at least, so that many rows never need too many segments.
         per_shard = max(1, rows * self._shard_bytes // max(1, self._pending_bytes))
         per_shard = min(per_shard, MAX_SEGMENTS)
-        while rows - start >= per_shard or (last and start < rows):
+        while not self._layout.by_subject and (
+            rows - start >= per_shard or (last and start < rows)
+        ):
             stop = min(start + per_shard, rows)
-            entry = seal_shard(
-                self._folder,
-                {name: values[start:stop] for name, values in columns.items()},
-                records=stop - start,
-                schema=schema,
-                dataset_id=self._dataset_id,
-                number=len(self._entries),
-                segment_bytes=self._segment_bytes,
-                partition=self._partition,
-            )
-            self._entries.append(entry)
+            chosen = {name: values[start:stop] for name, values in columns.items()}
+            self._add(chosen, schema, stop - start)
             start = stop
+        if self._layout.by_subject:
+            for subject, own in by_subject(self._pending_subjects, per_shard):
+                chosen = {name: taken(values, own) for name, values in columns.items()}
+                self._add(chosen, schema, len(own), subject)
+            self._pending_subjects, start = [], rows
         # Cloned, so that the rest of a large batch does not keep all of it in memory.
         rest = {
             name: values[start:].clone() if isinstance(values, Tensor) else values[start:]
@@ -241,76 +319,105 @@ class EncryptedShardWriter:
         self._pending_rows = rows - start
         self._pending_bytes = segment_lengths(schema, rest)(0, rows - start)
 
+    def _add(
+        self,
+        columns: Mapping[str, ColumnData],
+        schema: Schema,
+        records: int,
+        subject: bytes | None = None,
+    ) -> None:
+        number = self._first_number + self._queue.begun // len(self._layout.partitions)
+        for task in self._layout.tasks(
+            self._folder,
+            columns,
+            records=records,
+            schema=schema,
+            number=number,
+            segment_bytes=self._segment_bytes,
+            subject=subject,
+            uuid=self._state.start(number, schema),
+        ):
+            self._queue.add(task)
+        self._begun_rows += records
+        self._pending_rows -= records
+
     def _open_dataset(self) -> Manifest:
-        """Return the dataset's manifest, after starting an empty one if there is none."""
-        with exclusive_lock(self._root / _LOCK_NAME):
-            if not (self._root / MANIFEST_NAME).exists():
-                manifest = Manifest(
-                    dataset_id=secrets.token_bytes(16),
-                    generation=1,
-                    previous=None,
-                    created=_now(),
-                    splits={},
-                    partitions={},
-                )
-                write_manifest(self._root, manifest, signer=self._signer)
-            else:
-                manifest = read_manifest(self._root, trusted=self._keys.trusted_signers)
-        self._require_free(manifest)
-        return manifest
+        return open_or_start(self._root, self._split, self._keys)
 
-    def _require_free(self, manifest: Manifest) -> None:
-        if self._split in manifest.splits and not self._replace:
-            raise ConfigError(
-                f"split {self._split!r} of {str(self._root)!r} exists, with "
-                f"{manifest.splits[self._split].records} rows, and was left as it is. Choose "
-                "another name, or pass replace=True to seal it anew."
-            )
+    def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
+        if source_id is None:
+            return SealingState.fresh(dataset, self._folder, self._keys)
+        state = SealingState.written_down(
+            dataset,
+            self._folder,
+            self._keys,
+            source_id=source_id,
+            settings=self._settings(),
+            resume=resume,
+        )
+        try:
+            if not state.complete:
+                self._require_free(dataset)
+        except ConfigError:
+            state.end(keep=True)
+            raise
+        return state
 
-    def _commit(self, schema: Schema) -> None:
-        with exclusive_lock(self._root / _LOCK_NAME):
-            current = read_manifest(self._root, trusted=self._keys.trusted_signers)
-            self._require_free(current)
-            split = SplitEntry(
-                partition=self._split,
-                schema=tuple(schema.to_json()),
-                shards=tuple(self._entries),
-                attributes=_remarks(self._plan),
-            )
-            manifest = dataclasses.replace(
-                current,
-                generation=current.generation + 1,
-                previous=current.digest,
-                created=_now(),
-                splits={**current.splits, self._split: split},
-                partitions={**current.partitions, self._split: self._wrapped},
-            )
-            events.announce(
-                "data.seal",
-                {
-                    "dataset": manifest.dataset_id.hex(),
-                    "split": self._split,
-                    "generation": manifest.generation,
-                    "records": split.records,
-                    "shards": len(split.shards),
-                    "manifest": manifest.digest,
-                },
-            )
-            write_manifest(self._root, manifest, signer=self._signer)
-            replaced = current.splits.get(self._split)
-        for entry in replaced.shards if replaced else ():
-            (self._root / entry.file).unlink(missing_ok=True)
+    def _require_free(self, dataset: Manifest) -> None:
+        require_free(
+            dataset,
+            self._root,
+            self._split,
+            replace=self._replace,
+            partitions=self._layout.partitions,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return all that decides what rows and shards come of a source, as JSON values."""
+        return {
+            "segment_bytes": self._segment_bytes,
+            "shard_bytes": self._shard_bytes,
+            "schema": self._schema.to_json() if self._schema else None,
+            "anonymize": self._plan.describe() if self._plan else None,
+            "allow_nonfinite": self._allow_nonfinite,
+        }
+
+    def _commit(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
+        entry = self._layout.split_entry(
+            schema, shards, {**self._remarks, **self._state.attributes}
+        )
+        commit_split(
+            self._root,
+            self._split,
+            entry,
+            partitions=self._layout.wrapped,
+            keys=self._keys,
+            replace=self._replace,
+        )
 
     def _discard(self) -> None:
+        self._forget_pending()
+        stray = self._queue.stop()
+        self._remove([*self._queue.entries, *stray])
+        self._queue.entries.clear()
+        self._release(keep=False)
+
+    def _forget_pending(self) -> None:
         self._parts = []
+        self._pending_subjects = []
         self._pending_rows = self._pending_bytes = 0
-        for entry in self._entries:
-            with contextlib.suppress(OSError):  # unreadable without a manifest in any case
-                (self._root / entry.file).unlink()
-        self._entries = []
+
+    def _remove(self, entries: Iterable[ShardEntry]) -> None:
+        # The manifest may be in place already: an interruption can come right after that.
+        remove_unnamed(self._root, [entry.file for entry in entries], keys=self._keys)
+
+    def _release(self, *, keep: bool) -> None:
+        self._state.end(keep=keep)
+        if self._own_pool:
+            self._pool.close()
 
 
-def _remarks(plan: AnonymizationPlan | None) -> dict[str, str]:
+def _described(plan: AnonymizationPlan | None) -> dict[str, str]:
     return {f"anonymize.{name}": text for name, text in plan.describe().items()} if plan else {}
 
 
@@ -322,7 +429,3 @@ def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
         f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
         "first row or its schema. Nothing of this call was sealed."
     )
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import itertools
 import json
 import struct
@@ -64,18 +65,30 @@ def read(root: Path, split: str, key_file: Path) -> dict[str, list]:
     assert canonical(manifest) == payload
 
     entry = manifest["splits"][split]
-    (wrapped,) = manifest["partitions"][entry["partition"]]
-    assert wrapped["key_id"] == hkdf(kek, b"lsec/v1/key-id", length=16).hex()
-    context = {"dataset": manifest["dataset_id"], "partition": entry["partition"]}
-    partition = unwrap(kek, base64.b64decode(wrapped["blob"]), {**context, "purpose": "partition"})
-    columns: dict[str, list] = {column["name"]: [] for column in entry["schema"]}
-    for shard in entry["shards"]:
-        dek = unwrap(
-            partition,
-            base64.b64decode(shard["wrapped_key"]),
-            {**context, "purpose": "shard", "shard": shard["uuid"]},
+    groups = [entry, *entry.get("groups", [])]
+    names = [column["name"] for group in groups for column in group["schema"]]
+    columns: dict[str, list] = {name: [] for name in entry.get("order", names)}
+    assert sorted(columns) == sorted(names)
+    for group in groups:
+        (wrapped,) = manifest["partitions"][group["partition"]]
+        assert wrapped["key_id"] == hkdf(kek, b"lsec/v1/key-id", length=16).hex()
+        context = {"dataset": manifest["dataset_id"], "partition": group["partition"]}
+        partition = unwrap(
+            kek, base64.b64decode(wrapped["blob"]), {**context, "purpose": "partition"}
         )
-        read_shard((root / shard["file"]).read_bytes(), shard, entry["schema"], dek, columns)
+        for shard in group["shards"]:
+            dek = unwrap(
+                partition,
+                base64.b64decode(shard["wrapped_key"]),
+                {**context, "purpose": "shard", "shard": shard["uuid"]},
+            )
+            read_shard((root / shard["file"]).read_bytes(), shard, group["schema"], dek, columns)
+        if "subject_key" in group:
+            blob = base64.b64decode(group["subject_key"])
+            key = unwrap(partition, blob, {**context, "purpose": "subjects"})
+            owners = [(shard["subject"], shard["records"]) for shard in entry["shards"]]
+            columns["(subject)"] = [owner for owner, count in owners for _ in range(count)]
+            columns["(pseudonyms)"] = [hkdf(key, b"lsec/v1/subject")]
     return columns
 
 
@@ -171,3 +184,23 @@ def test_the_document_is_enough_to_read_a_dataset(tmp_path, keys):
     assert columns["name"] == name
     assert columns["blob"] == blob
     assert all(np.array_equal(a, b) for a, b in zip(columns["ragged"], ragged, strict=True))
+
+
+def test_the_document_is_enough_for_column_keys_and_subjects(tmp_path, keys):
+    x = np.arange(30, dtype="float32").reshape(10, 3)
+    who = [f"patient {i % 3}" for i in range(10)]
+    with EncryptedShardWriter(
+        tmp_path, split="train", keys=keys, column_keys={"y": "sensitive"}, subject_column="who",
+        segment_bytes=64,
+    ) as writer:  # fmt: skip
+        writer.write_batch({"y": np.arange(10), "x": x, "who": who})
+    columns = read(tmp_path, "train", keys._path)
+    assert list(columns)[:3] == ["y", "x", "who"]
+    order = [int(y) for y in columns["y"]]
+    assert sorted(order) == list(range(10))
+    assert np.array_equal(np.stack(columns["x"]), x[order])
+    assert columns["who"] == [who[i] for i in order]
+    (key,) = columns["(pseudonyms)"]
+    assert columns["(subject)"] == [
+        hmac.digest(key, b"s" + who[i].encode(), "sha256")[:16].hex() for i in order
+    ]

@@ -27,6 +27,7 @@ __all__ = [
     "public_text",
     "read_public",
     "trusted_keys",
+    "trusted_text",
     "write_pair",
 ]
 
@@ -97,7 +98,9 @@ class SigningKey:
         return (type(self), (str(self._path),))
 
 
-def trusted_keys(trusted: Iterable[str | os.PathLike[str]]) -> dict[str, Ed25519PublicKey]:
+def trusted_keys(
+    trusted: Iterable[str | os.PathLike[str] | Ed25519PublicKey],
+) -> dict[str, Ed25519PublicKey]:
     """Return public signing keys by id.
 
     Raises:
@@ -108,6 +111,9 @@ def trusted_keys(trusted: Iterable[str | os.PathLike[str]]) -> dict[str, Ed25519
         raise ConfigError("trusted must be a list of public keys, not one of them.")
     keys = {}
     for item in trusted:
+        if isinstance(item, Ed25519PublicKey):
+            keys[public_key_id(item)] = item
+            continue
         algorithm, data = read_public(item)
         if algorithm != _ALGORITHM or len(data) != 32:
             raise ConfigError(
@@ -158,7 +164,12 @@ def public_file(private: Path) -> Path:
 
 def public_text(signer: Signer) -> str:
     """Return a signing key's public half as text."""
-    return f"{_ALGORITHM}:{b64encode(signer.public_key.public_bytes_raw())}"
+    return trusted_text(signer.public_key)
+
+
+def trusted_text(key: Ed25519PublicKey) -> str:
+    """Return a public signing key as ``trusted`` takes it."""
+    return f"{_ALGORITHM}:{b64encode(key.public_bytes_raw())}"
 
 
 def _decode(text: object) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, final
 
@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from lightning_secure.crypto.encoding import b64decode, b64encode
 from lightning_secure.crypto.keys import KEY_BYTES, DataKey, KeyProvider
+from lightning_secure.crypto.providers.identity import trusted_keys, trusted_text
 from lightning_secure.crypto.providers.keyfiles import damaged, read_record, write_record
 from lightning_secure.crypto.providers.passphrase import (
     open_with_passphrase,
@@ -25,6 +26,7 @@ from lightning_secure.crypto.providers.secret_sources import (
 )
 from lightning_secure.crypto.signing import SEED_BYTES, Signer
 from lightning_secure.errors import IntegrityError, KeyUnavailableError
+from lightning_secure.files import sync_directory
 
 __all__ = ["LocalKeyProvider"]
 
@@ -40,6 +42,8 @@ class LocalKeyProvider(KeyProvider):
         path: A file made by :meth:`generate`.
         passphrase: Returns the passphrase under which the file was made: a function,
             :class:`EnvironmentSecret` or :class:`FileSecret`. A file without one is then refused.
+        trusted: Public signing keys whose manifests are accepted besides the file's own, for
+            whoever reads what somebody else seals.
 
     Raises:
         KeyUnavailableError: The file is missing, is not a key file, or can be read or written by
@@ -53,16 +57,21 @@ class LocalKeyProvider(KeyProvider):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, passphrase: SecretSource | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        passphrase: SecretSource | None = None,
+        trusted: Sequence[str | os.PathLike[str] | Ed25519PublicKey] = (),
     ) -> None:
         if passphrase is not None:
             require_source("passphrase", passphrase)
         self._path = Path(path)
         self._passphrase = passphrase
         kek, seed = _read_keys(self._path, passphrase)
-        self._kek = DataKey(kek)
+        self._kek: DataKey | None = DataKey(kek)
         self._signer = Signer(seed)
-        self._key_id = self._kek.key_id
+        self._trusted = trusted_keys(trusted)
+        self._key_id = DataKey(kek).key_id
 
     @classmethod
     def generate(
@@ -114,30 +123,65 @@ class LocalKeyProvider(KeyProvider):
 
     @property
     def trusted_signers(self) -> Mapping[str, Ed25519PublicKey]:
-        """The file's own signing key and no other."""
-        return {self._signer.key_id: self._signer.public_key}
+        """The file's own signing key, and those that were given as ``trusted``."""
+        return {self._signer.key_id: self._signer.public_key, **self._trusted}
 
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
-        return self._kek.wrap(key, context=context)
+        return self._live().wrap(key, context=context)
 
     def _unwrap(self, blob: bytes, context: Mapping[str, str]) -> DataKey:
-        return self._kek.unwrap(blob, context=context)
+        return self._live().unwrap(blob, context=context)
 
     def _derive(self, purpose: str) -> DataKey:
-        return self._kek.subkey(f"derive/{purpose}")
+        return self._live().subkey(f"derive/{purpose}")
+
+    def _retire(self) -> bool:
+        """Overwrite the key file and remove it; copies of it are beyond reach."""
+        kek, _ = _read_keys(self._path, self._passphrase)
+        if DataKey(kek) != self._live():
+            raise KeyUnavailableError(
+                f"key file {str(self._path)!r} holds another key by now, so it was left alone. "
+                f"Key {self._key_id!r} was not destroyed."
+            )
+        try:
+            with self._path.open("r+b") as file:
+                file.write(bytes(os.fstat(file.fileno()).st_size))
+                file.flush()
+                os.fsync(file.fileno())
+            self._path.unlink()
+            sync_directory(self._path.parent)
+        except OSError as error:
+            raise KeyUnavailableError(
+                f"key file {str(self._path)!r} could not be destroyed ({error.strerror}). The key "
+                "may still be used."
+            ) from None
+        self._kek = None
+        return True
+
+    def _live(self) -> DataKey:
+        if self._kek is None:
+            raise KeyUnavailableError(
+                f"key {self._key_id!r} was retired: it was destroyed, and nothing is opened with "
+                "it any more."
+            )
+        return self._kek
 
     def __repr__(self) -> str:
         return f"LocalKeyProvider({str(self._path)!r}, key_id={self._key_id!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._passphrase is None:
+        if self._passphrase is None and not self._trusted:
             return (type(self), (str(self._path),))
-        require_portable(self._passphrase, what="the passphrase")
-        return (_open, (str(self._path), self._passphrase))
+        if self._passphrase is not None:
+            require_portable(self._passphrase, what="the passphrase")
+        trusted = tuple(trusted_text(key) for key in self._trusted.values())
+        return (_open, (str(self._path), self._passphrase, trusted))
 
 
-def _open(path: str, passphrase: SecretSource) -> LocalKeyProvider:
-    return LocalKeyProvider(path, passphrase=passphrase)
+def _open(
+    path: str, passphrase: SecretSource | None, trusted: Sequence[str] = ()
+) -> LocalKeyProvider:
+    return LocalKeyProvider(path, passphrase=passphrase, trusted=trusted)
 
 
 def _read_keys(path: Path, passphrase: SecretSource | None) -> tuple[bytes, bytes]:

@@ -1,0 +1,110 @@
+"""``lightning-secure erase``: destroy the keys of rows, and say whether that was enough."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lightning_secure.cli.local import failures, key_file, provider, recipient_files
+
+if TYPE_CHECKING:
+    from lightning_secure.data.erasure import ErasureReport
+
+__all__ = ["erase"]
+
+#: Exit status if the rows are erased, and an old copy can still be opened.
+RECOVERABLE = 3
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--yes", is_flag=True, help="Do not ask."),
+        click.option("--retire-kek", is_flag=True, help="Destroy --key-file when all is done."),
+        click.option(
+            "--rotate-kek-to", type=click.Path(path_type=Path),
+            help="The key file that takes the place of --key-file.",
+        ),
+        recipient_files,
+        key_file,
+        click.argument("split"),
+        click.argument("root", type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group()
+def erase() -> None:
+    """Erase rows, then try to get them back and report.
+
+    Exit status 0: no key that was tried opens an old copy. 3: erased, and one does. 1: nothing was
+    erased.
+    """
+
+
+@erase.command()
+@_options
+@click.argument("numbers", nargs=-1, type=int, required=True)
+@failures
+def shard(root: Path, split: str, numbers: tuple[int, ...], **options: Any) -> None:
+    """Erase the shards NUMBERS of SPLIT."""
+    from lightning_secure.data.erasure import erase_shard
+
+    _confirm(f"Erase {len(numbers)} shards of {split!r}", options)
+    _show(erase_shard(root, split, numbers, **_keys(options)))
+
+
+@erase.command()
+@_options
+@click.option("--number", is_flag=True, help="The subject's id is a whole number, not text.")
+@failures
+def subject(root: Path, split: str, number: bool, **options: Any) -> None:
+    """Erase all rows of one subject of SPLIT, whose id is read from the terminal or a pipe.
+
+    Arguments of a command can be seen by other users of the machine and stay in a shell's history.
+    """
+    from lightning_secure.data.erasure import erase_subject
+
+    if _at_a_terminal():
+        name = click.prompt("Subject", hide_input=True)
+    else:
+        name = sys.stdin.readline().rstrip("\n")
+        if not options["yes"]:
+            raise click.UsageError("the subject comes from a pipe, so nobody can be asked: --yes")
+    if number and not name.lstrip("-").isdecimal():
+        raise click.UsageError("the subject is not a whole number")
+    if not name:
+        raise click.UsageError("no subject was given")
+    _confirm(f"Erase this subject's rows in {split!r}", options)
+    _show(erase_subject(root, split, int(name) if number else name, **_keys(options)))
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _confirm(question: str, options: dict[str, Any]) -> None:
+    if options["retire_kek"]:
+        question += f", and destroy {options['key_path']} with all else that is sealed under it"
+    if not options["yes"]:
+        click.confirm(f"{question}?", abort=True)
+
+
+def _keys(options: dict[str, Any]) -> dict[str, Any]:
+    to = options["rotate_kek_to"]
+    return {
+        "keys": provider(options["key_path"]),
+        "recipients": [provider(path) for path in options["recipients"]],
+        "rotate_kek_to": provider(to) if to else None,
+        "retire_kek": options["retire_kek"],
+    }
+
+
+def _show(report: ErasureReport) -> None:
+    click.echo(str(report))
+    if report.recoverable or report.files_left:
+        sys.exit(RECOVERABLE)

@@ -1,0 +1,137 @@
+"""Once a manifest is in place, nothing that it names is removed, whatever interrupts the writer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.leftovers import collect_garbage
+from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.errors import DataError
+
+OLD = np.arange(40, dtype="int64")
+NEW = OLD + 1000
+
+
+def writer(root, keys, **options):
+    return EncryptedShardWriter(
+        root, split="train", keys=keys, segment_bytes=64, shard_bytes=64, **options
+    )
+
+
+def read(root, keys):
+    data = EncryptedShardDataset(root, split="train", keys=keys)
+    (x,) = data.__getitems__(range(len(data))).batch()
+    return x.numpy()
+
+
+def replace(root, keys):
+    with writer(root, keys, replace=True) as again:
+        again.write_batch({"x": NEW})
+
+
+@pytest.fixture
+def sealed(tmp_path, keys):
+    with writer(tmp_path, keys) as first:
+        first.write_batch({"x": OLD})
+    return tmp_path
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_interruption_while_old_shards_are_removed_leaves_the_new_ones(
+    sealed, keys, monkeypatch, after
+):
+    unlink, removed = os.unlink, []
+
+    def interrupted(path, **options):
+        if len(removed) == after:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, **options)
+
+    # The interruption has to fall between two system calls.
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(sealed, keys)
+    assert np.array_equal(read(sealed, keys), NEW)
+
+
+def test_old_shards_that_cannot_be_removed_are_only_left_over(sealed, keys, monkeypatch):
+    def refused(path, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "unlink", refused)  # root may remove everything
+    replace(sealed, keys)
+    monkeypatch.undo()
+    assert np.array_equal(read(sealed, keys), NEW)
+    assert len(list(sealed.rglob("*.lsec"))) == 10
+    assert len(collect_garbage(sealed, keys=keys, min_age_s=0)) == 5
+    assert np.array_equal(read(sealed, keys), NEW)
+
+
+def test_an_interruption_right_after_the_manifest_is_in_place(sealed, keys, monkeypatch):
+    real = os.replace
+
+    def interrupted(source, target):
+        real(source, target)
+        if Path(target).name == "manifest.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(sealed, keys)
+    monkeypatch.undo()
+    assert np.array_equal(read(sealed, keys), NEW)
+
+
+def test_an_interruption_right_before_the_manifest_leaves_the_old_rows(sealed, keys, monkeypatch):
+    real = os.replace
+
+    def interrupted(source, target):
+        if Path(target).name == "manifest.json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    before = sorted(sealed.rglob("*"))
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(sealed, keys)
+    monkeypatch.undo()
+    assert np.array_equal(read(sealed, keys), OLD)
+    assert sorted(sealed.rglob("*")) == before
+
+
+def test_giving_up_after_closing_gives_up_nothing(sealed, keys):
+    again = writer(sealed, keys, replace=True)
+    again.write_batch({"x": NEW})
+    again.close()
+    again.abort()
+    assert np.array_equal(read(sealed, keys), NEW)
+
+
+def test_a_manifest_that_cannot_be_read_keeps_every_shard(sealed, keys):
+    again = writer(sealed, keys, replace=True)
+    again.write_batch({"x": NEW})
+    manifest = sealed / "manifest.json"
+    good = manifest.read_bytes()
+    manifest.write_bytes(b"{}")
+    before = len(list(sealed.rglob("*.lsec")))
+    again.abort()
+    assert len(list(sealed.rglob("*.lsec"))) == before
+    manifest.write_bytes(good)
+    assert np.array_equal(read(sealed, keys), OLD)
+
+
+def test_a_manifest_never_names_a_shard_that_is_gone(sealed, keys):
+    old = set(sealed.rglob("*.lsec"))
+    again = writer(sealed, keys, replace=True)
+    again.write_batch({"x": NEW})
+    min(set(sealed.rglob("*.lsec")) - old).unlink()
+    with pytest.raises(DataError, match="is gone"):
+        again.close()
+    assert np.array_equal(read(sealed, keys), OLD)
