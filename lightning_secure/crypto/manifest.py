@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Protocol, Self, TypeVar, overload
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -33,10 +33,12 @@ from lightning_secure.files import atomic_writer
 __all__ = [
     "MANIFEST_NAME",
     "Manifest",
+    "ManifestSource",
     "PartitionKey",
     "ShardEntry",
     "SplitEntry",
     "read_manifest",
+    "sign_manifest",
     "write_manifest",
 ]
 
@@ -312,18 +314,35 @@ class PartitionKey:
         }
 
 
-def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Manifest:
+class ManifestSource(Protocol):
+    """A place other than a folder that a dataset lies in; its ``str`` appears in errors."""
+
+    def read(self, name: str) -> bytes:
+        """Return a file below the dataset's root, or raise OSError."""
+
+
+def read_manifest(
+    root: Path | ManifestSource, *, trusted: Mapping[str, Ed25519PublicKey]
+) -> Manifest:
     """Read and verify the manifest of the dataset at ``root``.
+
+    Args:
+        root: The dataset's folder, or what
+            :func:`~lightning_secure.data.storage.open_storage` returned for its URL.
+        trusted: The keys whose signature counts, by their ids.
 
     Raises:
         ManifestMismatchError: There is none, no trusted key signed it, or its payload is not in
             the one canonical form.
         IntegrityError: It is damaged.
+        StorageError: A remote storage did not answer, or refused.
     """
-    path = root / MANIFEST_NAME
-    what = f"manifest {str(path)!r}"
+    what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
-        data = path.read_bytes()
+        if isinstance(root, Path):
+            data = (root / MANIFEST_NAME).read_bytes()
+        else:
+            data = root.read(MANIFEST_NAME)
     except FileNotFoundError:
         raise ManifestMismatchError(
             f"{str(root)!r} has no {MANIFEST_NAME}: it is not an encrypted dataset, or its "
@@ -340,13 +359,17 @@ def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Man
     return manifest
 
 
-def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
-    """Sign ``manifest`` and put it in place of the one before, atomically."""
-    envelope = seal_envelope(
+def sign_manifest(manifest: Manifest, *, signer: Signer) -> bytes:
+    """Return the file that holds ``manifest``."""
+    return seal_envelope(
         canonical_json(manifest.to_json()), payload_type=PAYLOAD_TYPE, signer=signer
     )
+
+
+def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
+    """Sign ``manifest`` and put it in place of the one before, atomically."""
     with atomic_writer(root / MANIFEST_NAME) as file:
-        file.write(envelope)
+        file.write(sign_manifest(manifest, signer=signer))
 
 
 def _partition_context(dataset_id: bytes, partition: str) -> dict[str, str]:

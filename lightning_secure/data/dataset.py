@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +18,8 @@ from lightning_secure.crypto.manifest import Manifest, PartitionKey, SplitEntry,
 from lightning_secure.data.format import ColumnData, Schema
 from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import ShardReader
-from lightning_secure.data.storage import LocalStorage
+from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
+from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
@@ -31,7 +31,8 @@ class EncryptedShardDataset(Dataset[Any]):
     """A map-style dataset over one split; works with any sampler and any DataLoader.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder, an fsspec URL such as ``s3://bucket/dataset``, or a
+            :class:`RemoteStorage`.
         split: Name of the split.
         keys: Releases the split's key, with one call when the dataset is made.
         output: ``tuple``: a sample is a tuple in the order of the columns, so ``x, y = batch``
@@ -39,12 +40,15 @@ class EncryptedShardDataset(Dataset[Any]):
         columns: Which columns a sample has, in which order. All by default.
         min_generation: The oldest generation of the dataset that is accepted.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
         ManifestMismatchError: There is no manifest, it is not signed by a trusted key, or it is
             not what was pinned.
         WrongKeyError: The split was sealed for another key.
-        ConfigError: There is no such split or column.
+        ConfigError: There is no such split or column, or the URL is not accepted.
+        StorageError: A remote storage did not answer, or refused.
 
     A row is returned only after the segment it lies in was authenticated. A storage administrator
     can put an older, complete state of the dataset in place of the current one; only
@@ -57,7 +61,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | Storage,
         *,
         split: str,
         keys: KeyProvider,
@@ -65,10 +69,12 @@ class EncryptedShardDataset(Dataset[Any]):
         columns: Sequence[str] | None = None,
         min_generation: int | None = None,
         manifest_digest: str | None = None,
+        storage_options: Options | None = None,
+        cache: CiphertextCache | None = None,
     ) -> None:
         if output not in ("tuple", "dict"):
             raise ConfigError(f"output={output!r} is neither 'tuple' nor 'dict'.")
-        self._root = Path(root)
+        self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._split = split
         self._keys = keys
         self._output: Output = output
@@ -78,12 +84,12 @@ class EncryptedShardDataset(Dataset[Any]):
         self._open()
 
     def _open(self) -> None:
-        manifest = read_manifest(self._root, trusted=self._keys.trusted_signers)
+        manifest = read_manifest(self._storage, trusted=self._keys.trusted_signers)
         check_pins(manifest, self._min_generation, self._manifest_digest)
         if self._split not in manifest.splits:
             known = ", ".join(repr(name) for name in manifest.splits) or "none yet"
             raise ConfigError(
-                f"{str(self._root)!r} has no split {self._split!r}; its splits are: {known}. A "
+                f"{str(self._storage)!r} has no split {self._split!r}; its splits are: {known}. A "
                 "split appears when its sealing ends without an error."
             )
         entry = manifest.splits[self._split]
@@ -218,7 +224,7 @@ class EncryptedShardDataset(Dataset[Any]):
             return self._readers[shard]
         entry = self.entry.shards[shard]
         reader = ShardReader(
-            LocalStorage(self._root),
+            self._storage,
             entry,
             key=self._partition.open(entry),
             schema=self._schema,
@@ -237,7 +243,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "_root": self._root,
+            "_storage": self._storage,
             "_split": self._split,
             "_keys": self._keys,
             "_output": self._output,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
@@ -33,6 +34,8 @@ from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedErr
 from lightning_secure.files import atomic_writer
 
 __all__ = ["ShardReader", "seal_shard"]
+
+_T = TypeVar("_T")
 
 
 def seal_shard(
@@ -126,6 +129,7 @@ class ShardReader:
     Raises:
         ShardCorruptedError: The file is missing, another one stands in its place, or any part of
             it is not what the manifest's signer saw.
+        StorageError: The storage did not answer, or refused.
 
     Opening reads the header and the tag of every segment and compares their Merkle root with the
     manifest. Decryption then checks each segment against its tag, and that tag against those.
@@ -143,28 +147,38 @@ class ShardReader:
         self._name = entry.file
         self._schema = schema
         try:
-            self._file = storage.open(entry.file)
+            self._file = storage.open(entry)
         except OSError as error:
             raise self._corrupted(f"it cannot be opened ({error.strerror})") from None
         try:
-            self.header = self._verify(entry, dataset_id)
-            keys = SegmentKeys.derive(
-                key,
-                shard_uuid=entry.uuid,
-                dataset_id=dataset_id,
-                suite=SUITE_AES256GCM_SHA256,
-            )
-            if not hmac.compare_digest(keys.commitment, self.header.commitment):
-                raise self._corrupted("its key commitment does not match the manifest's key")
-            self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
-            self._tags = b"".join(self._read_tags(entry.size))
-            if merkle_root(_chunks(self._tags)) != entry.merkle_root:
-                raise self._corrupted(
-                    "its segments are not the ones that the manifest was signed for"
-                )
+            self._retrying(lambda: self._authenticate(entry, key, dataset_id))
         except BaseException:
             self.close()
             raise
+
+    def _retrying(self, work: Callable[[], _T]) -> _T:
+        """Do it once more, with the bytes where they lie, if a copy of them is no good."""
+        try:
+            return work()
+        except ShardCorruptedError:
+            if not self._file.distrust():
+                raise
+        return work()
+
+    def _authenticate(self, entry: ShardEntry, key: DataKey, dataset_id: bytes) -> None:
+        self.header = self._verify(entry, dataset_id)
+        keys = SegmentKeys.derive(
+            key,
+            shard_uuid=entry.uuid,
+            dataset_id=dataset_id,
+            suite=SUITE_AES256GCM_SHA256,
+        )
+        if not hmac.compare_digest(keys.commitment, self.header.commitment):
+            raise self._corrupted("its key commitment does not match the manifest's key")
+        self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
+        self._tags = b"".join(self._read_tags(entry.size))
+        if merkle_root(_chunks(self._tags)) != entry.merkle_root:
+            raise self._corrupted("its segments are not the ones that the manifest was signed for")
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
         size = self._file.size
@@ -209,7 +223,11 @@ class ShardReader:
 
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
+            StorageError: The storage did not answer, or refused.
         """
+        return self._retrying(lambda: self._read_segment(index))
+
+    def _read_segment(self, index: int) -> dict[str, ColumnData]:
         header = self.header
         offset = header.segment_offset(index)
         length = header.segment_bytes + TAG_BYTES
@@ -227,7 +245,10 @@ class ShardReader:
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
-        del data[self._file.read_into(offset, data) :]
+        try:
+            del data[self._file.read_into(offset, data) :]
+        except FileNotFoundError:
+            raise self._corrupted("it was removed while it was open") from None
         return data
 
     def _corrupted(self, reason: str) -> ShardCorruptedError:

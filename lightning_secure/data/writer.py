@@ -8,7 +8,6 @@ import datetime as dt
 import os
 import secrets
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Final, Self
 
 from torch import Tensor
@@ -29,6 +28,9 @@ from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
 from lightning_secure.data.shard import seal_shard
+from lightning_secure.data.storage import Storage
+from lightning_secure.data.storage.remote import Options
+from lightning_secure.data.storage.upload import open_spool
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.files import exclusive_lock
 from lightning_secure.redaction.anonymize import AnonymizationPlan
@@ -42,7 +44,8 @@ class EncryptedShardWriter:
     """Seals the rows of one split.
 
     Args:
-        root: The dataset's folder, made if it does not exist. Splits of one dataset share it.
+        root: The dataset's folder, made if it does not exist, an fsspec URL such as
+            ``s3://bucket/dataset``, or a :class:`RemoteStorage`. Splits of one dataset share it.
         split: Name of the split, for example ``train``.
         keys: Guards the key under which the split is sealed, and signs the manifest.
         segment_bytes: Plaintext length of a segment, in bytes. One segment is read to get any of
@@ -52,11 +55,15 @@ class EncryptedShardWriter:
         anonymize: What happens to identifying columns before a row is encrypted.
         allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
         replace: Whether an existing split of this name may be replaced.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        spool: For a URL, the folder that the split is sealed in before it is sent, see
+            :func:`upload_split`. It is kept; a temporary one, the default, is not.
 
     Raises:
         ConfigError: An argument is wrong, or the split exists.
         KeyUnavailableError: The provider has no signing key, so it cannot seal.
         IntegrityError: The folder holds a manifest that is not this provider's.
+        StorageError: A remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
     until then, and for good after an error or a crash, they are in no manifest and nobody reads
@@ -69,7 +76,7 @@ class EncryptedShardWriter:
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | Storage,
         *,
         split: str,
         keys: KeyProvider,
@@ -79,6 +86,8 @@ class EncryptedShardWriter:
         anonymize: AnonymizationPlan | None = None,
         allow_nonfinite: bool = False,
         replace: bool = False,
+        storage_options: Options | None = None,
+        spool: str | os.PathLike[str] | None = None,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
@@ -86,7 +95,14 @@ class EncryptedShardWriter:
             )
         if segment_bytes < 1 or shard_bytes < segment_bytes:
             raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
-        self._root = Path(root)
+        self._root, self._spool = open_spool(
+            root,
+            split=split,
+            keys=keys,
+            replace=replace,
+            storage_options=storage_options,
+            folder=spool,
+        )
         self._split = split
         self._keys = keys
         self._signer = keys.signer  # whoever may only read is refused before a row is taken
@@ -197,6 +213,11 @@ class EncryptedShardWriter:
         except BaseException:
             self._discard()
             raise
+        if self._spool:
+            try:
+                self._spool.send()
+            finally:
+                self._spool.close()
 
     def abort(self) -> None:
         """Give up: remove what was written. The dataset is as it was before this writer."""
@@ -308,6 +329,8 @@ class EncryptedShardWriter:
             with contextlib.suppress(OSError):  # unreadable without a manifest in any case
                 (self._root / entry.file).unlink()
         self._entries = []
+        if self._spool:
+            self._spool.close()
 
 
 def _remarks(plan: AnonymizationPlan | None) -> dict[str, str]:

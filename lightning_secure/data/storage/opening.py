@@ -1,0 +1,59 @@
+"""From what a user calls the root of a dataset to the storage that reads it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from lightning_secure.data.storage.base import Storage
+from lightning_secure.data.storage.cache import CiphertextCache
+from lightning_secure.data.storage.local import LocalStorage
+from lightning_secure.data.storage.remote import Options, RemoteStorage
+from lightning_secure.errors import ConfigError
+
+__all__ = ["local_root", "open_storage"]
+
+
+def open_storage(
+    root: str | os.PathLike[str] | Storage,
+    *,
+    storage_options: Options | None = None,
+    cache: CiphertextCache | None = None,
+) -> Storage:
+    """Return the storage of a dataset.
+
+    Args:
+        root: A folder of this machine, an fsspec URL such as ``s3://bucket/dataset``, or a
+            storage, which is returned as it is.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        cache: For a URL, where downloaded shards are kept, encrypted as they are.
+
+    Raises:
+        ConfigError: The URL is not accepted, or an option was given that the root has no use for.
+        MissingExtraError: The protocol needs a package that is not installed.
+    """
+    path = local_root(root)
+    if path is None and not isinstance(root, str | os.PathLike):
+        storage: Storage = root
+    elif path is None:
+        return RemoteStorage(str(root), storage_options=storage_options, cache=cache)
+    else:
+        storage = LocalStorage(path)
+    if storage_options is not None or cache is not None:
+        raise ConfigError(
+            f"storage_options= and cache= belong to a URL, and {str(storage)!r} is none."
+        )
+    return storage
+
+
+def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
+    """Return the folder of this machine that ``root`` means, or None if it means another place."""
+    if isinstance(root, LocalStorage):
+        return Path(str(root))
+    if not isinstance(root, str):
+        return Path(root) if isinstance(root, os.PathLike) else None
+    protocol = root.partition("://")[0].lower()
+    if protocol in ("file", "local"):
+        return Path(unquote(urlsplit(root).path))
+    return None if "://" in root or "::" in root else Path(root)
