@@ -33,12 +33,10 @@ from lightning_secure.files import atomic_writer
 __all__ = [
     "MANIFEST_NAME",
     "Manifest",
-    "ManifestSource",
     "PartitionKey",
     "ShardEntry",
     "SplitEntry",
     "read_manifest",
-    "sign_manifest",
     "write_manifest",
 ]
 
@@ -314,22 +312,14 @@ class PartitionKey:
         }
 
 
-class ManifestSource(Protocol):
-    """A place other than a folder that a dataset lies in; its ``str`` appears in errors."""
+class _Place(Protocol):
+    """A dataset that is no folder: what ``lightning_secure.data.storage`` opens by its URL."""
 
-    def read(self, name: str) -> bytes:
-        """Return a file below the dataset's root, or raise OSError."""
+    def read(self, name: str) -> bytes: ...
 
 
-def read_manifest(
-    root: Path | ManifestSource, *, trusted: Mapping[str, Ed25519PublicKey]
-) -> Manifest:
-    """Read and verify the manifest of the dataset at ``root``.
-
-    Args:
-        root: The dataset's folder, or what
-            :func:`~lightning_secure.data.storage.open_storage` returned for its URL.
-        trusted: The keys whose signature counts, by their ids.
+def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey]) -> Manifest:
+    """Read and verify the manifest of the dataset at ``root``, a folder or an opened storage.
 
     Raises:
         ManifestMismatchError: There is none, no trusted key signed it, or its payload is not in
@@ -359,17 +349,13 @@ def read_manifest(
     return manifest
 
 
-def sign_manifest(manifest: Manifest, *, signer: Signer) -> bytes:
-    """Return the file that holds ``manifest``."""
-    return seal_envelope(
-        canonical_json(manifest.to_json()), payload_type=PAYLOAD_TYPE, signer=signer
-    )
-
-
 def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
     """Sign ``manifest`` and put it in place of the one before, atomically."""
+    envelope = seal_envelope(
+        canonical_json(manifest.to_json()), payload_type=PAYLOAD_TYPE, signer=signer
+    )
     with atomic_writer(root / MANIFEST_NAME) as file:
-        file.write(sign_manifest(manifest, signer=signer))
+        file.write(envelope)
 
 
 def _partition_context(dataset_id: bytes, partition: str) -> dict[str, str]:

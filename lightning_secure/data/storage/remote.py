@@ -23,6 +23,7 @@ from lightning_secure.data.storage.ranges import RemoteFile
 from lightning_secure.data.storage.transport import (
     S3,
     check_url,
+    direct_session,
     insecure_options,
     secret_options,
     watch_client,
@@ -234,7 +235,7 @@ class RemoteStorage:
             options["IfMatch"] = replacing
         try:
             self._ask("pipe_file", name, **options)
-        except FileExistsError:
+        except _ExistsError:
             return False
         return True
 
@@ -265,7 +266,7 @@ class RemoteStorage:
             if kind == "missing":
                 raise _missing()
             if kind == "exists":
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                raise _ExistsError
             if kind == "denied":
                 if renewed:
                     break
@@ -318,11 +319,13 @@ class RemoteStorage:
                     "or RemoteStorage(..., insecure_allow_http=True)."
                 )
         if self.protocol in S3:
-            limits = {
+            limits: dict[str, Any] = {
                 "connect_timeout": self._timeout,
                 "read_timeout": self._timeout,
                 "retries": {"total_max_attempts": 1},  # it is this class that tries again
             }
+            if not self._insecure:
+                limits["http_session_cls"] = direct_session()
             options["config_kwargs"] = {**limits, **options.get("config_kwargs", {})}
         elif self.protocol in ("http", "https"):
             options["allow_redirects"] = False
@@ -343,6 +346,10 @@ class RemoteStorage:
         if problem:
             _no_connection(self._url, problem)
         return file_system
+
+
+class _ExistsError(Exception):
+    """There is another object than the one that was to be replaced."""
 
 
 def _no_connection(url: str, reason: str) -> NoReturn:

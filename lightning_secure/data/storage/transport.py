@@ -6,6 +6,7 @@ of the storage, and which rows are read when.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,14 @@ from urllib.parse import urlsplit
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["S3", "check_url", "insecure_options", "secret_options", "watch_client"]
+__all__ = [
+    "S3",
+    "check_url",
+    "direct_session",
+    "insecure_options",
+    "secret_options",
+    "watch_client",
+]
 
 S3: Final = frozenset({"s3", "s3a"})
 #: Protocols that never leave this machine.
@@ -112,10 +120,33 @@ def secret_options(options: Mapping[str, Any]) -> list[str]:
 _Plain: Final = (str, int, float, bool, type(None))
 
 
+@functools.cache
+def direct_session() -> type[Any]:
+    """Return a class of HTTP sessions for S3 that does not follow redirects.
+
+    The one that aiobotocore brings does, also from ``https`` to ``http``, and sends the security
+    token along.
+    """
+    from aiobotocore.httpsession import AIOHTTPSession
+
+    class Direct:
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        async def request(self, method: str, **options: Any) -> Any:
+            return await self._session.request(method, **{**options, "allow_redirects": False})
+
+    class DirectSession(AIOHTTPSession):  # type: ignore[misc]
+        async def _get_session(self, proxy_url: str | None) -> Direct:
+            return Direct(await super()._get_session(proxy_url))
+
+    return DirectSession
+
+
 def watch_client(filesystem: Any) -> None:
     """Look at the client that an S3 file system really uses, and at each request it sends.
 
-    Options, environment, profiles and redirects all end here.
+    Options, environment and profiles all end here.
 
     Raises:
         ConfigError: The client does not speak TLS, or does not check certificates.
@@ -123,7 +154,10 @@ def watch_client(filesystem: Any) -> None:
     filesystem.connect()
     client = filesystem.s3
     endpoint = str(client.meta.endpoint_url)
-    verify = getattr(client._endpoint.http_session, "_verify", _SENTINEL)
+    session = client._endpoint.http_session
+    verify = getattr(session, "_verify", _SENTINEL)
+    if not isinstance(session, direct_session()):
+        raise ConfigError("http_session_cls cannot be chosen: another one may follow redirects.")
     if _plain_http(endpoint) or (endpoint.startswith("https:") and _false(verify, _SENTINEL)):
         raise ConfigError(
             "the S3 client would speak plain HTTP, or take any certificate, through a profile, a "
@@ -135,7 +169,7 @@ def watch_client(filesystem: Any) -> None:
 
 def _refuse_http(request: Any, **_: Any) -> None:
     if _plain_http(request.url):
-        raise ConfigError("a request over plain HTTP was not sent: the storage redirected to it.")
+        raise ConfigError("a request over plain HTTP was stopped before it was sent.")
 
 
 def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

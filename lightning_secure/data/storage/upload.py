@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from lightning_secure import events
+from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
+    PAYLOAD_TYPE,
     Manifest,
     ShardEntry,
     read_manifest,
-    sign_manifest,
 )
+from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
@@ -238,7 +240,8 @@ def _change(
                 "manifest": manifest.digest,
             },
         )
-        data = sign_manifest(manifest, signer=keys.signer)
+        payload = canonical_json(manifest.to_json())
+        data = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=keys.signer)
         if storage.put(MANIFEST_NAME, data, replacing=etag):
             return manifest
         # A request that was sent twice because the answer got lost fails the second time.
