@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
     from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.plugins.checkpoint import (
@@ -56,6 +57,7 @@ __all__ = [
     "AwsKmsKeyProvider",
     "CanaryHit",
     "CanarySearch",
+    "CiphertextCache",
     "Column",
     "DPConfig",
     "EncryptedCheckpointIO",
@@ -76,6 +78,7 @@ __all__ = [
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
+    "RemoteStorage",
     "Schema",
     "SigningKey",
     "Suppress",
@@ -83,6 +86,7 @@ __all__ = [
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
+    "upload_split",
 ]
 
 _HOMES = {
@@ -93,6 +97,7 @@ _HOMES = {
     "AwsKmsKeyProvider": "crypto.providers",
     "CanaryHit": "redaction.canary",
     "CanarySearch": "redaction.canary",
+    "CiphertextCache": "data.storage",
     "Column": "data.format",
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
@@ -113,12 +118,14 @@ _HOMES = {
     "Pseudonymize": "redaction.anonymize",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
+    "RemoteStorage": "data.storage",
     "Schema": "data.format",
     "SigningKey": "crypto.providers",
     "Suppress": "redaction.anonymize",
     "VaultTransitKeyProvider": "crypto.providers",
     "WriteWatch": "redaction.canary",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "upload_split": "data.storage",
 }
 
 

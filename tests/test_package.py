@@ -24,6 +24,7 @@ PUBLIC = [
     "AwsKmsKeyProvider",
     "CanaryHit",
     "CanarySearch",
+    "CiphertextCache",
     "Column",
     "DPConfig",
     "EncryptedCheckpointIO",
@@ -44,6 +45,7 @@ PUBLIC = [
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
+    "RemoteStorage",
     "Schema",
     "SigningKey",
     "Suppress",
@@ -51,6 +53,7 @@ PUBLIC = [
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
+    "upload_split",
 ]
 
 
@@ -101,6 +104,7 @@ def test_importing_the_package_imports_nothing_heavy_and_is_quick():
         ("AnonymizationPlan", ("torch", "lightning", "mlflow", "opacus")),
         ("DPConfig", ("torch", "lightning", "mlflow", "opacus")),
         ("EncryptedShardWriter", ("lightning", "mlflow", "opacus")),
+        ("RemoteStorage", ("torch", "lightning", "mlflow", "opacus", "s3fs", "botocore")),
         ("EncryptedDataModule", ("mlflow", "opacus")),
         ("EncryptedCheckpointIO", ("mlflow", "opacus")),
         ("PrivateStrategy", ("mlflow", "dp_accounting")),
