@@ -376,8 +376,13 @@ def _missing() -> FileNotFoundError:
 
 def _kind(error: BaseException) -> str:
     """Return ``missing``, ``exists``, ``denied``, or ``transient`` for all else."""
+    # fsspec's HTTP says of anything that failed that it is not found; the status tells.
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    if status in (401, 403):
+        return "denied"
     if isinstance(error, FileNotFoundError):
-        return "missing"
+        failed = status not in (None, 404, 410) or isinstance(error.__cause__, OSError)
+        return "transient" if failed else "missing"
     if isinstance(error, FileExistsError) or _precondition_failed(error):
         return "exists"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) in _DENIED:

@@ -114,11 +114,13 @@ class Line:
     def __init__(self, application) -> None:
         self.application = application
         self.requests: list[tuple[str, str, str]] = []
+        self.queries: set[str] = set()
         self.disturb: Disturbance | None = None
         self.valid_ids: set[str] | None = None
 
     def __call__(self, environ, start_response):
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        self.queries.add(environ["QUERY_STRING"])
         self.requests.append((method, path, environ.get("HTTP_RANGE", "")))
         if self.valid_ids is not None:
             found = re.search(r"Credential=([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
