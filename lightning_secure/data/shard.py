@@ -245,10 +245,7 @@ class ShardReader:
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
-        try:
-            del data[self._file.read_into(offset, data) :]
-        except FileNotFoundError:
-            raise self._corrupted("it was removed while it was open") from None
+        del data[self._file.read_into(offset, data) :]
         return data
 
     def _corrupted(self, reason: str) -> ShardCorruptedError:

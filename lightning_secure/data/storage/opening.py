@@ -56,4 +56,4 @@ def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
     protocol = root.partition("://")[0].lower()
     if protocol in ("file", "local"):
         return Path(unquote(urlsplit(root).path))
-    return None if "://" in root or "::" in root else Path(root)
+    return None if "://" in root else Path(root)

@@ -61,17 +61,21 @@ class RemoteFile:
     def read_into(self, offset: int, out: Buffer) -> int:
         """Fill ``out`` from ``offset`` and return how many bytes there were; fewer at the end.
 
+        Of an object that was removed meanwhile there are none.
+
         Raises:
-            FileNotFoundError: The object is gone.
             StorageError: The storage did not answer, or refused.
         """
         with memoryview(out).cast("B") as view:
             length = min(len(view), self._size - offset)
             if length <= 0:
                 return 0
-            data = self._scan(offset, length)
-            if data is None:
-                data = self._source.fetch(self._name, offset, offset + length)
+            try:
+                data = self._scan(offset, length)
+                if data is None:
+                    data = self._source.fetch(self._name, offset, offset + length)
+            except FileNotFoundError:
+                return 0
             view[: len(data)] = data
             return len(data)
 
