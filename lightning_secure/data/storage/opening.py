@@ -24,8 +24,9 @@ def open_storage(
     """Return the storage of a dataset.
 
     Args:
-        root: A folder of this machine, an fsspec URL such as ``s3://bucket/dataset``, or a
-            storage, which is returned as it is.
+        root: A folder of this machine, also as ``file://``, an fsspec URL such as
+            ``s3://bucket/dataset``, or a storage, which is returned as it is. For a cache of a
+            folder that is mounted from elsewhere, make a :class:`RemoteStorage` of its URL.
         storage_options: For a URL, see :class:`RemoteStorage`.
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import random
@@ -19,6 +18,7 @@ from fsspec.config import conf as fsspec_settings
 from lightning_secure.crypto.manifest import ShardEntry
 from lightning_secure.data.storage.base import StoredFile
 from lightning_secure.data.storage.cache import CiphertextCache
+from lightning_secure.data.storage.calls import call, kind_of
 from lightning_secure.data.storage.ranges import RemoteFile
 from lightning_secure.data.storage.transport import (
     S3,
@@ -39,8 +39,6 @@ Options = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 _MANIFEST_LIMIT: Final = 1 << 30
 _BACKOFF_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 5.0
-#: An S3 client gets its answer to HEAD without a body, and then an expired token is just a 400.
-_DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EINVAL})
 
 
 class RemoteStorage:
@@ -56,7 +54,8 @@ class RemoteStorage:
         range_bytes: The most that one request asks for, in bytes. Up to four such ranges are held
             in memory when shards are read through without a cache.
         attempts: How often a request is tried when the storage does not answer well.
-        timeout: How long one request may take, in seconds.
+        timeout: How long one request of up to ``range_bytes`` may take, in seconds, where fsspec's
+            file system is asynchronous, as those of S3 and HTTP are.
         insecure_allow_http: Whether the storage may be spoken to without TLS, or without checking
             its certificate. Anybody on the line can then take the credentials.
 
@@ -209,7 +208,7 @@ class RemoteStorage:
             StorageError: The storage did not answer, refused, or holds something shorter.
         """
         size = path.stat().st_size
-        self._ask("put_file", name, local=str(path))
+        self._ask("put_file", name, local=path)
         if self.size(name) != size:
             raise StorageError(f"{name!r} did not arrive whole at {self._url!r}.")
 
@@ -245,9 +244,13 @@ class RemoteStorage:
 
     # ------------------------------------------------------------ asking
 
-    def _ask(self, method: str, name: str, *, local: str | None = None, **options: Any) -> Any:
+    def _ask(self, method: str, name: str, *, local: Path | None = None, **options: Any) -> Any:
         """Call a method of the file system until it works, is refused for good, or tried enough."""
-        arguments = (f"{self._base}/{name}",) if local is None else (local, f"{self._base}/{name}")
+        arguments: tuple[str, ...] = (f"{self._base}/{name}",)
+        timeout = self._timeout
+        if local is not None:
+            arguments = (str(local), *arguments)
+            timeout *= 1 + local.stat().st_size // self.range_bytes  # it is one call for all
         renewed = False
         reason = ""
         for attempt in range(self._attempts):
@@ -258,10 +261,10 @@ class RemoteStorage:
             file_system = self._connected()
             failure: BaseException | None = None
             try:
-                return self._call(file_system, method, arguments, options)
+                return call(file_system, method, arguments, options, timeout=timeout)
             except Exception as error:  # noqa: BLE001 - each protocol has errors of its own
                 failure = error
-            reason, kind = type(failure).__name__, _kind(failure)
+            reason, kind = type(failure).__name__, kind_of(failure)
             failure = None  # it may hold credentials: it is neither chained nor kept
             if kind == "missing":
                 raise _missing()
@@ -276,24 +279,6 @@ class RemoteStorage:
             f"{self._url!r} did not give {name!r} ({method}: {reason}): it refused, or did not "
             "answer in time. Nothing was returned."
         )
-
-    def _call(
-        self, file_system: Any, method: str, arguments: tuple[str, ...], options: dict[str, Any]
-    ) -> Any:
-        if not file_system.async_impl:
-            return getattr(file_system, method)(*arguments, **options)
-        if method == "pipe_file":  # the coroutine has another name for it
-            arguments, options = (*arguments, options["value"]), options.copy()
-            del options["value"]
-        work = getattr(file_system, f"_{method}")(*arguments, **options)
-        future = asyncio.run_coroutine_threadsafe(
-            asyncio.wait_for(work, self._timeout), file_system.loop
-        )
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # for a KeyboardInterrupt; otherwise it is done
-            raise
 
     def _connected(self) -> Any:
         if self._pid != os.getpid():
@@ -329,6 +314,8 @@ class RemoteStorage:
             options["config_kwargs"] = {**limits, **options.get("config_kwargs", {})}
         elif self.protocol in ("http", "https"):
             options["allow_redirects"] = False
+        elif self.protocol in ("file", "local"):
+            options.setdefault("auto_mkdir", True)  # as in an object store
         problem = ""
         file_system: Any = None
         try:
@@ -372,25 +359,3 @@ def _file_system_class(protocol: str) -> Any:
 
 def _missing() -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-
-
-def _kind(error: BaseException) -> str:
-    """Return ``missing``, ``exists``, ``denied``, or ``transient`` for all else."""
-    # fsspec's HTTP says of anything that failed that it is not found; the status tells.
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    if status in (401, 403):
-        return "denied"
-    if isinstance(error, FileNotFoundError):
-        failed = status not in (None, 404, 410) or isinstance(error.__cause__, OSError)
-        return "transient" if failed else "missing"
-    if isinstance(error, FileExistsError) or _precondition_failed(error):
-        return "exists"
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) in _DENIED:
-        return "denied"
-    return "transient"
-
-
-def _precondition_failed(error: BaseException) -> bool:
-    response = getattr(error.__cause__, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return code in ("PreconditionFailed", "412", "ConditionalRequestConflict")

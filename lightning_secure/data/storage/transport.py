@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 S3: Final = frozenset({"s3", "s3a"})
-#: Protocols that never leave this machine.
-_LOCAL: Final = frozenset({"memory"})
+#: Protocols that never leave this machine, or leave it as a mounted folder.
+_LOCAL: Final = frozenset({"memory", "file", "local"})
 #: Protocols that speak TLS unless an option, or the environment, tells them otherwise.
 _TLS: Final = S3 | {"https", "gs", "gcs", "az", "abfs", "abfss"}
 _ENVIRONMENT: Final = {

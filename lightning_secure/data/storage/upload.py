@@ -28,6 +28,7 @@ from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError, StorageError
+from lightning_secure.files import atomic_writer
 
 __all__ = ["Spool", "open_spool", "upload_split"]
 
@@ -153,7 +154,8 @@ class Spool:
             if current is not None:
                 _require_room(current, here, storage, split, replace=replace)
         elif current is not None:
-            path.write_bytes(data)  # so that the split is sealed as one of this dataset
+            with atomic_writer(path) as file:  # so that it is sealed as a split of this dataset
+                file.write(data)
 
     def send(self) -> None:
         """Send the sealed split; raises as :func:`upload_split` does."""

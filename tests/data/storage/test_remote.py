@@ -58,6 +58,15 @@ def test_rows_one_by_one_in_order_and_at_random(url, opened):
     assert np.array_equal(x.numpy(), ROWS[order])
 
 
+def test_a_mounted_folder_can_have_a_cache(local, read, keys, tmp_path):
+    cache = CiphertextCache(tmp_path / "cache", max_bytes=10**6)
+    url = f"file://{tmp_path}/mounted"
+    upload_split(local, RemoteStorage(url), split="train", keys=keys)
+    for _ in range(2):
+        assert np.array_equal(read(RemoteStorage(url, cache=cache)), ROWS)
+    assert len(list(cache.folder.glob("*.shard"))) == 5
+
+
 def test_threads_read_one_shard_side_by_side(url, opened):
     storage = RemoteStorage(url, range_bytes=300)
     entry = opened(storage).entry.shards[0]
