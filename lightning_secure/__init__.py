@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_secure.data.seal import seal
     from lightning_secure.data.sources.arrow import Fill, Stack
     from lightning_secure.data.splits import SplitByColumn, SplitByRatio
+    from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.plugins.checkpoint import (
@@ -69,6 +70,7 @@ __all__ = [
     "AwsKmsKeyProvider",
     "CanaryHit",
     "CanarySearch",
+    "CiphertextCache",
     "Column",
     "DPConfig",
     "EncryptedCheckpointIO",
@@ -92,6 +94,7 @@ __all__ = [
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
+    "RemoteStorage",
     "Schema",
     "SigningKey",
     "SplitByColumn",
@@ -111,6 +114,7 @@ __all__ = [
     "rotate_kek",
     "rotate_partition",
     "seal",
+    "upload_split",
 ]
 
 _HOMES = {
@@ -121,6 +125,7 @@ _HOMES = {
     "AwsKmsKeyProvider": "crypto.providers",
     "CanaryHit": "redaction.canary",
     "CanarySearch": "redaction.canary",
+    "CiphertextCache": "data.storage",
     "Column": "data.format",
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
@@ -144,6 +149,7 @@ _HOMES = {
     "Pseudonymize": "redaction.anonymize",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
+    "RemoteStorage": "data.storage",
     "Schema": "data.format",
     "SigningKey": "crypto.providers",
     "SplitByColumn": "data.splits",
@@ -162,6 +168,7 @@ _HOMES = {
     "rotate_kek": "data.rotation",
     "rotate_partition": "data.rotation",
     "seal": "data.seal",
+    "upload_split": "data.storage",
 }
 
 

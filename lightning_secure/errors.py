@@ -11,6 +11,7 @@
     │   ├── ManifestMismatchError          a manifest is absent, foreign, altered or rolled back
     │   ├── CheckpointCorruptedError       a checkpoint was altered or is not an encrypted one
     │   └── AuditChainError                the audit log was altered
+    ├── StorageError                       a remote storage refused, or did not answer well
     ├── AuditWriteError                    an event could not be recorded: the action was refused
     ├── KeyAccessError                     a key may not or cannot be used
     │   ├── KeyUnavailableError            it is missing, unreadable or stored unsafely
@@ -45,6 +46,7 @@ __all__ = [
     "PrivacyError",
     "RedactionError",
     "ShardCorruptedError",
+    "StorageError",
     "UnsupportedModelError",
     "UnsupportedTrainerOptionError",
     "WrongKeyError",
@@ -85,6 +87,10 @@ class CheckpointCorruptedError(IntegrityError):
 
 class AuditChainError(IntegrityError):
     """The audit log's hash chain is broken."""
+
+
+class StorageError(LightningSecureError):
+    """A remote storage refused, or did not answer in time or as asked; nothing was returned."""
 
 
 class AuditWriteError(LightningSecureError):

@@ -24,6 +24,7 @@ PUBLIC = [
     "AwsKmsKeyProvider",
     "CanaryHit",
     "CanarySearch",
+    "CiphertextCache",
     "Column",
     "DPConfig",
     "EncryptedCheckpointIO",
@@ -47,6 +48,7 @@ PUBLIC = [
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
+    "RemoteStorage",
     "Schema",
     "SigningKey",
     "SplitByColumn",
@@ -66,6 +68,7 @@ PUBLIC = [
     "rotate_kek",
     "rotate_partition",
     "seal",
+    "upload_split",
 ]
 
 
@@ -117,6 +120,7 @@ def test_importing_the_package_imports_nothing_heavy_and_is_quick():
         ("DPConfig", ("torch", "lightning", "mlflow", "opacus")),
         ("EncryptedShardWriter", ("lightning", "mlflow", "opacus")),
         ("seal", ("lightning", "mlflow", "opacus", "pyarrow", "pandas", "PIL", "ray")),
+        ("RemoteStorage", ("torch", "lightning", "mlflow", "opacus", "s3fs", "botocore")),
         ("EncryptedDataModule", ("mlflow", "opacus")),
         ("EncryptedCheckpointIO", ("mlflow", "opacus")),
         ("PrivateStrategy", ("mlflow", "dp_accounting")),

@@ -27,7 +27,13 @@ _KNOWN_BAD: Final = {
     ("pytorch-lightning", "2.6.2"): "carried malware (GHSA-w37p-236h-pfx3)",
     ("pytorch-lightning", "2.6.3"): "carried malware (GHSA-w37p-236h-pfx3)",
 }
-_EXTRAS: Final = {"mlflow": "tracking", "pkcs11": "pkcs11", "hvac": "vault", "boto3": "aws"}
+_EXTRAS: Final = {
+    "mlflow": "tracking",
+    "pkcs11": "pkcs11",
+    "hvac": "vault",
+    "boto3": "aws",
+    "s3fs": "s3",
+}
 _NAMES_ON_PYPI: Final = {"pkcs11": "python-pkcs11"}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -139,18 +139,27 @@ class Manifest:
         return PartitionKey(key, dataset_id=self.dataset_id, partition=partition)
 
 
-def read_manifest(root: Path, *, trusted: Mapping[str, Ed25519PublicKey]) -> Manifest:
-    """Read and verify the manifest of the dataset at ``root``.
+class _Place(Protocol):
+    """A dataset that is no folder: what ``lightning_secure.data.storage`` opens by its URL."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey]) -> Manifest:
+    """Read and verify the manifest of the dataset at ``root``, a folder or an opened storage.
 
     Raises:
         ManifestMismatchError: There is none, no trusted key signed it, or its payload is not in
             the one canonical form.
         IntegrityError: It is damaged.
+        StorageError: A remote storage did not answer, or refused.
     """
-    path = root / MANIFEST_NAME
-    what = f"manifest {str(path)!r}"
+    what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
-        data = path.read_bytes()
+        if isinstance(root, Path):
+            data = (root / MANIFEST_NAME).read_bytes()
+        else:
+            data = root.read(MANIFEST_NAME)
     except FileNotFoundError:
         raise ManifestMismatchError(
             f"{str(root)!r} has no {MANIFEST_NAME}: it is not an encrypted dataset, or its "

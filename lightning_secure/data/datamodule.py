@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import lightning.pytorch as pl
@@ -14,6 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.samples import Output, collate
+from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
+from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["EncryptedDataModule"]
@@ -30,7 +31,8 @@ class EncryptedDataModule(pl.LightningDataModule):
     """Feeds the splits ``train``, ``val``, ``test`` and ``predict`` of an encrypted dataset.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder, an fsspec URL such as ``s3://bucket/dataset``, or a
+            :class:`RemoteStorage`.
         keys: Releases the splits' keys, with one call a split.
         batch_size: Rows a batch. Under a private strategy, the expected size of a batch.
         output: ``tuple`` or ``dict``, see :class:`EncryptedShardDataset`.
@@ -39,6 +41,8 @@ class EncryptedDataModule(pl.LightningDataModule):
             keys never cross a process boundary.
         min_generation: The oldest generation of the dataset that is accepted.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
         ConfigError: An argument is wrong, or a needed split is missing.
@@ -51,7 +55,7 @@ class EncryptedDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | Storage,
         *,
         keys: KeyProvider,
         batch_size: int,
@@ -60,12 +64,14 @@ class EncryptedDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         min_generation: int | None = None,
         manifest_digest: str | None = None,
+        storage_options: Options | None = None,
+        cache: CiphertextCache | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ConfigError("batch_size must be positive and num_workers must not be negative.")
         self.batch_size = batch_size
-        self._root = Path(root)
+        self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._keys = keys
         self._num_workers = num_workers
         self._options: dict[str, Any] = {
@@ -91,7 +97,7 @@ class EncryptedDataModule(pl.LightningDataModule):
     def _dataset(self, split: str) -> EncryptedShardDataset:
         if split not in self._datasets:
             self._datasets[split] = EncryptedShardDataset(
-                self._root, split=split, keys=self._keys, **self._options
+                self._storage, split=split, keys=self._keys, **self._options
             )
         return self._datasets[split]
 
@@ -152,8 +158,8 @@ class EncryptedDataModule(pl.LightningDataModule):
         dataset = self._datasets["train"]
         if saved["content"] != dataset.entry.content_digest:
             raise ManifestMismatchError(
-                f"the checkpoint was trained on other rows than {str(self._root)!r} holds in its "
-                "split 'train' now. Resuming would mix two datasets under one privacy account. "
+                f"the checkpoint was trained on other rows than {str(self._storage)!r} holds in "
+                "its split 'train' now. Resuming would mix two datasets under one privacy account. "
                 "Nothing was read."
             )
         if dataset.manifest.generation < saved["generation"]:

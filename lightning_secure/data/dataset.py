@@ -19,9 +19,9 @@ from lightning_secure.data.format import ColumnData, Schema
 from lightning_secure.data.groups import GroupedReader, OpenGroups, schema_of
 from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import ShardReader
-from lightning_secure.data.storage import LocalStorage
+from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
+from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
-from lightning_secure.files import as_path
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
@@ -32,7 +32,8 @@ class EncryptedShardDataset(Dataset[Any]):
     """A map-style dataset over one split; works with any sampler and any DataLoader.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder, an fsspec URL such as ``s3://bucket/dataset``, or a
+            :class:`RemoteStorage`.
         split: Name of the split.
         keys: Releases the split's key, with one call when the dataset is made, and one for each
             further group of columns.
@@ -41,13 +42,16 @@ class EncryptedShardDataset(Dataset[Any]):
         columns: Which columns a sample has, in which order. All by default.
         min_generation: The oldest generation of the dataset that is accepted.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
         ManifestMismatchError: There is no manifest, it is not signed by a trusted key, or it is
             not what was pinned.
         WrongKeyError: The split, or a wanted column, was sealed for another key. The message says
             which ``columns`` can be read.
-        ConfigError: There is no such split or column.
+        ConfigError: There is no such split or column, or the URL is not accepted.
+        StorageError: A remote storage did not answer, or refused.
 
     A row is returned only after the segment it lies in was authenticated. A storage administrator
     can put an older, complete state of the dataset in place of the current one; only
@@ -60,7 +64,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | Storage,
         *,
         split: str,
         keys: KeyProvider,
@@ -68,10 +72,12 @@ class EncryptedShardDataset(Dataset[Any]):
         columns: Sequence[str] | None = None,
         min_generation: int | None = None,
         manifest_digest: str | None = None,
+        storage_options: Options | None = None,
+        cache: CiphertextCache | None = None,
     ) -> None:
         if output not in ("tuple", "dict"):
             raise ConfigError(f"output={output!r} is neither 'tuple' nor 'dict'.")
-        self._root = as_path(root, what="root")
+        self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._split = split
         self._keys = keys
         self._output: Output = output
@@ -81,12 +87,12 @@ class EncryptedShardDataset(Dataset[Any]):
         self._open()
 
     def _open(self) -> None:
-        manifest = read_manifest(self._root, trusted=self._keys.trusted_signers)
+        manifest = read_manifest(self._storage, trusted=self._keys.trusted_signers)
         check_pins(manifest, self._min_generation, self._manifest_digest)
         if self._split not in manifest.splits:
             known = ", ".join(repr(name) for name in manifest.splits) or "none yet"
             raise ConfigError(
-                f"{str(self._root)!r} has no split {self._split!r}; its splits are: {known}. A "
+                f"{str(self._storage)!r} has no split {self._split!r}; its splits are: {known}. A "
                 "split appears when its sealing ends without an error."
             )
         entry = manifest.splits[self._split]
@@ -219,7 +225,7 @@ class EncryptedShardDataset(Dataset[Any]):
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard]
-        reader = self._groups.reader(LocalStorage(self._root), shard)
+        reader = self._groups.reader(self._storage, shard)
         self._readers[shard] = reader
         if len(self._readers) > _OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()
@@ -233,7 +239,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "_root": self._root,
+            "_storage": self._storage,
             "_split": self._split,
             "_keys": self._keys,
             "_output": self._output,

@@ -32,6 +32,7 @@ from lightning_secure.crypto.manifest import (
 from lightning_secure.crypto.segments import SUITE_AES256GCM_SHA256, SegmentKeys
 from lightning_secure.data.leftovers import Journal
 from lightning_secure.data.rotation import commit, rotating
+from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.subjects import SubjectPseudonyms
 from lightning_secure.errors import ConfigError, DataError, IntegrityError, KeyAccessError
 
@@ -151,7 +152,9 @@ def erase_shard(
             )
         return wanted
 
-    return _erase(Path(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek)
+    return _erase(
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek
+    )
 
 
 def erase_subject(
@@ -196,7 +199,9 @@ def erase_subject(
             raise DataError(f"split {split!r} has no rows of this subject. Nothing was erased.")
         return numbers
 
-    return _erase(Path(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek)
+    return _erase(
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek
+    )
 
 
 def _erase(

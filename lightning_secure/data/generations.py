@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_secure import events
@@ -18,10 +18,11 @@ from lightning_secure.crypto.manifest import (
     write_manifest,
 )
 from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
+from lightning_secure.data.room import require_free
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import exclusive_lock
 
-__all__ = ["commit_split", "open_or_start", "require_free"]
+__all__ = ["commit_split", "open_or_start"]
 
 
 def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
@@ -31,9 +32,10 @@ def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
 
     Raises:
         ConfigError: There is no folder and none can be made, or it cannot be written.
+        KeyUnavailableError: The provider has no signing key.
         IntegrityError: The folder holds a manifest that is not this provider's.
     """
-    reason = None
+    reason, signer = None, keys.signer  # whoever may only read is refused before a row is taken
     try:
         (root / split).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(root / LOCK_NAME):
@@ -47,7 +49,7 @@ def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
                 splits={},
                 partitions={},
             )
-            write_manifest(root, manifest, signer=keys.signer)
+            write_manifest(root, manifest, signer=signer)
             return manifest
     except OSError as error:
         reason = error.strerror
@@ -55,28 +57,6 @@ def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
         f"{str(root)!r} cannot hold a dataset ({reason}): it must be a folder, or a path where one "
         "can be made, that this process may write to. Nothing was sealed."
     )
-
-
-def require_free(
-    manifest: Manifest,
-    root: Path,
-    split: str,
-    *,
-    replace: bool,
-    partitions: Collection[str] = (),
-) -> None:
-    """Raise ConfigError if the split, or a partition, is there and may not be replaced."""
-    if split in manifest.splits and not replace:
-        raise ConfigError(
-            f"split {split!r} of {str(root)!r} exists, with {manifest.splits[split].records} rows, "
-            "and was left as it is. Choose another name, or pass replace=True to seal it anew."
-        )
-    for name, other in manifest.splits.items():
-        if name != split and (shared := set(other.partitions) & {split, *partitions}):
-            raise ConfigError(
-                f"the key names {sorted(shared)} belong to split {name!r}. Choose others in "
-                "column_keys, or another name for the split. Nothing was changed."
-            )
 
 
 def commit_split(

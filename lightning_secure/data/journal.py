@@ -22,13 +22,14 @@ from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
 from lightning_secure.crypto.signing import open_envelope, seal_envelope
 from lightning_secure.data.format import Schema
+from lightning_secure.data.leftovers import SEALING_JOURNAL_NAME
 from lightning_secure.data.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
 from lightning_secure.files import sync_directory
 
 __all__ = ["JOURNAL_NAME", "Journal", "Progress", "source_mark"]
 
-JOURNAL_NAME: Final = ".sealing"
+JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
 _FIELDS: Final = {
     "begin": {"version", "dataset_id", "split", "partitions", "settings", "source"},

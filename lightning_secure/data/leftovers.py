@@ -17,12 +17,14 @@ from typing import Final
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
+from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.files import exclusive_lock, sync_directory
 
 __all__ = [
     "LOCK_NAME",
     "ROTATION_LOCK_NAME",
+    "SEALING_JOURNAL_NAME",
     "Journal",
     "collect_garbage",
     "remove_unnamed",
@@ -31,6 +33,7 @@ __all__ = [
 
 LOCK_NAME: Final = ".lock"
 ROTATION_LOCK_NAME: Final = ".rotate.lock"
+SEALING_JOURNAL_NAME: Final = ".sealing"
 _JOURNAL_NAME: Final = ".leftovers"
 #: What this package writes below a dataset's root, and nothing else.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
@@ -136,7 +139,9 @@ def collect_garbage(
         keys: Whose trusted signers' manifests count.
         min_age_s: How long ago, in seconds, a shard that no manifest names must have been written.
             A sealing that is still running has such shards too, so this has to be longer than the
-            longest one takes. What a rotation left is known and removed at any age.
+            longest one takes. What a rotation left is known and removed at any age. A folder in
+            which an interrupted sealing waits to be resumed is left alone: go on with it, or start
+            anew with ``resume=False``.
 
     Returns:
         The removed files, as paths below ``root``.
@@ -147,7 +152,7 @@ def collect_garbage(
     """
     if not min_age_s >= 0:
         raise ConfigError("min_age_s must not be negative.")
-    folder = Path(root)
+    folder = folder_of(root)
     read_manifest(folder, trusted=keys.trusted_signers)  # before a lock file is made there
     with exclusive_lock(folder / ROTATION_LOCK_NAME):
         before = set(_candidates(folder))
@@ -167,7 +172,11 @@ def _candidates(root: Path) -> Iterator[str]:
     for path in root.iterdir():
         if _MANIFEST_TEMPORARY.fullmatch(path.name):
             yield path.name
-        elif path.is_dir() and not path.is_symlink():
+        elif (
+            path.is_dir()
+            and not path.is_symlink()
+            and not os.path.lexists(path / SEALING_JOURNAL_NAME)
+        ):
             for file in path.iterdir():
                 name = f"{path.name}/{file.name}"
                 if _SHARD.fullmatch(name) or _TEMPORARY.fullmatch(file.name):

@@ -17,15 +17,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry, SplitEntry
 from lightning_secure.data.format import Schema
-from lightning_secure.data.generations import commit_split, open_or_start, require_free
+from lightning_secure.data.generations import commit_split, open_or_start
 from lightning_secure.data.resume import SealingState
+from lightning_secure.data.room import require_free
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.sources.arrow import NullRule, Stack
 from lightning_secure.data.sources.tables import table_source
 from lightning_secure.data.storage import LocalStorage
+from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import DataError, IntegrityError, MissingExtraError
-from lightning_secure.files import as_path
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
                 "EncryptedShardDatasink needs ray, which is not installed. Nothing was sealed. "
                 "pip install 'lightning-secure[ray]'"
             )
-        self._root = as_path(root, what="root").absolute()
+        self._root = folder_of(root).absolute()
         self._split = split
         self._keys = keys
         self._replace = replace

@@ -39,6 +39,7 @@ from lightning_secure.data.leftovers import (
 )
 from lightning_secure.data.shard import ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
+from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import exclusive_lock
 
@@ -62,7 +63,7 @@ def add_recipient(
         ManifestMismatchError: There is no manifest by a trusted signer.
     """
     return changed(
-        Path(root),
+        folder_of(root),
         lambda current: rotation.with_recipient(current, partition, keys=keys, recipient=recipient),
         keys=keys,
         event=("data.recipient.add", {"partition": partition, "recipient": recipient.key_id}),
@@ -94,7 +95,7 @@ def remove_recipient(
     under the same data keys. Call :func:`rotate_data` as well if the storage is open to it.
     """
     return changed(
-        Path(root),
+        folder_of(root),
         lambda current: rotation.without_recipient(
             current, partition, keys=keys, key_id=key_id, recipients=recipients
         ),
@@ -126,7 +127,7 @@ def rotate_kek(
     manifest still opens under the old key: destroy that key, or call :func:`rotate_data` too.
     """
     return changed(
-        Path(root),
+        folder_of(root),
         lambda current: rotation.with_kek(current, keys=keys, to=to),
         keys=keys,
         signer=signer or to.signer,
@@ -154,7 +155,7 @@ def rotate_partition(
         WrongKeyError: ``keys`` cannot open it.
     """
     return changed(
-        Path(root),
+        folder_of(root),
         lambda current: rotation.rekeyed(current, partition, keys=keys, recipients=recipients),
         keys=keys,
         event=("data.rotate.partition", {"partition": partition}),
@@ -179,7 +180,7 @@ def rotate_data(root: str | os.PathLike[str], split: str, *, keys: KeyProvider) 
     in place. Each new shard is read back and compared before that. The content digest stays, so a
     run that trained on the split resumes on it.
     """
-    folder = Path(root)
+    folder = folder_of(root)
     with rotating(folder, keys=keys):
         before = read_manifest(folder, trusted=keys.trusted_signers)
         entry = before.splits.get(split)

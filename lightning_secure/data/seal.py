@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from lightning_secure.data.format import Schema
 from lightning_secure.data.sealing import DEFAULT_THREADS, ShardPool
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.splits import SplitRule
+from lightning_secure.data.storage import Storage
+from lightning_secure.data.storage.opening import local_root
+from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.redaction.anonymize import AnonymizationPlan
@@ -43,7 +47,7 @@ class Sealed:
 
 def seal(
     source: Any,
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | Storage,
     *,
     keys: KeyProvider,
     split: str | SplitRule = "train",
@@ -57,13 +61,16 @@ def seal(
     resume: bool = False,
     source_id: str | None = None,
     progress: Progress | None = None,
+    storage_options: Options | None = None,
+    spool: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Sealed:
     """Seal all rows of a source.
 
     Args:
         source: See :func:`~lightning_secure.data.sources.open_source`.
-        root: The dataset's folder, made if it does not exist.
+        root: The dataset's folder, made if it does not exist, an fsspec URL such as
+            ``s3://bucket/dataset``, or a :class:`RemoteStorage`.
         keys: Guards the splits' keys, and signs the manifest.
         split: Name of the split, or a rule that says for each row to which one it goes.
         segment_bytes: See :class:`EncryptedShardWriter`, as for the other arguments of its.
@@ -78,6 +85,10 @@ def seal(
         source_id: Names the state of the source where it cannot be told from the source itself,
             which is so for iterators and torch datasets; without it these cannot be resumed.
         progress: Called after each batch with the rows taken so far, and of how many.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        spool: For a URL, the folder that the splits are sealed in before they are sent. It is kept,
+            and a sealing to a URL can be resumed from it only; a temporary one, the default, is
+            not kept.
         options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
 
     Raises:
@@ -85,12 +96,13 @@ def seal(
             source or other arguments.
         DataError: A row cannot be sealed, or a split got no rows.
         IntegrityError: The folder or what would be resumed was altered.
-        MissingExtraError: The source needs a package that is not installed.
+        MissingExtraError: The source, or the URL, needs a package that is not installed.
+        StorageError: A remote storage did not answer, or refused.
 
     Guarantees:
         Rows keep their order within a split. A split is in the manifest with all of its rows, or
-        not at all. After an interruption, a call with ``resume=True`` yields the rows that one
-        without interruption would have yielded, each once.
+        not at all; several splits appear one after another. After an interruption, a call with
+        ``resume=True`` yields the rows that one without interruption would have yielded, each once.
     """
     opened = open_source(source, **options).planned(anonymize)
     identity = _identity(opened, split, source_id)
@@ -100,6 +112,9 @@ def seal(
             "pass source_id= in the first call and in this one. Nothing was sealed."
         )
     with ShardPool(threads) as pool, contextlib.ExitStack() as stack:
+        if spool is None and local_root(root) is None:
+            # One for all splits, which otherwise would begin a dataset each.
+            spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning-secure-"))
 
         def writer(name: str) -> EncryptedShardWriter:
             return stack.enter_context(
@@ -117,6 +132,8 @@ def seal(
                     source_id=identity,
                     resume=resume,
                     remarks=opened.remarks,
+                    storage_options=storage_options,
+                    spool=spool,
                 )
             )
 

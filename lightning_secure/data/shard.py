@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
@@ -34,6 +35,8 @@ from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedErr
 from lightning_secure.files import atomic_writer
 
 __all__ = ["ShardReader", "fresh_uuid", "plan_segments", "reseal_shard", "seal_shard", "shard_name"]
+
+_T = TypeVar("_T")
 
 
 def seal_shard(
@@ -189,6 +192,7 @@ class ShardReader:
     Raises:
         ShardCorruptedError: The file is missing, another one stands in its place, or any part of
             it is not what the manifest's signer saw.
+        StorageError: The storage did not answer, or refused.
 
     Opening reads the header and the tag of every segment and compares their Merkle root with the
     manifest. Decryption then checks each segment against its tag, and that tag against those.
@@ -206,26 +210,36 @@ class ShardReader:
         self._name = entry.file
         self._schema = schema
         try:
-            self._file = storage.open(entry.file)
+            self._file = storage.open(entry)
         except OSError as error:
             raise self._corrupted(
                 f"it cannot be opened ({error.strerror}). If the dataset was rotated, erased from "
                 "or replaced since it was opened, open it again"
             ) from None
         try:
-            self.header = self._verify(entry, dataset_id)
-            keys = _derived(key, entry.uuid, dataset_id)
-            if not hmac.compare_digest(keys.commitment, self.header.commitment):
-                raise self._corrupted("its key commitment does not match the manifest's key")
-            self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
-            self._tags = b"".join(self._read_tags(entry.size))
-            if merkle_root(_chunks(self._tags)) != entry.merkle_root:
-                raise self._corrupted(
-                    "its segments are not the ones that the manifest was signed for"
-                )
+            self._retrying(lambda: self._authenticate(entry, key, dataset_id))
         except BaseException:
             self.close()
             raise
+
+    def _retrying(self, work: Callable[[], _T]) -> _T:
+        """Do it once more, with the bytes where they lie, if a copy of them is no good."""
+        try:
+            return work()
+        except ShardCorruptedError:
+            if not self._file.distrust():
+                raise
+        return work()
+
+    def _authenticate(self, entry: ShardEntry, key: DataKey, dataset_id: bytes) -> None:
+        self.header = self._verify(entry, dataset_id)
+        keys = _derived(key, entry.uuid, dataset_id)
+        if not hmac.compare_digest(keys.commitment, self.header.commitment):
+            raise self._corrupted("its key commitment does not match the manifest's key")
+        self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
+        self._tags = b"".join(self._read_tags(entry.size))
+        if merkle_root(_chunks(self._tags)) != entry.merkle_root:
+            raise self._corrupted("its segments are not the ones that the manifest was signed for")
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
         size = self._file.size
@@ -270,6 +284,7 @@ class ShardReader:
 
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
+            StorageError: The storage did not answer, or refused.
         """
         plaintext, records = self.read_plaintext(index), self.header.records_in(index)
         try:
@@ -282,7 +297,11 @@ class ShardReader:
 
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
+            StorageError: The storage did not answer, or refused.
         """
+        return self._retrying(lambda: self._decrypt(index))
+
+    def _decrypt(self, index: int) -> bytearray:
         header = self.header
         offset = header.segment_offset(index)
         length = header.segment_bytes + TAG_BYTES

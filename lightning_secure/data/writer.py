@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
-
-from torch import Tensor
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry
-from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
-from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
-from lightning_secure.data.format import ColumnData, Schema, segment_lengths
-from lightning_secure.data.generations import commit_split, open_or_start, require_free
+from lightning_secure.data.format import ColumnData, Schema
+from lightning_secure.data.generations import commit_split, open_or_start
 from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.leftovers import remove_unnamed
+from lightning_secure.data.pending import PendingRows
 from lightning_secure.data.resume import SealingState
+from lightning_secure.data.room import require_free
 from lightning_secure.data.sealing import ShardPool, ShardQueue
-from lightning_secure.data.subjects import by_subject, taken
+from lightning_secure.data.storage import Storage
+from lightning_secure.data.storage.remote import Options
+from lightning_secure.data.storage.upload import open_spool
 from lightning_secure.errors import ConfigError, DataError, LightningSecureError
-from lightning_secure.files import as_path
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 __all__ = ["EncryptedShardWriter"]
@@ -30,7 +29,8 @@ class EncryptedShardWriter:
     """Seals the rows of one split.
 
     Args:
-        root: The dataset's folder, made if it does not exist. Splits of one dataset share it.
+        root: The dataset's folder, made if it does not exist, an fsspec URL such as
+            ``s3://bucket/dataset``, or a :class:`RemoteStorage`. Splits of one dataset share it.
         split: Name of the split, for example ``train``.
         keys: Guards the key under which the split is sealed, and signs the manifest.
         segment_bytes: Plaintext length of a segment, in bytes. One segment is read to get any of
@@ -52,17 +52,23 @@ class EncryptedShardWriter:
         threads: How many shards are encrypted and written side by side, each a copy of
             ``shard_bytes`` in memory; or a pool that several writers share.
         source_id: Names the state of what the rows come from, for example a version or a digest.
-            With it the sealing can be resumed after a crash, by a call with the same arguments.
+            With it the sealing can be resumed after a crash, by a call with the same arguments;
+            for a URL, only in a ``spool`` that is kept.
         resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
             says how many rows are sealed already: the caller goes on with the next. If there is
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        spool: For a URL, the folder that the split is sealed in before it is sent, see
+            :func:`upload_split`. It is kept; a temporary one, the default, is not.
 
     Raises:
         ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
             would be resumed was sealed from another source or with other arguments.
+        KeyUnavailableError: The provider has no signing key, so it cannot seal.
         IntegrityError: The folder holds a manifest that is not this provider's, or what would be
             resumed is not what this provider's holder left.
+        StorageError: A remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
     until then, and for good after an error or a crash, they are in no manifest and nobody reads
@@ -78,7 +84,7 @@ class EncryptedShardWriter:
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | Storage,
         *,
         split: str,
         keys: KeyProvider,
@@ -94,6 +100,8 @@ class EncryptedShardWriter:
         source_id: str | None = None,
         resume: bool = False,
         remarks: Mapping[str, str] | None = None,
+        storage_options: Options | None = None,
+        spool: str | os.PathLike[str] | None = None,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
@@ -112,42 +120,64 @@ class EncryptedShardWriter:
                 "a sealing with column_keys or subject_column cannot be resumed: leave source_id "
                 "out. Nothing was sealed."
             )
-        self._root = as_path(root, what="root")
+        self._pending = PendingRows(
+            self._layout,
+            keys,
+            schema=schema,
+            shard_bytes=shard_bytes,
+            anonymize=anonymize,
+            allow_nonfinite=allow_nonfinite,
+        )
+        self._root, self._spool = open_spool(
+            root,
+            split=split,
+            keys=keys,
+            replace=replace,
+            resume=resume,
+            storage_options=storage_options,
+            folder=spool,
+        )
         self._split = split
         self._keys = keys
         self._segment_bytes = segment_bytes
-        self._shard_bytes = shard_bytes
-        self._schema = schema
-        self._plan = anonymize
-        self._anonymizer = anonymize.bind(keys) if anonymize else None
-        self._allow_nonfinite = allow_nonfinite
+        #: All that decides what rows and shards come of a source, as JSON values.
+        self._settings: Mapping[str, Any] = {
+            "segment_bytes": segment_bytes,
+            "shard_bytes": shard_bytes,
+            "schema": schema.to_json() if schema else None,
+            "anonymize": anonymize.describe() if anonymize else None,
+            "allow_nonfinite": allow_nonfinite,
+        }
         self._replace = replace
         self._remarks = {**(remarks or {}), **_described(anonymize)}
 
         self._folder = self._root / split
         self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
         self._own_pool = self._pool is not threads
+        try:
+            self._start(source_id, resume=resume)
+        except BaseException:
+            if self._spool:
+                self._spool.close()
+            raise
+        self._pending.schema = self._state.schema or schema
+        self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
+        self._begun_rows = sum(entry.records for entry in self._state.shards)
+        self._closed = False
+
+    def _start(self, source_id: str | None, *, resume: bool) -> None:
         dataset = self._open_dataset()
-        self._dataset_id = dataset.dataset_id
         if not resume:
             self._require_free(dataset)
         self._state = self._begin(dataset, source_id, resume=resume)
         self._layout.create_keys(
-            dataset.dataset_id, keys, own=(self._state.partition, self._state.wrapped)
+            dataset.dataset_id, self._keys, own=(self._state.partition, self._state.wrapped)
         )
-        self._pending_subjects: list[bytes] = []
-        self._schema = self._state.schema or schema
-        self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
-        self._begun_rows = sum(entry.records for entry in self._state.shards)
-        self._parts: list[Mapping[str, ColumnData]] = []
-        self._pending_rows = 0
-        self._pending_bytes = 0
-        self._closed = self._state.complete
 
     @property
     def records(self) -> int:
         """Rows taken so far, with those of the sealing that is resumed."""
-        return self._begun_rows + self._pending_rows
+        return self._begun_rows + self._pending.rows
 
     @property
     def complete(self) -> bool:
@@ -190,45 +220,11 @@ class EncryptedShardWriter:
         Raises:
             DataError: As for :meth:`write_batch`.
         """
-        if self._closed:
+        if self._closed or self.complete:
             raise ConfigError("the writer is closed; its split is sealed and does not grow.")
-        rows = count_rows(columns)
-        if rows == 0:
-            return
-        subjects = self._layout.subjects_of(columns)
-        if self._anonymizer is not None:
-            columns = self._anonymizer.apply(columns)
-        schema = self._schema or Schema(
-            tuple(infer_column(name, values) for name, values in columns.items())
-        )
-        if columns.keys() != set(schema.names):
-            raise DataError(_name_mismatch(schema, columns.keys()))
-        self._layout.groups(schema)
-        part = {
-            column.name: convert_column(
-                column,
-                columns[column.name],
-                allow_nonfinite=self._allow_nonfinite,
-                first_row=self.records,
-                copy=copy,
-            )
-            for column in schema.columns
-        }
-        length_of = segment_lengths(schema, part)
-        if length_of(0, rows) > MAX_SEGMENT_BYTES:
-            longest = max(length_of(row, row + 1) for row in range(rows))
-            if longest > MAX_SEGMENT_BYTES:
-                raise DataError(
-                    f"a row takes {longest} bytes, and a segment can have {MAX_SEGMENT_BYTES}. "
-                    "Nothing of this call was sealed. Split the row, or store a reference to it."
-                )
-        self._schema = schema
-        self._parts.append(part)
-        self._pending_subjects += subjects
-        self._pending_rows += rows
-        self._pending_bytes += length_of(0, rows)
-        if self._pending_bytes >= self._shard_bytes:
-            self._seal_pending(schema, last=False)
+        self._pending.take(columns, copy=copy, first_row=self.records)
+        if self._pending.full:
+            self._seal_pending(last=False)
 
     def close(self) -> None:
         """Seal the remaining rows and put the split into the manifest.
@@ -239,23 +235,32 @@ class EncryptedShardWriter:
         Raises:
             DataError: There is no row. The dataset is as it was.
             ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
+            StorageError: A remote storage did not answer, or refused, see :func:`upload_split`.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            if self._schema is None or self.records == 0:
-                raise DataError(
-                    f"split {self._split!r} got no rows, and an empty split is most often a "
-                    "mistake upstream. The dataset was left as it was."
-                )
-            if self._pending_rows:
-                self._seal_pending(self._schema, last=True)
-            self._commit(self._schema, self._queue.finish())
+            if not self.complete:
+                self._finish()
         except BaseException as error:
             self._leave(type(error))
             raise
-        self._release(keep=False)
+        try:
+            if self._spool:
+                self._spool.send()
+        finally:
+            self._release(keep=False)
+
+    def _finish(self) -> None:
+        if self._pending.schema is None or self.records == 0:
+            raise DataError(
+                f"split {self._split!r} got no rows, and an empty split is most often a mistake "
+                "upstream. The dataset was left as it was."
+            )
+        if self._pending.rows:
+            self._seal_pending(last=True)
+        self._commit(self._pending.schema, self._queue.finish())
 
     def abort(self) -> None:
         """Give up: remove what was written. The dataset is as it was before this writer."""
@@ -271,7 +276,7 @@ class EncryptedShardWriter:
         if not self._state.resumable:
             self._discard()
             return
-        self._forget_pending()
+        self._pending.forget()
         self._remove(self._queue.stop())
         self._release(keep=True)
 
@@ -291,33 +296,10 @@ class EncryptedShardWriter:
         else:
             self.suspend()
 
-    def _seal_pending(self, schema: Schema, *, last: bool) -> None:
-        columns = {name: joined([part[name] for part in self._parts]) for name in schema.names}
-        self._parts = []
-        rows, start = self._pending_rows, 0
-        # A segment has one row at least, so that many rows never need too many segments.
-        per_shard = max(1, rows * self._shard_bytes // max(1, self._pending_bytes))
-        per_shard = min(per_shard, MAX_SEGMENTS)
-        while not self._layout.by_subject and (
-            rows - start >= per_shard or (last and start < rows)
-        ):
-            stop = min(start + per_shard, rows)
-            chosen = {name: values[start:stop] for name, values in columns.items()}
-            self._add(chosen, schema, stop - start)
-            start = stop
-        if self._layout.by_subject:
-            for subject, own in by_subject(self._pending_subjects, per_shard):
-                chosen = {name: taken(values, own) for name, values in columns.items()}
-                self._add(chosen, schema, len(own), subject)
-            self._pending_subjects, start = [], rows
-        # Cloned, so that the rest of a large batch does not keep all of it in memory.
-        rest = {
-            name: values[start:].clone() if isinstance(values, Tensor) else values[start:]
-            for name, values in columns.items()
-        }
-        self._parts = [rest] if start < rows else []
-        self._pending_rows = rows - start
-        self._pending_bytes = segment_lengths(schema, rest)(0, rows - start)
+    def _seal_pending(self, *, last: bool) -> None:
+        if (schema := self._pending.schema) is not None:
+            for columns, records, subject in self._pending.portions(schema, last=last):
+                self._add(columns, schema, records, subject)
 
     def _add(
         self,
@@ -339,7 +321,6 @@ class EncryptedShardWriter:
         ):
             self._queue.add(task)
         self._begun_rows += records
-        self._pending_rows -= records
 
     def _open_dataset(self) -> Manifest:
         return open_or_start(self._root, self._split, self._keys)
@@ -352,7 +333,7 @@ class EncryptedShardWriter:
             self._folder,
             self._keys,
             source_id=source_id,
-            settings=self._settings(),
+            settings=self._settings,
             resume=resume,
         )
         try:
@@ -364,6 +345,8 @@ class EncryptedShardWriter:
         return state
 
     def _require_free(self, dataset: Manifest) -> None:
+        if self._spool:
+            self._spool.require_free(self._layout.partitions)
         require_free(
             dataset,
             self._root,
@@ -371,16 +354,6 @@ class EncryptedShardWriter:
             replace=self._replace,
             partitions=self._layout.partitions,
         )
-
-    def _settings(self) -> dict[str, Any]:
-        """Return all that decides what rows and shards come of a source, as JSON values."""
-        return {
-            "segment_bytes": self._segment_bytes,
-            "shard_bytes": self._shard_bytes,
-            "schema": self._schema.to_json() if self._schema else None,
-            "anonymize": self._plan.describe() if self._plan else None,
-            "allow_nonfinite": self._allow_nonfinite,
-        }
 
     def _commit(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
         entry = self._layout.split_entry(
@@ -396,16 +369,11 @@ class EncryptedShardWriter:
         )
 
     def _discard(self) -> None:
-        self._forget_pending()
+        self._pending.forget()
         stray = self._queue.stop()
         self._remove([*self._queue.entries, *stray])
         self._queue.entries.clear()
         self._release(keep=False)
-
-    def _forget_pending(self) -> None:
-        self._parts = []
-        self._pending_subjects = []
-        self._pending_rows = self._pending_bytes = 0
 
     def _remove(self, entries: Iterable[ShardEntry]) -> None:
         # The manifest may be in place already: an interruption can come right after that.
@@ -415,17 +383,9 @@ class EncryptedShardWriter:
         self._state.end(keep=keep)
         if self._own_pool:
             self._pool.close()
+        if self._spool:
+            self._spool.close()
 
 
 def _described(plan: AnonymizationPlan | None) -> dict[str, str]:
     return {f"anonymize.{name}": text for name, text in plan.describe().items()} if plan else {}
-
-
-def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
-    unknown = ", ".join(repr(name) for name in given if name not in schema.names)
-    missing = ", ".join(repr(name) for name in schema.names if name not in given)
-    return (
-        f"the rows have {'unknown columns ' + unknown if unknown else 'no unknown columns'} and "
-        f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
-        "first row or its schema. Nothing of this call was sealed."
-    )

@@ -174,7 +174,7 @@ def test_a_row_that_no_segment_can_hold_is_refused(tmp_path, keys):
 
 
 def test_rows_too_many_for_a_shard_go_to_several(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.writer.MAX_SEGMENTS", 7)  # 2**20 takes too long
+    monkeypatch.setattr("lightning_secure.data.pending.MAX_SEGMENTS", 7)  # 2**20 takes too long
     with EncryptedShardWriter(tmp_path, split="train", keys=keys, segment_bytes=1) as writer:
         writer.write_batch({"x": np.arange(20, dtype="uint8")})
     data = dataset(tmp_path, keys)

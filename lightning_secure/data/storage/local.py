@@ -1,39 +1,15 @@
-"""Where the bytes of a dataset lie, and how they are read: at an offset, into a buffer."""
+"""A dataset in a folder of this machine."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
 
 from typing_extensions import Buffer
 
-__all__ = ["LocalFile", "LocalStorage", "Storage", "StoredFile"]
+from lightning_secure.crypto.manifest import ShardEntry
 
-
-class StoredFile(Protocol):
-    """One file, open for reading from several threads at once."""
-
-    @property
-    def size(self) -> int:
-        """Length in bytes when it was opened."""
-
-    def read_into(self, offset: int, out: Buffer) -> int:
-        """Fill ``out`` from ``offset`` and return how many bytes there were; fewer at the end."""
-
-    def close(self) -> None:
-        """Release it."""
-
-
-class Storage(Protocol):
-    """A folder of files that are never changed once they are written."""
-
-    def open(self, name: str) -> StoredFile:
-        """Open a file by its path below the root.
-
-        Raises:
-            OSError: It cannot be opened.
-        """
+__all__ = ["LocalFile", "LocalStorage"]
 
 
 class LocalStorage:
@@ -46,9 +22,16 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def open(self, name: str) -> LocalFile:
-        """Open a file by its path below the root; raises OSError if it cannot be opened."""
-        return LocalFile(self._root / name)
+    def __str__(self) -> str:
+        return str(self._root)
+
+    def open(self, entry: ShardEntry) -> LocalFile:
+        """Open a shard; raises OSError if it cannot be opened."""
+        return LocalFile(self._root / entry.file)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file; raises OSError if it cannot be read."""
+        return (self._root / name).read_bytes()
 
 
 class LocalFile:
@@ -80,6 +63,10 @@ class LocalFile:
                     break
                 done += count
             return done
+
+    def distrust(self) -> bool:
+        """Return False: there is no copy of it."""
+        return False
 
     def close(self) -> None:
         """Release it."""

@@ -1,0 +1,164 @@
+"""Rows that were taken for a split and are in no shard yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
+from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
+from lightning_secure.data.format import ColumnData, Schema, segment_lengths
+from lightning_secure.data.layout import SplitLayout
+from lightning_secure.data.subjects import by_subject, taken
+from lightning_secure.errors import DataError
+from lightning_secure.redaction.anonymize import AnonymizationPlan
+
+__all__ = ["PendingRows"]
+
+
+class PendingRows:
+    """Checks rows as they come, and hands them on in portions of one shard each.
+
+    Args:
+        layout: Of the split.
+        keys: What pseudonyms are made with.
+        schema: The columns, if they are known before the first row.
+        shard_bytes: Plaintext in a portion, in bytes.
+        anonymize: What happens to identifying columns.
+        allow_nonfinite: Whether NaN and infinities pass.
+
+    Attributes:
+        schema: The columns, once they are known.
+        rows: How many are held.
+    """
+
+    def __init__(
+        self,
+        layout: SplitLayout,
+        keys: KeyProvider,
+        *,
+        schema: Schema | None,
+        shard_bytes: int,
+        anonymize: AnonymizationPlan | None,
+        allow_nonfinite: bool,
+    ) -> None:
+        self.schema = schema
+        self.rows = 0
+        self._layout = layout
+        self._shard_bytes = shard_bytes
+        self._anonymizer = anonymize.bind(keys) if anonymize else None
+        self._allow_nonfinite = allow_nonfinite
+        self._bytes = 0
+        self._parts: list[Mapping[str, ColumnData]] = []
+        self._subjects: list[bytes] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether there is enough for a shard."""
+        return self._bytes >= self._shard_bytes
+
+    def take(self, columns: Mapping[str, Any], *, copy: bool, first_row: int) -> None:
+        """Take many rows at once.
+
+        Args:
+            columns: For each column its values.
+            copy: Whether the memory may be used for something else after the call.
+            first_row: Number of the first one in the split, for errors.
+
+        Raises:
+            DataError: A column is missing or unknown, or a value does not fit. No row was taken.
+        """
+        rows = count_rows(columns)
+        if rows == 0:
+            return
+        subjects = self._layout.subjects_of(columns)
+        if self._anonymizer is not None:
+            columns = self._anonymizer.apply(columns)
+        schema = self.schema or Schema(
+            tuple(infer_column(name, values) for name, values in columns.items())
+        )
+        if columns.keys() != set(schema.names):
+            raise DataError(_name_mismatch(schema, columns.keys()))
+        self._layout.groups(schema)
+        part = {
+            column.name: convert_column(
+                column,
+                columns[column.name],
+                allow_nonfinite=self._allow_nonfinite,
+                first_row=first_row,
+                copy=copy,
+            )
+            for column in schema.columns
+        }
+        length_of = segment_lengths(schema, part)
+        if length_of(0, rows) > MAX_SEGMENT_BYTES:
+            longest = max(length_of(row, row + 1) for row in range(rows))
+            if longest > MAX_SEGMENT_BYTES:
+                raise DataError(
+                    f"a row takes {longest} bytes, and a segment can have {MAX_SEGMENT_BYTES}. "
+                    "Nothing of this call was sealed. Split the row, or store a reference to it."
+                )
+        self.schema = schema
+        self._parts.append(part)
+        self._subjects += subjects
+        self.rows += rows
+        self._bytes += length_of(0, rows)
+
+    def portions(
+        self, schema: Schema, *, last: bool
+    ) -> Iterator[tuple[dict[str, ColumnData], int, bytes | None]]:
+        """Hand on rows for one shard after another; what is left is less than a shard.
+
+        Args:
+            schema: The columns.
+            last: Whether nothing is left.
+
+        Yields:
+            The columns of some rows, their number, and whose they are, if that is asked for.
+        """
+        columns = {name: joined([part[name] for part in self._parts]) for name in schema.names}
+        self._parts = []
+        rows, start = self.rows, 0
+        # A segment has one row at least, so that many rows never need too many segments.
+        per_shard = max(1, rows * self._shard_bytes // max(1, self._bytes))
+        per_shard = min(per_shard, MAX_SEGMENTS)
+        while not self._layout.by_subject and (
+            rows - start >= per_shard or (last and start < rows)
+        ):
+            stop = min(start + per_shard, rows)
+            chosen = {name: values[start:stop] for name, values in columns.items()}
+            self.rows -= stop - start
+            yield chosen, stop - start, None
+            start = stop
+        if self._layout.by_subject:
+            for subject, own in by_subject(self._subjects, per_shard):
+                chosen = {name: taken(values, own) for name, values in columns.items()}
+                self.rows -= len(own)
+                yield chosen, len(own), subject
+            self._subjects, start = [], rows
+        # Cloned, so that the rest of a large batch does not keep all of it in memory.
+        rest = {
+            name: values[start:].clone() if isinstance(values, Tensor) else values[start:]
+            for name, values in columns.items()
+        }
+        self._parts = [rest] if start < rows else []
+        self.rows = rows - start
+        self._bytes = segment_lengths(schema, rest)(0, rows - start)
+
+    def forget(self) -> None:
+        """Let go of all rows."""
+        self._parts, self._subjects = [], []
+        self.rows = self._bytes = 0
+
+
+def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
+    unknown = ", ".join(repr(name) for name in given if name not in schema.names)
+    missing = ", ".join(repr(name) for name in schema.names if name not in given)
+    return (
+        f"the rows have {'unknown columns ' + unknown if unknown else 'no unknown columns'} and "
+        f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
+        "first row or its schema. Nothing of this call was sealed."
+    )

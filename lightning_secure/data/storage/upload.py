@@ -1,0 +1,313 @@
+"""Sealing to a remote storage: shards are sealed here, sent whole, and the manifest goes last."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Final
+
+from lightning_secure import events
+from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.manifest import (
+    MANIFEST_NAME,
+    PAYLOAD_TYPE,
+    Manifest,
+    read_manifest,
+)
+from lightning_secure.crypto.signing import seal_envelope
+from lightning_secure.data.room import require_free
+from lightning_secure.data.storage.base import Storage
+from lightning_secure.data.storage.opening import local_root, open_storage
+from lightning_secure.data.storage.remote import Options, RemoteStorage
+from lightning_secure.errors import ConfigError, IntegrityError, StorageError
+from lightning_secure.files import atomic_writer
+
+__all__ = ["Spool", "open_spool", "upload_split"]
+
+_TRIES: Final = 10
+
+
+def upload_split(
+    source: str | os.PathLike[str],
+    root: str | RemoteStorage,
+    *,
+    split: str,
+    keys: KeyProvider,
+    replace: bool = False,
+    storage_options: Options | None = None,
+) -> Manifest:
+    """Copy a sealed split of a folder to a remote storage.
+
+    Args:
+        source: The folder of the dataset.
+        root: An fsspec URL such as ``s3://bucket/dataset``, or a :class:`RemoteStorage`. What lies
+            there must be nothing, or the same dataset, perhaps with other splits.
+        split: Name of the split.
+        keys: Checks both manifests, and signs the next.
+        replace: Whether a split of this name may be replaced there.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+
+    Returns:
+        The manifest that is now in place there.
+
+    Raises:
+        ConfigError: There is no such split here, it exists there, a key name of its belongs to
+            another split there, or another dataset lies there.
+        IntegrityError: A manifest is not this provider's.
+        StorageError: The storage did not answer, refused, or others changed the manifest each
+            time. What was sent is in no manifest, unless the last answer got lost.
+
+    All groups of columns go together, with the keys of their partitions as they are wrapped here.
+    Each shard is sent whole, and the manifest after them, so a reader sees the split as it was or
+    as it is. The manifest is replaced only if it is still the one that was read; where the storage
+    offers no such condition, or ignores it, two writers at once can lose one's split, see
+    :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and nobody
+    reads; on S3 also parts of an upload, which a life-cycle rule removes.
+    """
+    storage = open_storage(root, storage_options=storage_options)
+    if not isinstance(storage, RemoteStorage):
+        raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
+    sealed = read_manifest(Path(source), trusted=keys.trusted_signers)
+    if split not in sealed.splits:
+        raise ConfigError(f"{str(source)!r} has no split {split!r}. Nothing was sent.")
+    entry = sealed.splits[split]
+    partitions = {name: sealed.partitions[name] for name in entry.partitions}
+    older: frozenset[str] = frozenset()
+
+    def require_room(current: Manifest) -> None:
+        _require_same_dataset(current, sealed, storage)
+        require_free(current, storage, split, replace=replace, partitions=partitions)
+
+    def join(current: Manifest | None) -> Manifest:
+        nonlocal older
+        if current is None:
+            return dataclasses.replace(sealed, splits={split: entry}, partitions=partitions)
+        require_room(current)
+        replaced = current.splits.get(split)
+        gone = replaced.partitions if replaced else ()
+        older = frozenset(replaced.files) if replaced else frozenset()
+        others = {name: keys_ for name, keys_ in current.partitions.items() if name not in gone}
+        return dataclasses.replace(
+            current,
+            generation=current.generation + 1,
+            previous=current.digest,
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            splits={**current.splits, split: entry},
+            partitions={**others, **partitions},
+        )
+
+    if (current := _current(storage, keys)[0]) is not None:
+        require_room(current)
+    for file in entry.files:
+        storage.upload(Path(source) / file, file)
+    try:
+        manifest = _change(storage, keys, join, split=split)
+    except ConfigError:  # another writer was first
+        _remove_unnamed(storage, keys, entry.files)
+        raise
+    # By their names: where only keys were exchanged, the new manifest has the same files.
+    _remove(storage, older - manifest.files)
+    return manifest
+
+
+class Spool:
+    """The folder of this machine in which a split is sealed before it is sent.
+
+    Args:
+        storage: Where it is sent.
+        split: Name of the split.
+        keys: Checks the storage's manifest.
+        replace: Whether a split of this name may be replaced there.
+        resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
+        folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
+            storage will hold, encrypted.
+
+    Raises:
+        ConfigError: The split exists there, or the folder holds another dataset than the storage.
+        IntegrityError: The storage's manifest is not this provider's.
+        StorageError: The storage did not answer, or refused.
+    """
+
+    def __init__(
+        self,
+        storage: RemoteStorage,
+        *,
+        split: str,
+        keys: KeyProvider,
+        replace: bool,
+        resume: bool = False,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._storage = storage
+        self._split = split
+        self._keys = keys
+        self._replace = replace
+        current, _, data = _current(storage, keys)
+        self._there = current
+        if not resume:
+            self.require_free()
+        self.folder = Path(folder or tempfile.mkdtemp(prefix="lightning-secure-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        path = self.folder / MANIFEST_NAME
+        if path.exists():
+            here = read_manifest(self.folder, trusted=keys.trusted_signers)
+            if current is not None:
+                _require_same_dataset(current, here, storage)
+        elif current is not None:
+            with atomic_writer(path) as file:  # so that it is sealed as a split of this dataset
+                file.write(data)
+
+    def require_free(self, partitions: Collection[str] = ()) -> None:
+        """Raise ConfigError if the split, or a partition, was there and may not be replaced."""
+        if self._there is not None:
+            require_free(
+                self._there,
+                self._storage,
+                self._split,
+                replace=self._replace,
+                partitions=partitions,
+            )
+
+    def send(self) -> None:
+        """Send the sealed split if it is not there; raises as :func:`upload_split` does."""
+        sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
+        if self._there is not None and _same_split(self._there, sealed, self._split):
+            return
+        upload_split(
+            self.folder, self._storage, split=self._split, keys=self._keys, replace=self._replace
+        )
+
+    def close(self) -> None:
+        """Remove the folder if it is temporary."""
+        if hasattr(self, "_finalizer"):
+            self._finalizer()
+
+
+def open_spool(
+    root: str | os.PathLike[str] | Storage,
+    *,
+    split: str,
+    keys: KeyProvider,
+    replace: bool,
+    resume: bool,
+    storage_options: Options | None,
+    folder: str | os.PathLike[str] | None,
+) -> tuple[Path, Spool | None]:
+    """Return the folder to seal a split in and, if that is not its place yet, the way there.
+
+    Raises:
+        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
+            as for :class:`Spool`.
+    """
+    storage = open_storage(root, storage_options=storage_options)
+    if isinstance(storage, RemoteStorage):
+        spool = Spool(
+            storage, split=split, keys=keys, replace=replace, resume=resume, folder=folder
+        )
+        return spool.folder, spool
+    path = local_root(storage)
+    if folder is not None or path is None:
+        raise ConfigError(
+            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
+        )
+    return path, None
+
+
+def _current(
+    storage: RemoteStorage, keys: KeyProvider
+) -> tuple[Manifest | None, str | None, bytes]:
+    """Return the manifest in place, its ETag and its bytes."""
+    try:
+        # Before the content: if that is newer, the condition fails, and it is read again.
+        etag = str(storage.describe(MANIFEST_NAME).get("ETag", ""))
+        data = storage.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        return None, None, b""
+    return read_manifest(_Bytes(storage, data), trusted=keys.trusted_signers), etag, data
+
+
+class _Bytes:
+    """A manifest that was read already."""
+
+    def __init__(self, storage: RemoteStorage, data: bytes) -> None:
+        self._storage = storage
+        self._data = data
+
+    def __str__(self) -> str:
+        return str(self._storage)
+
+    def read(self, name: str) -> bytes:
+        return self._data
+
+
+def _change(
+    storage: RemoteStorage,
+    keys: KeyProvider,
+    make: Callable[[Manifest | None], Manifest],
+    *,
+    split: str,
+) -> Manifest:
+    for _ in range(_TRIES):
+        current, etag, _ = _current(storage, keys)
+        manifest = make(current)
+        events.announce(
+            "data.upload",
+            {
+                "dataset": manifest.dataset_id.hex(),
+                "split": split,
+                "generation": manifest.generation,
+                "manifest": manifest.digest,
+            },
+        )
+        payload = canonical_json(manifest.to_json())
+        data = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=keys.signer)
+        if storage.put(MANIFEST_NAME, data, replacing=etag):
+            return manifest
+        # A request that was sent twice because the answer got lost fails the second time.
+        with contextlib.suppress(FileNotFoundError):
+            if storage.read(MANIFEST_NAME) == data:
+                return manifest
+    raise StorageError(
+        f"the manifest at {str(storage)!r} was changed by others {_TRIES} times while it was to be "
+        "changed here. It is as they left it."
+    )
+
+
+def _require_same_dataset(current: Manifest, sealed: Manifest, storage: RemoteStorage) -> None:
+    if current.dataset_id != sealed.dataset_id:
+        raise ConfigError(
+            f"another dataset lies at {str(storage)!r}; it was left as it is. Choose another place."
+        )
+
+
+def _same_split(one: Manifest, other: Manifest, split: str) -> bool:
+    entry = one.splits.get(split)
+    return (
+        one.dataset_id == other.dataset_id
+        and entry is not None
+        and entry == other.splits.get(split)
+        and all(one.partitions[name] == other.partitions[name] for name in entry.partitions)
+    )
+
+
+def _remove_unnamed(storage: RemoteStorage, keys: KeyProvider, files: Iterable[str]) -> None:
+    """Remove what the manifest in place does not name; nothing, if that cannot be told."""
+    with contextlib.suppress(IntegrityError, StorageError, OSError):
+        current = _current(storage, keys)[0]
+        _remove(storage, set(files) - (current.files if current else frozenset()))
+
+
+def _remove(storage: RemoteStorage, files: Iterable[str]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError, StorageError):  # unreadable without a manifest
+            storage.remove(file)

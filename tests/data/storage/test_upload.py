@@ -1,0 +1,331 @@
+"""Sealing to a remote storage: shards first, the manifest last, and never over another's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from lightning_secure import events
+from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
+from lightning_secure.data.storage import LocalStorage, RemoteStorage, upload_split
+from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.errors import (
+    AuditWriteError,
+    ConfigError,
+    ManifestMismatchError,
+    StorageError,
+)
+
+ROWS = np.arange(800, dtype="int64").reshape(400, 2)
+OTHER = ROWS + 10_000
+
+
+@pytest.fixture
+def seal(keys, seal):
+    """Seal a split of 2 shards."""
+    return functools.partial(seal, shard_bytes=3200)
+
+
+@pytest.fixture
+def url():
+    root = f"{uuid.uuid4().hex}/dataset"
+    yield f"memory://{root}"
+    files = fsspec.filesystem("memory")
+    if files.exists(f"/{root}"):
+        files.rm(f"/{root}", recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def spools(tmp_path, monkeypatch):
+    """Where temporary folders are made, to see that none stays."""
+    folder = tmp_path / "spools"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def remote_names(url):
+    return sorted(path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(url[8:]))
+
+
+def test_splits_are_sealed_one_after_another(url, seal, read, keys, spools):
+    seal(url)
+    seal(url, rows=OTHER, split="val")
+    assert np.array_equal(read(url), ROWS)
+    assert np.array_equal(read(url, split="val"), OTHER)
+    manifest = read_manifest(RemoteStorage(url), trusted=keys.trusted_signers)
+    assert (manifest.generation, len(manifest.splits)) == (3, 2)
+    assert list(spools.iterdir()) == []
+
+
+def test_a_file_url_is_the_folder_itself(tmp_path, seal, read):
+    seal(f"file://{tmp_path}/a%20b")
+    assert np.array_equal(read(f"file://{tmp_path}/a%20b"), ROWS)
+    assert np.array_equal(read(tmp_path / "a b"), ROWS)
+    assert np.array_equal(read(str(tmp_path / "a b")), ROWS)
+    assert np.array_equal(read(LocalStorage(tmp_path / "a b")), ROWS)
+    seal(LocalStorage(tmp_path / "a b"), split="val")
+
+
+def test_an_existing_split_is_refused_before_anything_is_sealed(url, seal, read, spools):
+    seal(url)
+    names = remote_names(url)
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        seal(url, rows=OTHER)
+    assert list(spools.iterdir()) == []
+    seal(url, rows=OTHER, replace=True)
+    assert np.array_equal(read(url), OTHER)
+    assert len(remote_names(url)) == len(names)  # the older shards were removed
+    assert set(remote_names(url)) & set(names) == {MANIFEST_NAME}
+
+
+def test_an_error_while_sealing_leaves_the_storage_as_it_was(url, seal, read, keys, spools):
+    seal(url)
+    names = remote_names(url)
+    writer = EncryptedShardWriter(url, split="val", keys=keys)
+    writer.write_batch({"x": OTHER})
+    writer.__exit__(KeyError)
+    assert remote_names(url) == names
+    assert list(spools.iterdir()) == []
+
+
+def test_a_spool_that_is_kept_can_be_sent_again(s3, seal, read, keys, tmp_path):
+    def refuse(environ, start_response):
+        if environ["REQUEST_METHOD"] != "PUT":
+            return None
+        start_response("503 Slow Down", [("Content-Length", "0")])
+        return []
+
+    s3.line.disturb = refuse
+    with pytest.raises(StorageError):
+        seal(s3.root, storage_options=s3.options, spool=tmp_path / "spool")
+    assert s3.names() == []
+    s3.line.disturb = None
+    upload_split(tmp_path / "spool", s3.root, split="train", keys=keys, storage_options=s3.options)
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        seal(s3.root, storage_options=s3.options, spool=tmp_path / "spool")
+    seal(s3.root, split="val", storage_options=s3.options, spool=tmp_path / "spool")
+
+
+def test_the_manifest_goes_last(s3, seal, read, heard):
+    seal(s3.root, storage_options=s3.options)
+    sent = [path for method, path, _ in s3.line.requests if method == "PUT"]
+    assert [path.endswith(MANIFEST_NAME) for path in sent] == [False] * 2 + [True]
+    actions = [event.action for event in heard]
+    assert actions[-1] == "data.upload"
+
+
+def test_a_record_that_cannot_be_written_stops_the_manifest(url, seal, read):
+    def refuse(event):
+        if event.action == "data.upload":
+            raise AuditWriteError("no room")
+
+    events.subscribe("test", refuse)
+    with pytest.raises(AuditWriteError):
+        seal(url)
+    assert MANIFEST_NAME not in remote_names(url)
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def test_two_writers_at_once_lose_neither_split(s3, seal, read, keys):
+    """Both read the same manifest before either puts its own: S3's condition tells the second."""
+    seal(s3.root, split="first", storage_options=s3.options)
+    both, failed = threading.Barrier(2), []
+
+    def wait(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None if both.n_waiting else s3.line.disturb
+            both.wait(10)
+        return None
+
+    s3.line.disturb = wait
+
+    def work(split, rows):
+        try:
+            seal(s3.root, rows=rows, split=split, storage_options=s3.options)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [
+        threading.Thread(target=work, args=arguments) for arguments in (("a", ROWS), ("b", OTHER))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert np.array_equal(read(s3.root, split="a", storage_options=s3.options), ROWS)
+    assert np.array_equal(read(s3.root, split="b", storage_options=s3.options), OTHER)
+    storage = RemoteStorage(s3.root, storage_options=s3.options)
+    assert read_manifest(storage, trusted=keys.trusted_signers).generation == 4
+
+
+def test_the_second_writer_of_one_split_is_refused_and_cleans_up(s3, seal, read):
+    """The other one commits between the look at the manifest and the attempt to replace it."""
+    seal(s3.root, split="first", storage_options=s3.options)
+    puts = []
+
+    def other_first(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None
+            puts.append(1)
+            seal(s3.root, storage_options=s3.options)
+        return None
+
+    s3.line.disturb = other_first
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        seal(s3.root, rows=OTHER, storage_options=s3.options)
+    assert puts == [1]
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+    assert len(s3.names()) == 1 + 2 * 2
+
+
+def test_two_writers_that_begin_a_dataset_do_not_overwrite_each_other(s3, seal, read):
+    def other_first(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None
+            seal(s3.root, storage_options=s3.options)
+        return None
+
+    s3.line.disturb = other_first
+    with pytest.raises(ConfigError, match="another dataset lies"):
+        seal(s3.root, rows=OTHER, split="val", storage_options=s3.options)
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+    assert len(s3.names()) == 3
+
+
+def test_an_answer_that_got_lost_is_not_taken_for_a_conflict(s3, seal, read):
+    """The manifest is in place; the client is not told, sends it again, and is refused."""
+    statuses = []
+
+    def lose(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            status, head, body = s3.line.passed_on(environ)
+            statuses.append(status[:3])
+            if len(statuses) == 1:
+                status = "503 Slow Down"
+            start_response(status, head)
+            return [body]
+        return None
+
+    s3.line.disturb = lose
+    seal(s3.root, storage_options=s3.options)
+    assert statuses == ["200", "412"]
+    s3.line.disturb = None
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+
+
+def test_a_manifest_that_changes_each_time_is_given_up(s3, seal, keys, monkeypatch):
+    monkeypatch.setattr("lightning_secure.data.storage.upload._TRIES", 2)
+    seal(s3.root, storage_options=s3.options)
+    number = iter(range(100))
+
+    def others(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None
+            seal(s3.root, split=f"s{next(number)}", rows=ROWS[:10], storage_options=s3.options)
+            s3.line.disturb = others
+        return None
+
+    s3.line.disturb = others
+    with pytest.raises(StorageError, match="changed by others 2 times"):
+        seal(s3.root, split="val", storage_options=s3.options)
+    s3.line.disturb = None
+    storage = RemoteStorage(s3.root, storage_options=s3.options)
+    assert "val" not in read_manifest(storage, trusted=keys.trusted_signers).splits
+
+
+def test_what_does_not_arrive_whole_is_noticed(url, local, keys, monkeypatch):
+    def short(self, lpath, rpath, **_):
+        self.pipe_file(rpath, Path(lpath).read_bytes()[:-1])
+
+    # A file system that loses the end of what it is given.
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", short)
+    with pytest.raises(StorageError, match="did not arrive whole"):
+        upload_split(local, url, split="train", keys=keys)
+    assert MANIFEST_NAME not in remote_names(url)
+
+
+def test_a_writer_that_is_killed_leaves_a_dataset_that_reads_as_before(s3, seal, read, tmp_path):
+    seal(s3.root, split="val", storage_options=s3.options)
+    code = (
+        "import sys, json, numpy as np\n"
+        "from lightning_secure import EncryptedShardWriter, LocalKeyProvider\n"
+        "root, options, key = sys.argv[1:]\n"
+        "writer = EncryptedShardWriter(root, split='train', keys=LocalKeyProvider(key),\n"
+        "    segment_bytes=160, shard_bytes=3200, storage_options=json.loads(options))\n"
+        "writer.write_batch({'x': np.arange(800).reshape(400, 2)})\n"
+        "writer.close()\n"
+    )
+    held = threading.Event()
+    release = threading.Event()
+
+    def hold(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            held.set()
+            release.wait(20)
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return []
+        return None
+
+    s3.line.disturb = hold
+    key = seal.keywords["keys"]._path
+    arguments = [sys.executable, "-c", code, s3.root, json.dumps(s3.options), str(key)]
+    writer = subprocess.Popen(arguments, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert held.wait(30)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    release.set()
+    s3.line.disturb = None
+    assert np.array_equal(read(s3.root, split="val", storage_options=s3.options), ROWS)
+    with pytest.raises(ConfigError, match="no split 'train'"):
+        read(s3.root, storage_options=s3.options)
+    assert len(s3.names()) == 1 + 2 * 2  # two are in no manifest
+    seal(s3.root, storage_options=s3.options)
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+
+
+# ---------------------------------------------------------------- what is not accepted
+
+
+def test_another_dataset_at_the_place_is_left_alone(url, seal, read, keys, local, tmp_path):
+    seal(url, rows=OTHER)
+    with pytest.raises(ConfigError, match="another dataset lies"):
+        upload_split(local, url, split="train", keys=keys, replace=True)
+    seal(tmp_path / "spool", split="x")
+    with pytest.raises(ConfigError, match="another dataset lies"):
+        EncryptedShardWriter(url, split="val", keys=keys, spool=tmp_path / "spool")
+    assert np.array_equal(read(url), OTHER)
+
+
+def test_a_dataset_of_another_key_is_left_alone(url, seal, other_keys, local):
+    seal(url)
+    with pytest.raises(ManifestMismatchError):
+        EncryptedShardWriter(url, split="val", keys=other_keys)
+
+
+def test_arguments_that_make_no_sense(tmp_path, local, keys, url):
+    with pytest.raises(ConfigError, match="no split 'x'"):
+        upload_split(local, url, split="x", keys=keys)
+    with pytest.raises(ConfigError, match="copy the folder"):
+        upload_split(local, str(tmp_path), split="train", keys=keys)
+    with pytest.raises(ConfigError, match="belongs to a URL"):
+        EncryptedShardWriter(tmp_path, split="x", keys=keys, spool=tmp_path / "y")
+    with pytest.raises(ConfigError, match="belong to a URL"):
+        EncryptedShardWriter(tmp_path, split="x", keys=keys, storage_options={})
