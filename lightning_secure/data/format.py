@@ -365,9 +365,9 @@ def _tensor(plaintext: bytearray, column: Column, offset: int, count: int) -> Te
     return flat.view(count, *column.shape)
 
 
-def _raw(value: Tensor | bytes | str) -> bytes:
+def _raw(value: Tensor | bytes | str) -> bytes | memoryview:
     if isinstance(value, Tensor):
-        return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return value.contiguous().view(-1).view(torch.uint8).numpy().data
     return utf8(value, what="a value of a string column") if isinstance(value, str) else value
 
 
