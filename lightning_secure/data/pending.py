@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
-from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
+from lightning_secure.data.columns import (
+    convert_column,
+    count_rows,
+    infer_column,
+    joined,
+    require_names,
+)
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
 from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.subjects import by_subject, taken
@@ -80,8 +86,7 @@ class PendingRows:
         schema = self.schema or Schema(
             tuple(infer_column(name, values) for name, values in columns.items())
         )
-        if columns.keys() != set(schema.names):
-            raise DataError(_name_mismatch(schema, columns.keys()))
+        require_names(columns.keys(), schema.names)
         self._layout.groups(schema)
         part = {
             column.name: convert_column(
@@ -152,13 +157,3 @@ class PendingRows:
         """Let go of all rows."""
         self._parts, self._subjects = [], []
         self.rows = self._bytes = 0
-
-
-def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
-    unknown = ", ".join(repr(name) for name in given if name not in schema.names)
-    missing = ", ".join(repr(name) for name in schema.names if name not in given)
-    return (
-        f"the rows have {'unknown columns ' + unknown if unknown else 'no unknown columns'} and "
-        f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
-        "first row or its schema. Nothing of this call was sealed."
-    )

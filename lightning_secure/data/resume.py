@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,6 +72,7 @@ class SealingState:
         source_id: str,
         settings: Mapping[str, Any],
         resume: bool,
+        require_free: Callable[[Manifest], None],
     ) -> SealingState:
         """Return the state of a sealing with a journal.
 
@@ -82,10 +83,12 @@ class SealingState:
             source_id: Names the state of the source.
             settings: What else decides how rows and shards come out, as JSON values.
             resume: Whether to go on from an earlier sealing; otherwise its shards are removed.
+            require_free: Raises ConfigError if a split that was sealed from something else is there
+                and may not be replaced.
 
         Raises:
-            ConfigError: The split is being sealed by another writer, or the earlier sealing had
-                another source or other settings.
+            ConfigError: The split exists, is being sealed by another writer, or the earlier sealing
+                had another source or other settings.
             KeyAccessError: This provider cannot unwrap what it wrapped; it may seal and not read.
             IntegrityError: The journal or a shard is not what the earlier sealing left.
         """
@@ -95,6 +98,7 @@ class SealingState:
             if resume and (done := _sealed(dataset, folder, keys, identity)):
                 journal.close(remove=True)
                 return done
+            require_free(dataset)
             earlier = _earlier(journal, strict=resume)
             if earlier is not None and resume:
                 return cls._resumed(dataset, folder, keys, journal, earlier, identity, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from lightning_secure.crypto.keys import KeyProvider
@@ -163,7 +163,7 @@ class EncryptedShardWriter:
         self._pending.schema = self._state.schema or schema
         self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
         self._begun_rows = sum(entry.records for entry in self._state.shards)
-        self._closed = False
+        self._closed = self._over = False
 
     def _start(self, source_id: str | None, *, resume: bool) -> None:
         dataset = self._open_dataset()
@@ -246,6 +246,8 @@ class EncryptedShardWriter:
         except BaseException as error:
             self._leave(type(error))
             raise
+        # From here on the manifest names the shards: they are no longer this writer's to remove.
+        self._over = True
         try:
             if self._spool:
                 self._spool.send()
@@ -263,22 +265,18 @@ class EncryptedShardWriter:
         self._commit(self._pending.schema, self._queue.finish())
 
     def abort(self) -> None:
-        """Give up: remove what was written. The dataset is as it was before this writer."""
-        self._closed = True
-        self._discard()
+        """Give up: remove what was written. The dataset is as it was before this writer.
+
+        What :meth:`close` put into the dataset stays there.
+        """
+        self._end(keep=False)
 
     def suspend(self) -> None:
         """Stop, and keep what was finished for a sealing with ``resume=True``.
 
         Without a ``source_id`` nothing can be resumed, and this is :meth:`abort`.
         """
-        self._closed = True
-        if not self._state.resumable:
-            self._discard()
-            return
-        self._pending.forget()
-        self._remove(self._queue.stop())
-        self._release(keep=True)
+        self._end(keep=self._state.resumable)
 
     def __enter__(self) -> Self:
         return self
@@ -328,21 +326,15 @@ class EncryptedShardWriter:
     def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
         if source_id is None:
             return SealingState.fresh(dataset, self._folder, self._keys)
-        state = SealingState.written_down(
+        return SealingState.written_down(
             dataset,
             self._folder,
             self._keys,
             source_id=source_id,
             settings=self._settings,
             resume=resume,
+            require_free=self._require_free,
         )
-        try:
-            if not state.complete:
-                self._require_free(dataset)
-        except ConfigError:
-            state.end(keep=True)
-            raise
-        return state
 
     def _require_free(self, dataset: Manifest) -> None:
         if self._spool:
@@ -368,16 +360,17 @@ class EncryptedShardWriter:
             replace=self._replace,
         )
 
-    def _discard(self) -> None:
+    def _end(self, *, keep: bool) -> None:
+        self._closed = True
+        if self._over:
+            return
+        self._over = True
         self._pending.forget()
         stray = self._queue.stop()
-        self._remove([*self._queue.entries, *stray])
-        self._queue.entries.clear()
-        self._release(keep=False)
-
-    def _remove(self, entries: Iterable[ShardEntry]) -> None:
+        mine = stray if keep else [*self._queue.entries, *stray]
         # The manifest may be in place already: an interruption can come right after that.
-        remove_unnamed(self._root, [entry.file for entry in entries], keys=self._keys)
+        remove_unnamed(self._root, [entry.file for entry in mine], keys=self._keys)
+        self._release(keep=keep)
 
     def _release(self, *, keep: bool) -> None:
         self._state.end(keep=keep)
