@@ -278,6 +278,16 @@ def segment_lengths(schema: Schema, columns: Mapping[str, ColumnData]) -> Callab
     return length
 
 
+def column_offsets(schema: Schema, records: int) -> tuple[dict[str, int], int]:
+    """Return where the columns of a segment of a fixed schema begin, and its length, in bytes."""
+    offsets: dict[str, int] = {}
+    position = 0
+    for column in schema.columns:
+        offsets[column.name] = _aligned(position)
+        position = offsets[column.name] + records * column.item_bytes
+    return offsets, position
+
+
 def encode_segment(schema: Schema, columns: Mapping[str, ColumnData]) -> bytearray:
     """Lay out rows as one segment's plaintext.
 

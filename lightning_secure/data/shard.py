@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +34,7 @@ from lightning_secure.data.storage import Storage
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
-__all__ = ["ShardReader", "seal_shard"]
+__all__ = ["Scratch", "ShardReader", "seal_shard"]
 
 _T = TypeVar("_T")
 
@@ -116,6 +117,21 @@ def seal_shard(
     )
 
 
+class Scratch:
+    """Memory for one segment at a time, used again from segment to segment by one thread."""
+
+    def __init__(self) -> None:
+        self._sealed = memoryview(bytearray())
+        self._plaintext = memoryview(bytearray())
+
+    def views(self, length: int) -> tuple[memoryview, memoryview]:
+        """Return room for ``length`` sealed bytes, and for what is in them."""
+        if length > len(self._sealed):
+            self._sealed = memoryview(bytearray(length))
+            self._plaintext = memoryview(bytearray(length))
+        return self._sealed[:length], self._plaintext[: max(0, length - TAG_BYTES)]
+
+
 class ShardReader:
     """An open shard that was found to be the one its manifest names.
 
@@ -133,6 +149,7 @@ class ShardReader:
 
     Opening reads the header and the tag of every segment and compares their Merkle root with the
     manifest. Decryption then checks each segment against its tag, and that tag against those.
+    It may be used from several threads. The file is closed when the reader is collected.
     """
 
     def __init__(
@@ -149,7 +166,10 @@ class ShardReader:
         try:
             self._file = storage.open(entry)
         except OSError as error:
-            raise self._corrupted(f"it cannot be opened ({error.strerror})") from None
+            raise self.corrupted(f"it cannot be opened ({error.strerror})") from None
+        # Not before the last thread that reads has let go of it: numbers of files are used again.
+        self._closing = weakref.finalize(self, self._file.close)
+        self._closing.atexit = False
         try:
             self._retrying(lambda: self._authenticate(entry, key, dataset_id))
         except BaseException:
@@ -174,23 +194,24 @@ class ShardReader:
             suite=SUITE_AES256GCM_SHA256,
         )
         if not hmac.compare_digest(keys.commitment, self.header.commitment):
-            raise self._corrupted("its key commitment does not match the manifest's key")
+            raise self.corrupted("its key commitment does not match the manifest's key")
         self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
-        self._tags = b"".join(self._read_tags(entry.size))
+        self._size = entry.size
+        self._tags = self._read_tags(entry.size)
         if merkle_root(_chunks(self._tags)) != entry.merkle_root:
-            raise self._corrupted("its segments are not the ones that the manifest was signed for")
+            raise self.corrupted("its segments are not the ones that the manifest was signed for")
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
         size = self._file.size
         if size != entry.size:
-            raise self._corrupted(f"it has {size} bytes where the manifest has {entry.size}")
+            raise self.corrupted(f"it has {size} bytes where the manifest has {entry.size}")
         packed = self._read(0, HEADER_BYTES)
         if hashlib.sha256(packed).digest() != entry.header_sha256:
-            raise self._corrupted("its header was altered, or another shard stands in its place")
+            raise self.corrupted("its header was altered, or another shard stands in its place")
         try:
             header = Header.unpack(bytes(packed), size=size)
         except ShardCorruptedError as error:
-            raise self._corrupted(str(error)) from None
+            raise self.corrupted(str(error)) from None
         expected = (
             dataset_id,
             entry.uuid,
@@ -209,53 +230,78 @@ class ShardReader:
             header.schema_digest,
             header.commitment,
         ):
-            raise self._corrupted("its header and the manifest contradict each other")
+            raise self.corrupted("its header and the manifest contradict each other")
         return header
 
-    def _read_tags(self, size: int) -> Iterator[bytearray]:
-        header = self.header
-        for index in range(header.segments):
-            end = min(header.segment_offset(index + 1), size)
-            yield self._read(end - TAG_BYTES, TAG_BYTES)
+    def _read_tags(self, size: int) -> bytes:
+        header, read = self.header, self._file.read_into
+        stride = header.segment_bytes + TAG_BYTES
+        tags = bytearray(header.segments * TAG_BYTES)
+        with memoryview(tags) as view:
+            offset = HEADER_BYTES + header.segment_bytes
+            for start in range(0, len(tags) - TAG_BYTES, TAG_BYTES):
+                read(offset, view[start : start + TAG_BYTES])
+                offset += stride
+            read(size - TAG_BYTES, view[-TAG_BYTES:])
+        return bytes(tags)
 
-    def read_segment(self, index: int) -> dict[str, ColumnData]:
-        """Return the columns of one segment's rows.
+    def decrypt(self, index: int, scratch: Scratch) -> memoryview:
+        """Return the plaintext of one segment.
+
+        Args:
+            index: Number of the segment.
+            scratch: Memory to use. The result is valid until it is used again.
 
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
             StorageError: The storage did not answer, or refused.
         """
-        return self._retrying(lambda: self._read_segment(index))
+        return self._retrying(lambda: self._decrypt(index, scratch))
 
-    def _read_segment(self, index: int) -> dict[str, ColumnData]:
+    def _decrypt(self, index: int, scratch: Scratch) -> memoryview:
         header = self.header
         offset = header.segment_offset(index)
-        length = header.segment_bytes + TAG_BYTES
-        sealed = self._read(offset, length)
-        plaintext = bytearray(max(0, len(sealed) - TAG_BYTES))
-        records = header.records_in(index)
+        length = min(header.segment_bytes + TAG_BYTES, self._size - offset)
+        sealed, plaintext = scratch.views(length)
+        complete = self._file.read_into(offset, sealed) == length
         tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
-        if not hmac.compare_digest(sealed[-TAG_BYTES:], tag):
-            raise self._corrupted(f"tag mismatch in segment {index}")
+        if not (complete and hmac.compare_digest(sealed[-TAG_BYTES:], tag)):
+            raise self.corrupted(f"tag mismatch in segment {index}")
         try:
-            self._cipher.open_into(index, sealed, records=records, out=plaintext)
-            return decode_segment(self._schema, plaintext, records=records)
+            self._cipher.open_into(index, sealed, records=header.records_in(index), out=plaintext)
         except IntegrityError as error:
-            raise self._corrupted(str(error)) from None
+            raise self.corrupted(str(error)) from None
+        return plaintext
+
+    def read_segment(self, index: int) -> dict[str, ColumnData]:
+        """Return the columns of one segment's rows.
+
+        Raises:
+            ShardCorruptedError: The segment was altered since the shard was opened, or does not
+                hold what its schema says.
+            StorageError: The storage did not answer, or refused.
+        """
+        # Memory of its own: the columns are views of it.
+        plaintext = bytearray(self.decrypt(index, Scratch()))
+        try:
+            return decode_segment(self._schema, plaintext, records=self.header.records_in(index))
+        except IntegrityError as error:
+            raise self.corrupted(f"{error}, in segment {index}") from None
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
         del data[self._file.read_into(offset, data) :]
         return data
 
-    def _corrupted(self, reason: str) -> ShardCorruptedError:
+    def corrupted(self, reason: str) -> ShardCorruptedError:
+        """Return the error that says why nothing of this shard can be used."""
         return ShardCorruptedError(
             f"shard {self._name!r} rejected: {reason}; nothing from it was returned."
         )
 
     def close(self) -> None:
         """Release the file; the reader is of no use afterwards."""
-        self._file.close()
+        self._closing()
 
 
 def _plan(

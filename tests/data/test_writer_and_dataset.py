@@ -214,7 +214,7 @@ def test_many_open_shards_are_no_problem(tmp_path, keys):
     assert len(data.entry.shards) == 150
     (x,) = data.__getitems__(RNG.permutation(150).tolist()).batch()
     assert len(x) == 150
-    assert len(data._readers) == 64
+    assert len(data.shards._readers) == 64
     data.close()
     assert np.array_equal(data[149][0].numpy(), X[149])
 
