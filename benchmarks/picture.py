@@ -17,6 +17,17 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 TEXT, OURS, THEIRS = "#7d8590", "#1f9e89", "#a8b0ba"
+STYLE: Any = {
+    "svg.hashsalt": "lightning_secure",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.facecolor": "none",
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
 NAMES = {
     "aes": "lightning_secure, AES-256-GCM",
     "ram": "torch DataLoader, tensors in RAM",
@@ -45,10 +56,11 @@ def speeds(result: dict[str, Any], size: str) -> dict[str, float]:
 
 def draw(result: dict[str, Any], target: Path) -> None:
     """Write the picture."""
-    mpl.rcParams.update({"svg.hashsalt": "lightning_secure", "svg.fonttype": "none"})
-    mpl.rcParams.update({"font.family": "sans-serif", "font.size": 9})
-    for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"):
-        mpl.rcParams[name] = TEXT
+    with mpl.rc_context(STYLE):
+        _draw(result, target)
+
+
+def _draw(result: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(8, 2.5), layout="constrained")
     plots = figure.subplots(1, 2, sharey=True)
     for plot, (size, title) in zip(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,3 +94,43 @@ def test_a_system_that_fails_ends_the_run_and_says_why(copy):
     assert "litdata has ended" in done.stderr
     assert "No module named 'litdata'" in done.stderr
     assert not (copy / "result.json").exists()
+
+
+@pytest.fixture(scope="module")
+def picture():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "benchmarks" / "picture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def labels(svg: Path) -> list[str]:
+    return re.findall(r">([0-9.]+x)<", svg.read_text())
+
+
+def test_the_picture_shows_medians_of_ratios_within_rounds(picture, tmp_path):
+    def measured(*seconds):
+        return {"rows": 60, "seconds": list(seconds)}
+
+    rounds = {
+        f"{size}/shuffled/{name}": measured(4, 8, 4)
+        for size in ("3kb", "150kb")
+        for name in picture.NAMES
+    }
+    rounds["3kb/shuffled/aes"] = measured(2, 2, 1)  # 2, 4 and 4 times as fast
+    rounds["150kb/shuffled/aes"] = measured(8, 8, 5)  # 0.5, 1 and 0.8 times
+    picture.draw({"rounds": rounds}, tmp_path / "deep" / "a.svg")
+    picture.draw({"rounds": rounds}, tmp_path / "b.svg")
+    others = ["1x"] * (len(picture.NAMES) - 1)
+    assert labels(tmp_path / "b.svg") == [*others, "4x", *others, "0.8x"]
+    assert (tmp_path / "deep" / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_the_picture_in_the_readme_is_that_of_the_stored_result(picture, tmp_path):
+    result, svg = ROOT / "benchmarks" / "results" / "shards.json", ROOT / "docs/img/shards.svg"
+    assert result.exists() == svg.exists()
+    if result.exists():
+        picture.draw(json.loads(result.read_text()), tmp_path / "again.svg")
+        assert labels(tmp_path / "again.svg") == labels(svg)
