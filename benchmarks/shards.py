@@ -87,6 +87,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             key: {
                 "workers": bench.cells[key][1].workers,
                 "option": bench.cells[key][1].option,
+                "passes_in_a_round": bench.passes[key],
                 "tried": bench.tried[key],
                 "rows": bench.rows_read(key),
                 "seconds": [round(seconds, 5) for seconds in times],
