@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	$(BIN)/python -m coverage report --fail-under=100 \
-		--include='lightning_secure/crypto/*,lightning_secure/data/format.py'
+		--include='lightning_secure/crypto/*,lightning_secure/data/format.py,lightning_secure/data/header.py'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

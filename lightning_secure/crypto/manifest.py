@@ -23,12 +23,13 @@ from lightning_secure.crypto.encoding import (
     b64decode,
     b64encode,
     canonical_json,
+    is_canonical,
     parse_json_object,
 )
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
-from lightning_secure.errors import IntegrityError, ManifestMismatchError
-from lightning_secure.files import atomic_writer
+from lightning_secure.errors import DataError, IntegrityError, ManifestMismatchError
+from lightning_secure.files import atomic_writer, read_regular
 
 __all__ = [
     "MANIFEST_NAME",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME: Final = "manifest.json"
+MAX_MANIFEST_BYTES: Final = 2**29  # about 800,000 shards
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.manifest.v1+json"
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE_PATTERN: Final = re.compile(
@@ -98,9 +100,7 @@ class ShardEntry:
         fields = _fields(value, cls.__annotations__.keys(), "a shard entry")
         file = _typed(fields["file"], str, "a shard's file name")
         if not _FILE_PATTERN.fullmatch(file) or ".." in file:
-            raise IntegrityError(
-                "the manifest names a shard file outside of its dataset. Nothing was read."
-            )
+            raise IntegrityError("the manifest names a shard file outside of its dataset.")
         return cls(
             file=file,
             uuid=_hex(fields["uuid"], 16),
@@ -173,9 +173,10 @@ class SplitEntry:
         )
         numbers = [shard.number for shard in shards]
         if not shards or numbers != list(range(len(shards))):
-            raise IntegrityError(
-                "the manifest's shards are not numbered in order. Nothing was read."
-            )
+            raise IntegrityError("the manifest's shards are not numbered in order.")
+        total = sum(shard.size for shard in shards)
+        if total >= 2**63 or any(shard.records > shard.size for shard in shards):
+            raise IntegrityError("the manifest has more rows than bytes. Nothing was read.")
         return cls(
             partition=_name(fields["partition"]),
             schema=schema,
@@ -246,9 +247,7 @@ class Manifest:
             },
         )
         if not all(manifest.partitions.get(split.partition) for split in manifest.splits.values()):
-            raise IntegrityError(
-                "the manifest has a split without a partition key. Nothing was read."
-            )
+            raise IntegrityError("the manifest has a split without a partition key.")
         return manifest
 
     @property
@@ -330,7 +329,7 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
     what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
         if isinstance(root, Path):
-            data = (root / MANIFEST_NAME).read_bytes()
+            data = read_regular(root / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
         else:
             data = root.read(MANIFEST_NAME)
     except FileNotFoundError:
@@ -344,16 +343,21 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
         ) from None
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))
-    if canonical_json(manifest.to_json()) != payload:
+    if not is_canonical(manifest.to_json(), payload):
         raise ManifestMismatchError(f"{what} is not in canonical form. Nothing from it was used.")
     return manifest
 
 
 def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
-    """Sign ``manifest`` and put it in place of the one before, atomically."""
+    """Sign ``manifest`` and replace the one before, atomically; DataError if it is too long."""
     envelope = seal_envelope(
         canonical_json(manifest.to_json()), payload_type=PAYLOAD_TYPE, signer=signer
     )
+    if len(envelope) > MAX_MANIFEST_BYTES:
+        raise DataError(
+            f"the manifest would be longer than {MAX_MANIFEST_BYTES} bytes, the most that is read. "
+            "It was not written; the one before stands. Choose larger shards."
+        )
     with atomic_writer(root / MANIFEST_NAME) as file:
         file.write(envelope)
 
