@@ -161,7 +161,10 @@ def check_schema(schema):
         require(isinstance(column, dict), "schema")
         require(column.keys() == {"name", "kind", "dtype", "shape"}, "schema")
         name, kind, dtype, shape = (column[key] for key in ("name", "kind", "dtype", "shape"))
-        require(isinstance(name, str) and re.fullmatch(r"[^\x00-\x1f\x7f]{1,128}", name), "schema")
+        require(
+            isinstance(name, str) and re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}", name),
+            "schema",
+        )
         require(isinstance(shape, list) and len(shape) <= 60, "schema")
         require(all(type(size) is int and 0 < size < 2**31 for size in shape), "schema")
         if kind in ("bytes", "string"):
