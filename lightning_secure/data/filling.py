@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor, uint8
 
 from lightning_secure.data.buffers import Ints, Rows
-from lightning_secure.data.format import Column, Schema, column_offsets
+from lightning_secure.data.format import Column, Schema, byte_limits, column_offsets
 from lightning_secure.data.shard import Scratch, ShardReader
 
 __all__ = ["Filler"]
+
+#: Where the chosen columns begin, the length of the plaintext, and its limits.
+_Layout = tuple[list[tuple[str, int]], int, list[tuple[int, int, int]]]
 
 
 class Filler:
@@ -28,7 +32,7 @@ class Filler:
         self.columns: tuple[Column, ...] = tuple(by_name[name] for name in names)
         self._schema = schema
         self._names = tuple(names)
-        self._layouts: dict[int, tuple[list[tuple[str, int]], int]] = {}
+        self._layouts: dict[int, _Layout] = {}
 
     def fill(
         self,
@@ -59,9 +63,14 @@ class Filler:
         layout = self._layouts.get(records)
         if layout is None:
             offsets, length = column_offsets(self._schema, records)
-            layout = self._layouts[records] = [(n, offsets[n]) for n in self._names], length
+            places = [(n, offsets[n]) for n in self._names]
+            layout = self._layouts[records] = places, length, byte_limits(self._schema, records)
         plaintext = reader.decrypt(segment, scratch)
-        if len(plaintext) != layout[1]:
+        # As decode_segment does, which need not be called here: the layout is known.
+        if len(plaintext) != layout[1] or any(
+            np.frombuffer(plaintext, np.uint8, end - start, start).max() > largest
+            for start, end, largest in layout[2]
+        ):
             raise reader.corrupted(f"segment {segment} does not fit the schema")
         rows.put(layout[0], targets, plaintext, records, sources)
 

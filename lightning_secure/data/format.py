@@ -209,6 +209,23 @@ def column_offsets(schema: Schema, records: int) -> tuple[dict[str, int], int]:
     return offsets, position
 
 
+def byte_limits(schema: Schema, records: int) -> list[tuple[int, int, int]]:
+    """Return the ranges of a segment of a fixed schema that may not hold any byte.
+
+    Returns:
+        Start, end and the largest byte: 0 between columns, 1 in columns of truth values.
+    """
+    offsets, _ = column_offsets(schema, records)
+    limits, position = [], 0
+    for column in schema.columns:
+        start = offsets[column.name]
+        limits.append((position, start, 0))
+        position = start + records * column.item_bytes
+        if column.dtype == "bool":
+            limits.append((start, position, 1))
+    return [limit for limit in limits if limit[0] < limit[1]]
+
+
 def encode_segment(schema: Schema, columns: Mapping[str, ColumnData]) -> bytearray:
     """Lay out rows as one segment's plaintext.
 

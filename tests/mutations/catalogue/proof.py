@@ -66,6 +66,13 @@ CATALOGUE = [
         f"{FUZZ} -k 'segment_with_any_content and bool'",
     ),
     Mutation(
+        "the fast way of reading takes any byte",
+        "data/filling.py",
+        "if len(plaintext) != layout[1] or any(",
+        "if len(plaintext) != layout[1] or False and any(",
+        f"{FUZZ} -k 'fixed_rows and bool'",
+    ),
+    Mutation(
         "a manifest counts more rows than its shards have bytes",
         "crypto/manifest.py",
         "        if total >= 2**63 or any(shard.records > shard.size for shard in shards):",
