@@ -10,15 +10,17 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from attack_systems import PER_SHARD
 
 OURS = "lightning_secure"
 
 
-class Dataset(NamedTuple):
+@dataclass(frozen=True)
+class Dataset:
     """What the attacker has: the folder, older and other states, and where rows lie in shards."""
 
     system: str
@@ -74,7 +76,7 @@ class NotApplicableError(Exception):
 
 
 def entries(value: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = value.get("chunks", value.get("shards"))
+    found: list[dict[str, Any]] = value["chunks"] if "chunks" in value else value["shards"]
     return found
 
 
@@ -202,7 +204,12 @@ def edited_schema_to_code(data: Dataset) -> None:
     if litdata:
         data.edit(lambda value: value["config"].update(data_format=["pickle"], encryption=None))
     else:
-        data.edit(lambda v: [shard.update(PICKLED) for shard in v["shards"]] and None)
+
+        def change(value: dict[str, Any]) -> None:
+            for shard in value["shards"]:
+                shard.update(PICKLED)
+
+        data.edit(change)
     data.correct()
 
 

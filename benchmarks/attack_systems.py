@@ -222,7 +222,8 @@ class Parquet(System):
         form = pd.ParquetFileFormat(default_fragment_scan_options=options)
         files = [str(path) for path in sorted((root / "train").glob("*.parquet"))]
         table = pd.dataset(files, format=form).to_table()
-        return np.stack([table["a"].to_numpy(), table["b"].to_numpy()], axis=1).tolist()
+        rows: list[Any] = np.stack([table[name].to_numpy() for name in "ab"], axis=1).tolist()
+        return rows
 
 
 class ParquetPrefix(Parquet):
@@ -343,8 +344,8 @@ def apart(system: System, task: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.005)
         if not answer.exists():
             return {"crashed": "process died", "message": ""}
-        result: dict[str, Any] = json.loads(answer.read_text())
-        return result
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
 
 
 def version(package: str) -> str:
