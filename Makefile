@@ -9,7 +9,7 @@ PEERS ?= .venv-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format services peers clean
+.PHONY: help demo test lint types format services peers bench-data bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
@@ -17,6 +17,7 @@ help:
 	@echo "make services   what some tests need beyond Python's packages (softhsm2, by apt-get)"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
+	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +30,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	$(BIN)/python -m coverage report --fail-under=100 \
-		--include='lightning_secure/crypto/*,lightning_secure/data/format.py'
+		--include='lightning_secure/crypto/*,lightning_secure/data/format.py,lightning_secure/data/header.py'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,6 +59,14 @@ services:
 	  $$run apt-get update -qq && \
 	  $$run DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends softhsm2 >/dev/null; } || \
 	  { echo "softhsm2 is missing; as root: apt-get update && apt-get install softhsm2"; exit 1; }
+
+bench-data: $(INSTALLED) $(PEERS)/.installed
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/shards.py --peers $(PEERS) $(ARGS)
+
+# What benchmarks/results/ and the picture in the README hold; a few minutes, on a quiet machine.
+bench-results:
+	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
+	$(BIN)/python benchmarks/picture.py benchmarks/results/shards.json docs/img/shards.svg
 
 clean:
 	rm -rf $(VENV) $(PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run

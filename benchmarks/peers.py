@@ -1,8 +1,9 @@
 """Runs in the peers' environment: imports what cannot be imported the usual way.
 
-``import streaming`` imports ``streaming.vision``, and that torchvision, whose build on PyPI does not
-import beside a CPU build of torch. All of MDS lies in ``streaming.base``, which does not need it. So the
-package is made known without running its ``__init__``; every line of it that runs is the library's own.
+``import streaming`` imports ``streaming.vision``, and that torchvision, whose build on PyPI does
+not import beside a CPU build of torch. All of MDS lies in ``streaming.base``, which does not need
+it. So the package is made known without running its ``__init__``; every line of it that runs is
+the library's own.
 """
 
 from __future__ import annotations

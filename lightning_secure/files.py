@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,8 @@ __all__ = [
     "atomic_writer",
     "exclusive_lock",
     "make_private_directories",
+    "open_regular",
+    "read_regular",
     "sync_directory",
 ]
 
@@ -37,6 +41,38 @@ def as_path(value: object, *, what: str) -> Path:
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"{what} is not a path: it is empty or has a NUL character.")
     return Path(text)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    Raises:
+        OSError: It cannot be opened, or it is a pipe, a device or a folder: reading such a thing
+            could wait for ever or never end.
+    """
+    # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")  # callers turn it into one of ours
+    return fd
+
+
+def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
+    """Return the bytes of a regular file.
+
+    Args:
+        path: The file.
+        limit: The most bytes that it may have.
+
+    Raises:
+        OSError: As for :func:`open_regular`, or the file is longer.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"longer than {limit} bytes")
+        return file.read(size)
 
 
 def sync_directory(path: Path) -> None:

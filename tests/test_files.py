@@ -10,7 +10,13 @@ import time
 
 import pytest
 
-from lightning_secure.files import atomic_writer, exclusive_lock, make_private_directories
+from lightning_secure.files import (
+    atomic_writer,
+    exclusive_lock,
+    make_private_directories,
+    open_regular,
+    read_regular,
+)
 
 
 def names(folder):
@@ -110,3 +116,21 @@ def test_every_private_directory_that_is_made_is_private(tmp_path):
     for name in ("a", "a/b", "a/b/c", "a/b/d"):
         assert stat.S_IMODE((outside / name).stat().st_mode) == 0o700, name
     assert stat.S_IMODE(outside.stat().st_mode) == 0o755
+
+
+def test_a_regular_file_is_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_regular(path, limit=5) == b"12345"
+    with pytest.raises(OSError, match="longer than 4 bytes"):
+        read_regular(path, limit=4)
+    os.close(open_regular(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_opened(tmp_path, make):
+    before = len(os.listdir("/proc/self/fd"))
+    make(tmp_path / "thing")
+    with pytest.raises(OSError, match="not a regular file"):
+        open_regular(tmp_path / "thing")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -42,6 +42,7 @@ _PLAIN: Final[Mapping[str, type]] = {
     "columns": list,
     "types": dict,
     "decode": bool,
+    "spool": str,
 }
 
 
@@ -94,7 +95,10 @@ def seal(source: Path, destination: str, config_path: Path, restart: bool) -> No
     except (LightningSecureError, OSError) as error:
         _fail(console, error, 1)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where this one got to")
+        if "://" in destination and "spool" not in options:
+            console.print("interrupted; nothing was kept. With spool: FOLDER, it would have been")
+        else:
+            console.print("interrupted; the same command goes on where this one got to")
         sys.exit(130)
     for name, rows in result.rows.items():
         before = result.resumed[name]

@@ -10,7 +10,14 @@ from typing import Any
 
 from lightning_secure.errors import DataError, IntegrityError
 
-__all__ = ["b64decode", "b64encode", "canonical_json", "parse_json_object", "utf8"]
+__all__ = [
+    "b64decode",
+    "b64encode",
+    "canonical_json",
+    "is_canonical",
+    "parse_json_object",
+    "utf8",
+]
 
 
 def utf8(text: str, *, what: str) -> bytes:
@@ -55,12 +62,28 @@ def canonical_json(value: Any) -> bytes:
     return utf8(text, what="a value that is to be signed, recorded or bound to a key")
 
 
-def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:
+def is_canonical(value: Any, data: bytes) -> bool:
+    """Return whether ``data`` is the canonical JSON of ``value``.
+
+    NaN, lone surrogates and very deep nesting can be parsed and have no canonical form.
+    """
+    result = False
+    with contextlib.suppress(ValueError, RecursionError):
+        result = canonical_json(value) == data
+    return result
+
+
+def parse_json_object(data: bytes, *, what: str, canonical: bool = False) -> dict[str, Any]:
     """Parse a JSON object in UTF-8, refusing duplicate keys and text that has no UTF-8 form.
 
+    Args:
+        data: The bytes.
+        what: Names the document in errors.
+        canonical: Whether only the bytes that :func:`canonical_json` makes of the object pass.
+
     Raises:
-        IntegrityError: ``data`` is not one JSON object with unique keys. The message names ``what``
-            and holds nothing of the data.
+        IntegrityError: ``data`` is not one JSON object with unique keys, or not its canonical
+            form. The message names ``what`` and holds nothing of the data.
     """
     value: Any = None
     with contextlib.suppress(ValueError, RecursionError):
@@ -68,10 +91,13 @@ def parse_json_object(data: bytes, *, what: str) -> dict[str, Any]:
         if b"\\u" in data:  # such an escape can spell half of a surrogate pair
             json.dumps(parsed, ensure_ascii=False).encode()
         value = parsed
+    if canonical and not is_canonical(value, data):
+        value = None
     if not isinstance(value, dict):
         # Raised outside the handler: a JSONDecodeError carries the whole document with it.
         raise IntegrityError(
-            f"{what} is not valid JSON; it was cut off or altered. Nothing from it was used."
+            f"{what} is not {'canonical' if canonical else 'valid'} JSON; it was cut off or "
+            "altered. Nothing from it was used."
         )
     return value
 
@@ -89,7 +115,7 @@ def b64encode(data: bytes) -> str:
 
 
 def b64decode(text: Any, *, what: str, length: int | None = None) -> bytes:
-    """Decode standard base64 strictly.
+    """Decode standard base64 strictly: no other text stands for the same bytes.
 
     Raises:
         IntegrityError: ``text`` is not base64 or does not have ``length`` bytes.
@@ -100,7 +126,8 @@ def b64decode(text: Any, *, what: str, length: int | None = None) -> bytes:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             data = None
-    if data is None or (length is not None and len(data) != length):
+    # The last character may have bits to spare, which a decoder ignores.
+    if data is None or b64encode(data) != text or (length is not None and len(data) != length):
         raise IntegrityError(
             f"{what} is not valid base64 of the expected length. Nothing from it was used."
         )

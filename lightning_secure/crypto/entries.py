@@ -72,9 +72,7 @@ class ShardEntry:
         fields = parsing.fields(value, cls.__annotations__, "a shard entry", optional=["subject"])
         file = parsing.typed(fields["file"], str, "a shard's file name")
         if not _FILE_PATTERN.fullmatch(file) or ".." in file:
-            raise IntegrityError(
-                "the manifest names a shard file outside of its dataset. Nothing was read."
-            )
+            raise IntegrityError("the manifest names a shard file outside of its dataset.")
         return cls(
             file=file,
             uuid=parsing.hexadecimal(fields["uuid"], 16),
@@ -215,8 +213,16 @@ class SplitEntry(ColumnGroup):
             else None,
             subject_key=None if key is None else b64decode(key, what="a wrapped key"),
         )
+        split._check_sizes()
         split._check_groups()
         return split
+
+    def _check_sizes(self) -> None:
+        """Raise IntegrityError if sizes add up to what cannot be counted with."""
+        shards = [shard for group in self.all_groups for shard in group.shards]
+        total = sum(shard.size for shard in shards)
+        if total >= 2**63 or any(shard.records > shard.size for shard in shards):
+            raise IntegrityError("the manifest has more rows than bytes. Nothing was read.")
 
     def _check_groups(self) -> None:
         """Raise IntegrityError unless the groups hold the same rows and columns of their own."""
@@ -244,7 +250,7 @@ def _group_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
     pairs = itertools.pairwise(shard.number for shard in shards)
     if not shards or not all(before < after for before, after in pairs):
-        raise IntegrityError("the manifest's shards are not numbered in order. Nothing was read.")
+        raise IntegrityError("the manifest's shards are not numbered in order.")
     return {
         "partition": parsing.name(fields["partition"]),
         "schema": tuple(parsing.typed(column, dict, "a column") for column in schema),

@@ -20,14 +20,14 @@ from typing import Any, Final, Protocol, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from lightning_secure.crypto import parsing
-from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.encoding import canonical_json, is_canonical, parse_json_object
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.parsing import NAME_PATTERN
 from lightning_secure.crypto.partitions import PartitionKey, partition_context
 from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
-from lightning_secure.errors import IntegrityError, ManifestMismatchError
-from lightning_secure.files import atomic_writer
+from lightning_secure.errors import DataError, IntegrityError, ManifestMismatchError
+from lightning_secure.files import atomic_writer, read_regular
 
 __all__ = [
     "MANIFEST_NAME",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME: Final = "manifest.json"
+MAX_MANIFEST_BYTES: Final = 2**29  # about 800,000 shards
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.manifest.v1+json"
 
 
@@ -117,9 +118,7 @@ class Manifest:
         )
         needed = (name for split in manifest.splits.values() for name in split.partitions)
         if not all(manifest.partitions.get(name) for name in needed):
-            raise IntegrityError(
-                "the manifest has a split without a partition key. Nothing was read."
-            )
+            raise IntegrityError("the manifest has a split without a partition key.")
         return manifest
 
     @cached_property
@@ -157,7 +156,7 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
     what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
         if isinstance(root, Path):
-            data = (root / MANIFEST_NAME).read_bytes()
+            data = read_regular(root / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
         else:
             data = root.read(MANIFEST_NAME)
     except FileNotFoundError:
@@ -182,15 +181,20 @@ def parse_manifest(data: bytes, *, trusted: Mapping[str, Ed25519PublicKey], what
     """
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))
-    if canonical_json(manifest.to_json()) != payload:
+    if not is_canonical(manifest.to_json(), payload):
         raise ManifestMismatchError(f"{what} is not in canonical form. Nothing from it was used.")
     return manifest
 
 
 def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
-    """Sign ``manifest`` and put it in place of the one before, atomically."""
+    """Sign ``manifest`` and replace the one before, atomically; DataError if it is too long."""
     envelope = seal_envelope(
         canonical_json(manifest.to_json()), payload_type=PAYLOAD_TYPE, signer=signer
     )
+    if len(envelope) > MAX_MANIFEST_BYTES:
+        raise DataError(
+            f"the manifest would be longer than {MAX_MANIFEST_BYTES} bytes, the most that is read. "
+            "It was not written; the one before stands. Choose larger shards."
+        )
     with atomic_writer(root / MANIFEST_NAME) as file:
         file.write(envelope)

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, parse_json_object
-from lightning_secure.errors import KeyAccessError, ManifestMismatchError
+from lightning_secure.errors import IntegrityError, KeyAccessError, ManifestMismatchError
 
 __all__ = [
     "Signer",
@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 SEED_BYTES: Final = 32
+#: Brackets and commas of an envelope; base64 has none, so it is a bound on its parts.
+_MAX_PARTS: Final = 1024
 
 
 def public_key_id(key: Ed25519PublicKey) -> str:
@@ -98,6 +100,9 @@ def open_envelope(
         ManifestMismatchError: No trusted key signed this payload as this type.
         IntegrityError: ``data`` is not an envelope.
     """
+    # Before anything is known about who wrote it: a small file can make a parser use much memory.
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_PARTS:
+        raise IntegrityError(f"{what} is not an envelope. Nothing from it was used.")
     envelope = parse_json_object(data, what=what)
     payload = b64decode(envelope.get("payload"), what=f"the payload of {what}")
     if envelope.get("payloadType") != payload_type:
@@ -107,7 +112,8 @@ def open_envelope(
     signed = pre_authentication_encoding(payload_type, payload)
     signatures: Any = envelope.get("signatures")
     for entry in signatures if isinstance(signatures, list) else []:
-        key = trusted.get(str(entry.get("keyid"))) if isinstance(entry, dict) else None
+        keyid = entry.get("keyid") if isinstance(entry, dict) else None
+        key = trusted.get(keyid) if isinstance(keyid, str) else None
         if key is None:
             continue
         try:

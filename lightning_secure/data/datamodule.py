@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.samples import Output, collate
+from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
+from lightning_secure.data.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
@@ -37,8 +39,17 @@ class EncryptedDataModule(pl.LightningDataModule):
         batch_size: Rows a batch. Under a private strategy, the expected size of a batch.
         output: ``tuple`` or ``dict``, see :class:`EncryptedShardDataset`.
         columns: Which columns a sample has, in which order. All by default.
-        num_workers: Worker processes. None are needed: decryption leaves the interpreter free and
-            keys never cross a process boundary.
+        seed: Of the order of the training rows, from 0 to 2**64 - 1. By default what
+            ``seed_everything`` was given, or 0.
+        drop_last: Whether training rows that fill no whole batch in each process are left out.
+        transform: Applied to each batch, after it is on the device; or one for some of the splits,
+            by name.
+        window_bytes: Plaintext in which training rows are mixed, in bytes, see
+            :class:`~lightning_secure.data.loader.loader.EncryptedLoader`.
+        threads: How many decrypt; by default one a core, 8 at most.
+        num_workers: Worker processes where rows are drawn at random, by a private strategy or for
+            ``predict``. None are needed: decryption leaves the interpreter free and keys never
+            cross a process boundary.
         min_generation: The oldest generation of the dataset that is accepted.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
@@ -50,7 +61,9 @@ class EncryptedDataModule(pl.LightningDataModule):
             checkpoint was trained on.
 
     A checkpoint records which bytes the run was trained on. Resuming on other rows, or on an older
-    generation, is refused; new keys over the same rows are not other rows.
+    generation, is refused; new keys over the same rows are not other rows. It also records where in
+    the epoch the run stood: a run that is resumed goes on with the rows that it has not seen, also
+    with another number of processes or another batch size.
     """
 
     def __init__(
@@ -61,6 +74,11 @@ class EncryptedDataModule(pl.LightningDataModule):
         batch_size: int,
         output: Output = "tuple",
         columns: Sequence[str] | None = None,
+        seed: int | None = None,
+        drop_last: bool = False,
+        transform: Transform | Mapping[str, Transform] | None = None,
+        window_bytes: int = WINDOW_BYTES,
+        threads: int | None = None,
         num_workers: int = 0,
         min_generation: int | None = None,
         manifest_digest: str | None = None,
@@ -73,10 +91,21 @@ class EncryptedDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._keys = keys
-        self._num_workers = num_workers
+        self._transform = transform
+        self._loading: dict[str, Any] = {
+            "batch_size": batch_size,
+            "window_bytes": window_bytes,
+            "threads": threads,
+            "num_workers": num_workers,
+        }
+        self._seed = seed
+        self._drop_last = drop_last
+        self._train_loader: EncryptedLoader | None = None
+        self._resume: Mapping[str, Any] | None = None
         self._options: dict[str, Any] = {
             "output": output,
             "columns": columns,
+            "threads": threads,
             "min_generation": min_generation,
             "manifest_digest": manifest_digest,
         }
@@ -101,30 +130,53 @@ class EncryptedDataModule(pl.LightningDataModule):
             )
         return self._datasets[split]
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> EncryptedLoader:
         """Return shuffled batches of ``train``; a private strategy draws its own instead."""
-        return self._loader("train", shuffle=True)
+        trainer = self.trainer
+        if trainer is not None and trainer.state.fn != TrainerFn.FITTING:
+            trainer = None
+        loader = self._loader(
+            "train",
+            shuffle=not getattr(trainer, "overfit_batches", False),
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed,
+            drop_last=self._drop_last,
+            trained_batches=partial(_trained_batches, trainer) if trainer is not None else None,
+        )
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            loader.load_state_dict(resume)
+            if trainer is not None:
+                _count_from(trainer, loader.batches_done)
+        self._train_loader = loader
+        return loader
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> EncryptedLoader:
         """Return batches of ``val`` in order."""
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> EncryptedLoader:
         """Return batches of ``test`` in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return batches of ``predict`` in order."""
-        return self._loader("predict")
+        """Return batches of ``predict`` in order.
 
-    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            self._dataset(split),
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self._num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+        A plain DataLoader, because Lightning tells a prediction writer the rows of no other.
+        """
+        return self._loader("predict").random_access()
+
+    def _loader(self, split: str, **options: Any) -> EncryptedLoader:
+        place: dict[str, Any] = {}
+        if self.trainer is not None:
+            place = {"device": self.trainer.strategy.root_device}
+            processes = self.trainer.distributed_sampler_kwargs
+            if processes is not None:
+                place |= {"rank": processes["rank"], "world_size": processes["num_replicas"]}
+        transform = self._transform
+        if isinstance(transform, Mapping):
+            transform = transform.get(split)
+        return EncryptedLoader(
+            self._dataset(split), transform=transform, **self._loading, **place, **options
         )
 
     def teardown(self, stage: str) -> None:
@@ -134,8 +186,8 @@ class EncryptedDataModule(pl.LightningDataModule):
                 self._datasets[split].close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the rows that were trained on."""
-        return {
+        """Return what identifies the rows that were trained on, and where the epoch stands."""
+        state: dict[str, Any] = {
             split: {
                 "dataset": dataset.manifest.dataset_id.hex(),
                 "generation": dataset.manifest.generation,
@@ -144,9 +196,12 @@ class EncryptedDataModule(pl.LightningDataModule):
             }
             for split, dataset in self._datasets.items()
         }
+        if self._train_loader is not None and self._train_loader.begun:
+            state["train"]["position"] = self._train_loader.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the rows of a checkpoint with the current ones.
+        """Compare the rows of a checkpoint with the current ones, and go on where it stood.
 
         Raises:
             ManifestMismatchError: The training split holds other rows, or the dataset is older
@@ -167,3 +222,23 @@ class EncryptedDataModule(pl.LightningDataModule):
                 f"the dataset is at generation {dataset.manifest.generation} and the checkpoint "
                 f"saw generation {saved['generation']}: it was rolled back. Nothing was read."
             )
+        self._resume = saved.get("position")
+
+
+def _trained_batches(trainer: pl.Trainer) -> int:
+    count: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(count.processed)
+
+
+def _count_from(trainer: pl.Trainer, batches: int) -> None:
+    """Let the Trainer count the epoch's batches from ``batches`` on.
+
+    The checkpoint counts batches of as many processes, and as large, as there were. The Trainer
+    compares that with the length of today's loader, to know when the epoch ends.
+    """
+    count: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    shift = batches - count.processed
+    count.ready += shift
+    count.started += shift
+    count.processed += shift
+    count.completed += shift

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, SplitEntry, read_manifest
+from lightning_secure.data.buffers import Buffers, Ints, Rows
+from lightning_secure.data.filling import Filler
 from lightning_secure.data.format import ColumnData, Schema
-from lightning_secure.data.groups import GroupedReader, OpenGroups, schema_of
+from lightning_secure.data.groups import OpenGroups, schema_of
 from lightning_secure.data.samples import Output, Samples
-from lightning_secure.data.shard import ShardReader
+from lightning_secure.data.shard import Scratch
+from lightning_secure.data.shards import ShardSet
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
+from lightning_secure.data.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
-_OPEN_SHARDS: Final = 64
+#: Handing work to another thread costs about as much as decrypting some segments.
+_SEGMENTS_A_THREAD: Final = 8
 
 
 class EncryptedShardDataset(Dataset[Any]):
@@ -40,6 +45,7 @@ class EncryptedShardDataset(Dataset[Any]):
         output: ``tuple``: a sample is a tuple in the order of the columns, so ``x, y = batch``
             works. ``dict``: a dict by column name.
         columns: Which columns a sample has, in which order. All by default.
+        threads: How many decrypt when many segments are touched; by default one a core, 8 at most.
         min_generation: The oldest generation of the dataset that is accepted.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
@@ -70,6 +76,7 @@ class EncryptedShardDataset(Dataset[Any]):
         keys: KeyProvider,
         output: Output = "tuple",
         columns: Sequence[str] | None = None,
+        threads: int | None = None,
         min_generation: int | None = None,
         manifest_digest: str | None = None,
         storage_options: Options | None = None,
@@ -82,6 +89,7 @@ class EncryptedShardDataset(Dataset[Any]):
         self._keys = keys
         self._output: Output = output
         self._columns = tuple(columns) if columns is not None else None
+        self._threads = threads_to_use(threads)
         self._min_generation = min_generation
         self._manifest_digest = manifest_digest
         self._open()
@@ -104,9 +112,11 @@ class EncryptedShardDataset(Dataset[Any]):
                 f"split {self._split!r} has no column {sorted(unknown)}; its columns are "
                 f"{list(self._schema.names)}."
             )
-        self._groups = OpenGroups(manifest, self._split, self._keys, names=self._names)
-        self._ends = np.cumsum([shard.records for shard in entry.shards])
-        self._readers: OrderedDict[int, ShardReader | GroupedReader] = OrderedDict()
+        groups = OpenGroups(manifest, self._split, self._keys, names=self._names)
+        self._shards = ShardSet(self._storage, groups)
+        self._filler = Filler(groups.schemas, self._names)
+        self._buffers = Buffers()
+        self._executor: tuple[int, ThreadPoolExecutor] | None = None
         self._recent: tuple[tuple[int, int], dict[str, ColumnData]] | None = None
         events.announce(
             "data.open",
@@ -134,8 +144,23 @@ class EncryptedShardDataset(Dataset[Any]):
         """The split's columns."""
         return self._schema
 
+    @property
+    def shards(self) -> ShardSet:
+        """The split's shards."""
+        return self._shards
+
+    @property
+    def filler(self) -> Filler:
+        """Copies the chosen columns out of segments."""
+        return self._filler
+
+    @property
+    def output(self) -> Output:
+        """Whether a sample is a tuple or a dict."""
+        return self._output
+
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._shards.rows
 
     def __getitem__(self, index: int) -> Any:
         """Return one sample.
@@ -144,7 +169,15 @@ class EncryptedShardDataset(Dataset[Any]):
             IndexError: There is no such row.
             ShardCorruptedError: The row's shard or segment was altered.
         """
-        return self.__getitems__([index])[0]
+        shard, segment, row = (int(part[0]) for part in self._shards.locate(self._rows([index])))
+        columns = self._segment(shard, segment)
+        # Copies: a view would keep the whole segment in memory for one row.
+        values: dict[str, Any] = {
+            name: [value.clone() if isinstance(value, Tensor) else value]
+            for name in self._names
+            for value in (columns[name][row],)
+        }
+        return Samples(values, self._output)[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Samples:
         """Return many samples, decrypting each segment that they touch once.
@@ -159,83 +192,78 @@ class EncryptedShardDataset(Dataset[Any]):
             IndexError: There is no such row.
             ShardCorruptedError: A shard or segment was altered. No sample is returned.
         """
-        rows = self._checked(indices)
-        result = self._allocate(len(rows))
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        position = 0
-        while position < len(ordered):
-            row = int(ordered[position])
-            shard = int(np.searchsorted(self._ends, row, side="right"))
-            first = int(self._ends[shard - 1]) if shard else 0
-            header = self._reader(shard).header
-            segment = (row - first) // header.records_per_segment
-            start = first + segment * header.records_per_segment
-            end = int(np.searchsorted(ordered, start + header.records_in(segment)))
-            self._scatter(
-                result,
-                self._segment(shard, segment),
-                targets=order[position:end],
-                sources=ordered[position:end] - start,
-            )
-            position = end
-        return Samples(result, self._output)
+        numbers = self._rows(indices)
+        result = Rows(self._filler.columns, len(numbers), self._buffers)
+        targets = np.argsort(numbers, kind="stable")
+        for low, high in self._shards.stretches(numbers[targets]):
+            self._fill(result, targets[low:high], numbers[targets[low:high]])
+        return Samples(result.values, self._output)
 
-    def _checked(self, indices: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _fill(self, result: Rows, targets: Ints, numbers: Ints) -> None:
+        """Put rows, whose numbers are in order, where they belong."""
+        shards, segments, rows = self._shards.locate(numbers)
+        new = (np.diff(shards, prepend=-1) != 0) | (np.diff(segments, prepend=-1) != 0)
+        bounds = [*np.flatnonzero(new).tolist(), len(numbers)]
+
+        def fill(first: int, last: int) -> None:
+            scratch = Scratch()
+            for low, high in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True):
+                self._filler.fill(
+                    result,
+                    self._shards.reader(int(shards[low])),
+                    int(segments[low]),
+                    scratch,
+                    targets[low:high],
+                    rows[low:high],
+                )
+
+        parts = len(bounds) - 1
+        threads = min(self._threads, parts // _SEGMENTS_A_THREAD)
+        if threads < 2:
+            fill(0, parts)
+        else:
+            cuts = [parts * number // threads for number in range(threads + 1)]
+            # The calling thread takes a part as well.
+            others = [self._pool().submit(fill, first, last) for first, last in pairwise(cuts[1:])]
+            try:
+                fill(0, cuts[1])
+            finally:
+                wait(others)
+            for other in others:
+                other.result()
+
+    def _rows(self, indices: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         rows = np.asarray(indices, dtype=np.int64)
         rows = np.where(rows < 0, rows + len(self), rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"split {self._split!r} has rows 0 to {len(self) - 1}")
         return rows
 
-    def _allocate(self, rows: int) -> dict[str, Any]:
-        by_name = dict(zip(self._schema.names, self._schema.columns, strict=True))
-        return {
-            name: torch.empty((rows, *by_name[name].shape), dtype=by_name[name].torch_dtype)
-            if by_name[name].kind == "tensor"
-            else [None] * rows
-            for name in self._names
-        }
-
-    def _scatter(
-        self,
-        result: dict[str, Any],
-        segment: dict[str, ColumnData],
-        targets: np.ndarray[Any, np.dtype[np.int64]],
-        sources: np.ndarray[Any, np.dtype[np.int64]],
-    ) -> None:
-        for name, out in result.items():
-            values = segment[name]
-            if isinstance(values, Tensor):
-                out[torch.from_numpy(targets)] = values[torch.from_numpy(sources)]
-            else:
-                for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-                    value = values[source]
-                    # A view would keep the whole segment in memory for one row.
-                    out[target] = value.clone() if isinstance(value, Tensor) else value
-
     def _segment(self, shard: int, segment: int) -> dict[str, ColumnData]:
         # One segment is kept, so that reading row by row in order does not decrypt it each time.
-        if self._recent is None or self._recent[0] != (shard, segment):
+        recent = self._recent
+        if recent is None or recent[0] != (shard, segment):
             self._recent = None
-            self._recent = ((shard, segment), self._reader(shard).read_segment(segment))
-        return self._recent[1]
+            columns = self._shards.reader(shard).read_segment(segment)
+            self._recent = recent = (shard, segment), columns
+        return recent[1]
 
-    def _reader(self, shard: int) -> ShardReader | GroupedReader:
-        if shard in self._readers:
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
-        reader = self._groups.reader(self._storage, shard)
-        self._readers[shard] = reader
-        if len(self._readers) > _OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
-        return reader
+    def _pool(self) -> ThreadPoolExecutor:
+        # A forked worker has the executor of its parent, and none of its threads.
+        if self._executor is None or self._executor[0] != os.getpid():
+            self._executor = (
+                os.getpid(),
+                ThreadPoolExecutor(self._threads, thread_name_prefix="lightning-secure"),
+            )
+        return self._executor[1]
 
     def close(self) -> None:
-        """Release the files. They are opened again when a row is asked for."""
+        """Release files and threads. They are opened again when a row is asked for."""
         self._recent = None
-        while self._readers:
-            self._readers.popitem()[1].close()
+        self._shards.close()
+        if self._executor is not None and self._executor[0] == os.getpid():
+            self._executor[1].shutdown()
+        self._executor = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -244,6 +272,7 @@ class EncryptedShardDataset(Dataset[Any]):
             "_keys": self._keys,
             "_output": self._output,
             "_columns": self._columns,
+            "_threads": self._threads,
             "_min_generation": self._min_generation,
             # The copy reads the bytes that this one verified, or none.
             "_manifest_digest": self._manifest.digest,

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import math
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,21 +23,14 @@ import torch
 from torch import Tensor
 
 from lightning_secure.crypto.encoding import canonical_json, utf8
-from lightning_secure.crypto.segments import (
-    MAX_SEGMENT_BYTES,
-    MAX_SEGMENTS,
-    SUITE_AES256GCM_SHA256,
-    TAG_BYTES,
-)
-from lightning_secure.errors import DataError, ShardCorruptedError
+from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES
+from lightning_secure.data.header import HEADER_BYTES, Header
+from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 
 __all__ = ["HEADER_BYTES", "Column", "Header", "Schema", "decode_segment", "encode_segment"]
 
-MAGIC: Final = b"LSECSHRD"
-VERSION: Final = 1
-HEADER_BYTES: Final = 4096
 _ALIGNMENT: Final = 8
-_HEADER: Final = struct.Struct("<8sHHI16s16sIIQII32s32s")
+_MAX_DIMENSIONS: Final = 60  # numpy knows 64
 _MAX_COLUMNS: Final = 4096
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}")
 
@@ -101,6 +93,11 @@ class Column:
             )
         if not all(type(size) is int and 0 < size < 2**31 for size in self.shape):
             raise DataError(f"column {self.name!r} has a dimension that is not positive.")
+        if len(self.shape) > _MAX_DIMENSIONS or self.item_bytes > MAX_SEGMENT_BYTES:
+            raise DataError(
+                f"column {self.name!r} has more than {_MAX_DIMENSIONS} dimensions, or more than "
+                f"{MAX_SEGMENT_BYTES} bytes a row, which no segment holds."
+            )
 
     @cached_property
     def item_bytes(self) -> int:
@@ -161,98 +158,22 @@ class Schema:
         """Parse what :meth:`to_json` wrote.
 
         Raises:
-            DataError: The value does not describe columns.
+            IntegrityError: The value does not describe columns: whoever signed it was not this
+                package, or not well.
         """
-        columns = []
-        for entry in value:
-            if {name: type(item) for name, item in entry.items()} != {
-                "name": str,
-                "kind": str,
-                "dtype": str,
-                "shape": list,
-            }:
-                raise DataError("a column description does not have the expected fields.")
-            columns.append(Column(**{**entry, "shape": tuple(entry["shape"])}))
-        return cls(tuple(columns))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """The first 4096 bytes of a shard.
-
-    Layout, at offset: magic ``LSECSHRD`` (0, 8 bytes), format version (8, 2), suite (10, 2),
-    flags (12, 4), dataset id (16, 16), shard uuid (32, 16), shard number (48, 4), segment count
-    (52, 4), record count (56, 8), records per segment (64, 4), segment plaintext length (68, 4),
-    schema digest (72, 32), key commitment (104, 32), zeros (136 to 4096).
-    """
-
-    dataset_id: bytes
-    shard_uuid: bytes
-    shard_number: int
-    segments: int
-    records: int
-    records_per_segment: int
-    segment_bytes: int
-    schema_digest: bytes
-    commitment: bytes
-
-    def pack(self) -> bytes:
-        """Return the 4096 bytes."""
-        return _HEADER.pack(
-            MAGIC,
-            VERSION,
-            SUITE_AES256GCM_SHA256,
-            0,
-            self.dataset_id,
-            self.shard_uuid,
-            self.shard_number,
-            self.segments,
-            self.records,
-            self.records_per_segment,
-            self.segment_bytes,
-            self.schema_digest,
-            self.commitment,
-        ).ljust(HEADER_BYTES, b"\0")
-
-    @classmethod
-    def unpack(cls, data: bytes, *, size: int) -> Self:
-        """Parse and check the header of a file of ``size`` bytes.
-
-        Raises:
-            ShardCorruptedError: It is not a shard of this version, or its numbers contradict
-                each other or the file's size.
-        """
-        if len(data) != HEADER_BYTES or data[:8] != MAGIC:
-            raise ShardCorruptedError("it is not a shard of lightning_secure")
-        _, version, suite, flags, *rest = _HEADER.unpack_from(data)
-        if (version, suite, flags) != (VERSION, SUITE_AES256GCM_SHA256, 0):
-            raise ShardCorruptedError(
-                f"format version {version}, suite {suite} and flags {flags} are unknown"
+        types = {"name": str, "kind": str, "dtype": str, "shape": list}
+        schema = None
+        if all({name: type(item) for name, item in entry.items()} == types for entry in value):
+            with contextlib.suppress(DataError):
+                schema = cls(
+                    tuple(Column(**{**entry, "shape": tuple(entry["shape"])}) for entry in value)
+                )
+        if schema is None:
+            raise IntegrityError(
+                "the manifest's schema does not describe columns that this version knows. Nothing "
+                "was read."
             )
-        header = cls(**dict(zip(cls.__annotations__, rest, strict=True)))
-        if any(data[_HEADER.size :]) or not header._consistent(size):
-            raise ShardCorruptedError("its header contradicts itself or the size of the file")
-        return header
-
-    def _consistent(self, size: int) -> bool:
-        sealed = size - HEADER_BYTES - (self.segments - 1) * (self.segment_bytes + TAG_BYTES)
-        return (
-            0 < self.segments <= MAX_SEGMENTS
-            and 0 < self.segment_bytes <= MAX_SEGMENT_BYTES
-            and self.records_per_segment > 0
-            and 0
-            < self.records - (self.segments - 1) * self.records_per_segment
-            <= self.records_per_segment
-            and TAG_BYTES < sealed <= self.segment_bytes + TAG_BYTES
-        )
-
-    def segment_offset(self, index: int) -> int:
-        """Return where segment ``index`` begins in the file, in bytes."""
-        return HEADER_BYTES + index * (self.segment_bytes + TAG_BYTES)
-
-    def records_in(self, index: int) -> int:
-        """Return how many records segment ``index`` holds."""
-        return min(self.records_per_segment, self.records - index * self.records_per_segment)
+        return schema
 
 
 def segment_lengths(schema: Schema, columns: Mapping[str, ColumnData]) -> Callable[[int, int], int]:
@@ -276,6 +197,33 @@ def segment_lengths(schema: Schema, columns: Mapping[str, ColumnData]) -> Callab
         return position
 
     return length
+
+
+def column_offsets(schema: Schema, records: int) -> tuple[dict[str, int], int]:
+    """Return where the columns of a segment of a fixed schema begin, and its length, in bytes."""
+    offsets: dict[str, int] = {}
+    position = 0
+    for column in schema.columns:
+        offsets[column.name] = _aligned(position)
+        position = offsets[column.name] + records * column.item_bytes
+    return offsets, position
+
+
+def byte_limits(schema: Schema, records: int) -> list[tuple[int, int, int]]:
+    """Return the ranges of a segment of a fixed schema that may not hold any byte.
+
+    Returns:
+        Start, end and the largest byte: 0 between columns, 1 in columns of truth values.
+    """
+    offsets, _ = column_offsets(schema, records)
+    limits, position = [], 0
+    for column in schema.columns:
+        start = offsets[column.name]
+        limits.append((position, start, 0))
+        position = start + records * column.item_bytes
+        if column.dtype == "bool":
+            limits.append((start, position, 1))
+    return [limit for limit in limits if limit[0] < limit[1]]
 
 
 def encode_segment(schema: Schema, columns: Mapping[str, ColumnData]) -> bytearray:
@@ -319,7 +267,7 @@ def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dic
     result: dict[str, ColumnData] = {}
     position = 0
     for column in schema.columns:
-        position = _aligned(position)
+        position = _skipped(plaintext, position)
         if column.kind == "tensor":
             end = position + records * column.item_bytes
             _require(end <= len(plaintext))
@@ -329,13 +277,14 @@ def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dic
             _require(table_end <= len(plaintext))
             offsets = np.frombuffer(plaintext, "<u4", records + 1, position).astype(np.int64)
             _require(offsets[0] == 0 and bool((np.diff(offsets) >= 0).all()))
-            start = _aligned(table_end)
+            start = _skipped(plaintext, table_end)
             end = start + int(offsets[-1]) * column.item_bytes
             _require(end <= len(plaintext))
             result[column.name] = _variable(plaintext, column, start, offsets)
         position = end
     # Rows of variable length are padded to the shard's one segment length.
-    _require(position == len(plaintext) or not (schema.fixed or any(plaintext[position:])))
+    _require(position == len(plaintext) or not schema.fixed)
+    _require(_zero(plaintext, position, len(plaintext)))
     return result
 
 
@@ -362,12 +311,15 @@ def _tensor(plaintext: bytearray, column: Column, offset: int, count: int) -> Te
         return torch.empty((0, *column.shape), dtype=dtype)
     elements = count * column.item_bytes // dtype.itemsize
     flat = torch.frombuffer(plaintext, dtype=dtype, count=elements, offset=offset)
+    if dtype is torch.bool:  # any other byte is neither true nor false, and code differs about it
+        _require(int(flat.view(torch.uint8).max()) <= 1)
     return flat.view(count, *column.shape)
 
 
 def _raw(value: Tensor | bytes | str) -> bytes | memoryview:
     if isinstance(value, Tensor):
-        return value.contiguous().view(-1).view(torch.uint8).numpy().data
+        raw = value.contiguous().view(-1).view(torch.uint8)
+        return (raw != 0 if value.dtype is torch.bool else raw).numpy().data
     return utf8(value, what="a value of a string column") if isinstance(value, str) else value
 
 
@@ -379,6 +331,17 @@ def _raw_bytes(value: Tensor | bytes | str) -> int:
 
 def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def _skipped(plaintext: bytearray, position: int) -> int:
+    """Return where the next part begins, after looking that nothing hides before it."""
+    start = _aligned(position)
+    _require(_zero(plaintext, position, min(start, len(plaintext))))
+    return start
+
+
+def _zero(plaintext: bytearray, start: int, stop: int) -> bool:
+    return plaintext.count(0, start, stop) == stop - start
 
 
 def _align(out: bytearray) -> None:

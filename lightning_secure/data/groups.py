@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from lightning_secure.crypto.entries import ColumnGroup, SplitEntry
+from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, PartitionKey
-from lightning_secure.data.format import ColumnData, Header, Schema
+from lightning_secure.data.format import HEADER_BYTES, ColumnData, Header, Schema
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.storage import Storage
 from lightning_secure.errors import ShardCorruptedError, WrongKeyError
 
-__all__ = ["GroupedReader", "OpenGroups", "schema_of"]
+__all__ = ["GroupedReader", "OpenGroups", "OpenShard", "schema_of"]
 
 
 def schema_of(entry: SplitEntry) -> Schema:
@@ -43,6 +44,7 @@ class OpenGroups:
         self, manifest: Manifest, split: str, keys: KeyProvider, *, names: Sequence[str]
     ) -> None:
         self._dataset_id = manifest.dataset_id
+        self._all = manifest.splits[split].all_groups
         self._groups: list[tuple[ColumnGroup, Schema, PartitionKey]] = []
         entry = manifest.splits[split]
         for group in entry.all_groups:
@@ -61,7 +63,29 @@ class OpenGroups:
                 ) from None
             self._groups.append((group, Schema.from_json(group.schema), key))
 
-    def reader(self, storage: Storage, shard: int) -> ShardReader | GroupedReader:
+    @property
+    def schemas(self) -> tuple[Schema, ...]:
+        """The columns of each group that is open, in order."""
+        return tuple(schema for _, schema, _ in self._groups)
+
+    @property
+    def entries(self) -> Sequence[ShardEntry]:
+        """The shards of the split's first group; those of all groups hold the same rows."""
+        return self._all[0].shards
+
+    def segment_bytes(self, shard: int, reader: OpenShard) -> int:
+        """Return the plaintext of one segment of a shard, of all groups together, in bytes.
+
+        It does not depend on which groups are open: two runs that read other columns of a split
+        have the same order of its rows. Of groups that are not open it is known on average.
+        """
+        if len(self._all) == 1:
+            return reader.header.segment_bytes
+        entries = [group.shards[shard] for group in self._all]
+        # Segments of a split's groups hold the same rows, so there are as many of each.
+        return max(1, sum(entry.size - HEADER_BYTES for entry in entries) // entries[0].segments)
+
+    def reader(self, storage: Storage, shard: int) -> OpenShard:
         """Open one shard of each group; raises ShardCorruptedError if one was altered."""
         readers: list[ShardReader] = []
         try:
@@ -83,6 +107,24 @@ class OpenGroups:
             raise
 
 
+class OpenShard(Protocol):
+    """The shards that hold the same rows, open for reading."""
+
+    @property
+    def header(self) -> Header:
+        """What it says of rows holds for all."""
+
+    @property
+    def readers(self) -> tuple[ShardReader, ...]:
+        """One a group of columns, in the order of :attr:`OpenGroups.schemas`."""
+
+    def read_segment(self, index: int) -> dict[str, ColumnData]:
+        """Return the columns of one segment's rows; raises ShardCorruptedError if altered."""
+
+    def close(self) -> None:
+        """Release the files."""
+
+
 class GroupedReader:
     """Several open shards that hold different columns of the same rows, read as one.
 
@@ -94,7 +136,7 @@ class GroupedReader:
     """
 
     def __init__(self, readers: Sequence[ShardReader]) -> None:
-        self._readers = tuple(readers)
+        self.readers = tuple(readers)
         rows = {(reader.header.records, reader.header.records_per_segment) for reader in readers}
         if len(rows) != 1:
             raise ShardCorruptedError(
@@ -105,7 +147,7 @@ class GroupedReader:
     @property
     def header(self) -> Header:
         """The first shard's header; what it says of rows holds for all."""
-        return self._readers[0].header
+        return self.readers[0].header
 
     def read_segment(self, index: int) -> dict[str, ColumnData]:
         """Return the columns of one segment's rows.
@@ -114,11 +156,11 @@ class GroupedReader:
             ShardCorruptedError: A segment was altered since its shard was opened.
         """
         columns: dict[str, ColumnData] = {}
-        for reader in self._readers:
+        for reader in self.readers:
             columns.update(reader.read_segment(index))
         return columns
 
     def close(self) -> None:
         """Release the files."""
-        for reader in self._readers:
+        for reader in self.readers:
             reader.close()

@@ -114,6 +114,11 @@ class Journal:
         self._fd = _open_locked(self._path)
         sync_directory(folder)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is written down."""
+        return os.fstat(self._fd).st_size == 0
+
     def read(self) -> Progress | None:
         """Return what the journal says, or None if nothing was begun.
 

@@ -12,7 +12,8 @@ from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import NAME_PATTERN, PartitionKey
 from lightning_secure.data.format import Column, ColumnData, Schema
-from lightning_secure.data.shard import plan_segments, seal_shard
+from lightning_secure.data.segmentation import plan_segments
+from lightning_secure.data.shard import seal_shard
 from lightning_secure.data.subjects import SubjectPseudonyms
 from lightning_secure.errors import ConfigError, DataError
 

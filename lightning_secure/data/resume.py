@@ -121,7 +121,7 @@ class SealingState:
                 )
             )
         except BaseException:
-            journal.close(remove=False)
+            journal.close(remove=journal.empty)
             raise
         return state
 

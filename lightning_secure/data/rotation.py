@@ -37,7 +37,7 @@ from lightning_secure.data.leftovers import (
     Journal,
     require_files,
 )
-from lightning_secure.data.shard import ShardReader, fresh_uuid, reseal_shard, shard_name
+from lightning_secure.data.shard import Scratch, ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
@@ -323,8 +323,9 @@ def _resealed(
 
 
 def _require_same(old: ShardReader, new: ShardReader, sealed: ShardEntry) -> None:
+    before, after = Scratch(), Scratch()
     for index in range(old.header.segments):
-        if old.read_plaintext(index) != new.read_plaintext(index):
+        if old.decrypt(index, before) != new.decrypt(index, after):
             raise ShardCorruptedError(
                 f"shard {sealed.file!r} does not hold the rows that it was made of: the storage "
                 "returned other bytes than were written. The dataset was left as it was."

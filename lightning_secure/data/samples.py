@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from lightning_secure.data.format import ColumnData
 
-__all__ = ["Output", "Samples", "collate"]
+__all__ = ["Output", "Samples", "assemble", "collate"]
 
 Output = Literal["tuple", "dict"]
 
@@ -51,7 +51,12 @@ class Samples(Sequence[Any]):
         return self._assemble(self.columns)
 
     def _assemble(self, values: Mapping[str, Any]) -> Any:
-        return dict(values) if self.output == "dict" else tuple(values.values())
+        return assemble(values, self.output)
+
+
+def assemble(values: Mapping[str, Any], output: Output) -> Any:
+    """Return what belongs together as a tuple, or as a dict by column name."""
+    return dict(values) if output == "dict" else tuple(values.values())
 
 
 def collate(samples: Sequence[Any]) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import hmac
 import secrets
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +15,6 @@ from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
 from lightning_secure.crypto.merkle import merkle_root
 from lightning_secure.crypto.segments import (
-    MAX_SEGMENT_BYTES,
-    MAX_SEGMENTS,
     SUITE_AES256GCM_SHA256,
     TAG_BYTES,
     SegmentCipher,
@@ -28,13 +27,20 @@ from lightning_secure.data.format import (
     Schema,
     decode_segment,
     encode_segment,
-    segment_lengths,
 )
+from lightning_secure.data.segmentation import plan_segments
 from lightning_secure.data.storage import Storage
-from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
+from lightning_secure.errors import IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
-__all__ = ["ShardReader", "fresh_uuid", "plan_segments", "reseal_shard", "seal_shard", "shard_name"]
+__all__ = [
+    "Scratch",
+    "ShardReader",
+    "fresh_uuid",
+    "reseal_shard",
+    "seal_shard",
+    "shard_name",
+]
 
 _T = TypeVar("_T")
 
@@ -120,7 +126,8 @@ def reseal_shard(
     key = DataKey.generate()
     keys = _derived(key, shard_uuid, reader.header.dataset_id)
     header = dataclasses.replace(reader.header, shard_uuid=shard_uuid, commitment=keys.commitment)
-    plaintexts = (reader.read_plaintext(index) for index in range(header.segments))
+    scratch = Scratch()
+    plaintexts = (reader.decrypt(index, scratch) for index in range(header.segments))
     wrapped = partition.seal(key, shard_uuid=shard_uuid)
     return _write(folder, header, keys, plaintexts, wrapped)
 
@@ -148,7 +155,7 @@ def _write(
     folder: Path,
     header: Header,
     keys: SegmentKeys,
-    plaintexts: Iterable[bytearray],
+    plaintexts: Iterable[bytearray | memoryview],
     wrapped_key: bytes,
 ) -> ShardEntry:
     packed = header.pack()
@@ -179,6 +186,21 @@ def _write(
     )
 
 
+class Scratch:
+    """Memory for one segment at a time, used again from segment to segment by one thread."""
+
+    def __init__(self) -> None:
+        self._sealed = memoryview(bytearray())
+        self._plaintext = memoryview(bytearray())
+
+    def views(self, length: int) -> tuple[memoryview, memoryview]:
+        """Return room for ``length`` sealed bytes, and for what is in them."""
+        if length > len(self._sealed):
+            self._sealed = memoryview(bytearray(length))
+            self._plaintext = memoryview(bytearray(length))
+        return self._sealed[:length], self._plaintext[: max(0, length - TAG_BYTES)]
+
+
 class ShardReader:
     """An open shard that was found to be the one its manifest names.
 
@@ -196,6 +218,7 @@ class ShardReader:
 
     Opening reads the header and the tag of every segment and compares their Merkle root with the
     manifest. Decryption then checks each segment against its tag, and that tag against those.
+    It may be used from several threads. The file is closed when the reader is collected.
     """
 
     def __init__(
@@ -212,10 +235,13 @@ class ShardReader:
         try:
             self._file = storage.open(entry)
         except OSError as error:
-            raise self._corrupted(
+            raise self.corrupted(
                 f"it cannot be opened ({error.strerror}). If the dataset was rotated, erased from "
                 "or replaced since it was opened, open it again"
             ) from None
+        # Not before the last thread that reads has let go of it: numbers of files are used again.
+        self._closing = weakref.finalize(self, self._file.close)
+        self._closing.atexit = False
         try:
             self._retrying(lambda: self._authenticate(entry, key, dataset_id))
         except BaseException:
@@ -235,23 +261,24 @@ class ShardReader:
         self.header = self._verify(entry, dataset_id)
         keys = _derived(key, entry.uuid, dataset_id)
         if not hmac.compare_digest(keys.commitment, self.header.commitment):
-            raise self._corrupted("its key commitment does not match the manifest's key")
+            raise self.corrupted("its key commitment does not match the manifest's key")
         self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
-        self._tags = b"".join(self._read_tags(entry.size))
+        self._size = entry.size
+        self._tags = self._read_tags(entry.size)
         if merkle_root(_chunks(self._tags)) != entry.merkle_root:
-            raise self._corrupted("its segments are not the ones that the manifest was signed for")
+            raise self.corrupted("its segments are not the ones that the manifest was signed for")
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
         size = self._file.size
         if size != entry.size:
-            raise self._corrupted(f"it has {size} bytes where the manifest has {entry.size}")
+            raise self.corrupted(f"it has {size} bytes where the manifest has {entry.size}")
         packed = self._read(0, HEADER_BYTES)
         if hashlib.sha256(packed).digest() != entry.header_sha256:
-            raise self._corrupted("its header was altered, or another shard stands in its place")
+            raise self.corrupted("its header was altered, or another shard stands in its place")
         try:
             header = Header.unpack(bytes(packed), size=size)
         except ShardCorruptedError as error:
-            raise self._corrupted(str(error)) from None
+            raise self.corrupted(str(error)) from None
         expected = (
             dataset_id,
             entry.uuid,
@@ -270,96 +297,83 @@ class ShardReader:
             header.schema_digest,
             header.commitment,
         ):
-            raise self._corrupted("its header and the manifest contradict each other")
+            raise self.corrupted("its header and the manifest contradict each other")
         return header
 
-    def _read_tags(self, size: int) -> Iterator[bytearray]:
+    @property
+    def readers(self) -> tuple[ShardReader, ...]:
+        """The reader itself; see :class:`~lightning_secure.data.groups.GroupedReader`."""
+        return (self,)
+
+    def _read_tags(self, size: int) -> bytes:
+        header, read = self.header, self._file.read_into
+        stride = header.segment_bytes + TAG_BYTES
+        tags = bytearray(header.segments * TAG_BYTES)
+        with memoryview(tags) as view:
+            offset = HEADER_BYTES + header.segment_bytes
+            for start in range(0, len(tags) - TAG_BYTES, TAG_BYTES):
+                read(offset, view[start : start + TAG_BYTES])
+                offset += stride
+            read(size - TAG_BYTES, view[-TAG_BYTES:])
+        return bytes(tags)
+
+    def decrypt(self, index: int, scratch: Scratch) -> memoryview:
+        """Return the plaintext of one segment.
+
+        Args:
+            index: Number of the segment.
+            scratch: Memory to use. The result is valid until it is used again.
+
+        Raises:
+            ShardCorruptedError: The segment was altered since the shard was opened.
+            StorageError: The storage did not answer, or refused.
+        """
+        return self._retrying(lambda: self._decrypt(index, scratch))
+
+    def _decrypt(self, index: int, scratch: Scratch) -> memoryview:
         header = self.header
-        for index in range(header.segments):
-            end = min(header.segment_offset(index + 1), size)
-            yield self._read(end - TAG_BYTES, TAG_BYTES)
+        offset = header.segment_offset(index)
+        length = min(header.segment_bytes + TAG_BYTES, self._size - offset)
+        sealed, plaintext = scratch.views(length)
+        complete = self._file.read_into(offset, sealed) == length
+        tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
+        if not (complete and hmac.compare_digest(sealed[-TAG_BYTES:], tag)):
+            raise self.corrupted(f"tag mismatch in segment {index}")
+        try:
+            self._cipher.open_into(index, sealed, records=header.records_in(index), out=plaintext)
+        except IntegrityError as error:
+            raise self.corrupted(str(error)) from None
+        return plaintext
 
     def read_segment(self, index: int) -> dict[str, ColumnData]:
         """Return the columns of one segment's rows.
 
         Raises:
-            ShardCorruptedError: The segment was altered since the shard was opened.
+            ShardCorruptedError: The segment was altered since the shard was opened, or does not
+                hold what its schema says.
             StorageError: The storage did not answer, or refused.
         """
-        plaintext, records = self.read_plaintext(index), self.header.records_in(index)
+        # Memory of its own: the columns are views of it.
+        plaintext = bytearray(self.decrypt(index, Scratch()))
         try:
-            return decode_segment(self._schema, plaintext, records=records)
+            return decode_segment(self._schema, plaintext, records=self.header.records_in(index))
         except IntegrityError as error:
-            raise self._corrupted(str(error)) from None
-
-    def read_plaintext(self, index: int) -> bytearray:
-        """Return one segment as it was before encryption, rows laid out as in the format.
-
-        Raises:
-            ShardCorruptedError: The segment was altered since the shard was opened.
-            StorageError: The storage did not answer, or refused.
-        """
-        return self._retrying(lambda: self._decrypt(index))
-
-    def _decrypt(self, index: int) -> bytearray:
-        header = self.header
-        offset = header.segment_offset(index)
-        length = header.segment_bytes + TAG_BYTES
-        sealed = self._read(offset, length)
-        plaintext = bytearray(max(0, len(sealed) - TAG_BYTES))
-        records = header.records_in(index)
-        tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
-        if not hmac.compare_digest(sealed[-TAG_BYTES:], tag):
-            raise self._corrupted(f"tag mismatch in segment {index}")
-        try:
-            self._cipher.open_into(index, sealed, records=records, out=plaintext)
-        except IntegrityError as error:
-            raise self._corrupted(str(error)) from None
-        return plaintext
+            raise self.corrupted(f"{error}, in segment {index}") from None
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
         del data[self._file.read_into(offset, data) :]
         return data
 
-    def _corrupted(self, reason: str) -> ShardCorruptedError:
+    def corrupted(self, reason: str) -> ShardCorruptedError:
+        """Return the error that says why nothing of this shard can be used."""
         return ShardCorruptedError(
             f"shard {self._name!r} rejected: {reason}; nothing from it was returned."
         )
 
     def close(self) -> None:
         """Release the file; the reader is of no use afterwards."""
-        self._file.close()
-
-
-def plan_segments(
-    columns: Mapping[str, ColumnData],
-    records: int,
-    schema: Schema,
-    segment_bytes: int,
-    *,
-    per_segment: int | None = None,
-) -> tuple[int, int, int]:
-    """Return how many segments there are, how many rows each holds, and its plaintext length."""
-    length_of = segment_lengths(schema, columns)
-    decided, per_segment = per_segment is not None, per_segment or records
-    while True:
-        starts = range(0, records, per_segment)
-        # Rows of one size need one look, at the first segment.
-        length = max(
-            length_of(start, min(start + per_segment, records))
-            for start in (starts[:1] if schema.fixed else starts)
-        )
-        if decided or length <= segment_bytes or per_segment == 1:
-            break
-        per_segment = max(1, min(per_segment - 1, per_segment * segment_bytes // length))
-    if length > MAX_SEGMENT_BYTES or len(starts) > MAX_SEGMENTS:
-        raise DataError(
-            f"the rows need {len(starts)} segments of {length} bytes, and a shard can have "
-            f"{MAX_SEGMENTS} of {MAX_SEGMENT_BYTES}. Nothing of them was written. Choose larger "
-            "segments or smaller shards, or split the rows."
-        )
-    return len(starts), per_segment, length
+        self._closing()
 
 
 def _rows(columns: Mapping[str, ColumnData], start: int, stop: int) -> dict[str, ColumnData]:

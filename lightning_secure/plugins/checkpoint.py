@@ -40,7 +40,7 @@ from lightning_secure.errors import (
     ConfigError,
     IntegrityError,
 )
-from lightning_secure.files import atomic_writer
+from lightning_secure.files import atomic_writer, open_regular
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
@@ -285,8 +285,10 @@ def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     if version != _VERSION or length > _MAX_HEADER:
         raise IntegrityError(f"its format version {version} is unknown, or its header was altered")
     data = raw.read(length)
-    header = parse_json_object(data, what="its header")
-    if header.keys() != {"checkpoint", "run_id", "step", "key"}:
+    header = parse_json_object(data, what="its header", canonical=True)
+    if header.keys() != {"checkpoint", "run_id", "step", "key"} or [
+        type(header[name]) for name in ("checkpoint", "run_id", "step")
+    ] != [str, str, int]:
         raise IntegrityError("its header was altered")
     return start + data, header
 
@@ -318,6 +320,19 @@ def _reader(path: _PATH) -> Iterator[BinaryIO]:
     filesystem, name = fsspec.core.url_to_fs(str(path))
     if not filesystem.exists(name):
         raise FileNotFoundError(f"there is no checkpoint at {str(path)!r}")
+    if isinstance(filesystem, LocalFileSystem):
+        reason = None
+        try:
+            fd = open_regular(name)
+        except OSError as error:
+            reason = error.strerror
+        if reason is not None:
+            raise CheckpointCorruptedError(
+                f"checkpoint {str(path)!r} cannot be opened ({reason}). Nothing from it was used."
+            )
+        with os.fdopen(fd, "rb") as file:
+            yield file
+        return
     with filesystem.open(name, "rb") as file:
         yield file
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import (
-    Gradients,
-    LinearUnit,
-    Record,
-    Recorder,
-    Unit,
-    add_clipped_sums,
-)
+from lightning_secure.privacy.bookkeeping import Recorder, add_clipped_sums
 from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.units.attention import AttentionUnit
+from lightning_secure.privacy.units.base import Gradients, Record, Unit, Way, widened
+from lightning_secure.privacy.units.conv import ConvUnit
+from lightning_secure.privacy.units.embedding import EmbeddingUnit
+from lightning_secure.privacy.units.linear import LinearUnit
+from lightning_secure.privacy.units.norms import NormUnit
 
 _handlers = logging.root.handlers[:]
 from opacus.grad_sample.functorch import (  # noqa: E402
@@ -58,28 +57,32 @@ class SampledUnit(Unit):
         super().__init__(name, module, parameters)
         self._sampler = sampler
 
-    def per_sample(self, record: Record) -> Gradients:
-        """Return the gradients, formed once a record."""
-        if record.kept is None:
-            record.kept = self._form(record)
-        return record.kept
+    def ways(self, inputs: Tensor, grads: Tensor) -> list[Way]:
+        """Return the one way: the gradients are formed once, and kept."""
+        return [Way("product", kept=True)]
 
-    def _form(self, record: Record) -> Gradients:
-        inputs = record.inputs
+    def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
+        """Return the gradients."""
+        dtype = widened(grads.dtype)
         if inputs.is_floating_point():
-            inputs = inputs.float()
+            inputs = inputs.to(dtype)
         with torch.no_grad():
-            gradients = self._sampler(self.module, [inputs], record.grads)
-        padding = getattr(self.module, "padding_idx", None)
-        if isinstance(self.module, nn.Embedding) and padding is not None:
-            # Opacus counts the padding row, which autograd leaves out.
-            gradients[self.parameters[0]][:, padding] = 0
-        if missing := [p for p in self.parameters if p not in gradients]:
-            raise UnsupportedModelError(
-                f"layer {self.name!r} ({type(self.module).__name__}) has {len(missing)} parameters "
-                "that its per-sample rule does not know, as after weight_norm. No step was taken."
-            )
-        return {p: gradients[p].float() for p in self.parameters}
+            gradients = self._sampler(self.module, [inputs], grads.to(dtype))
+        _require_known(self, gradients)
+        return {p: gradients[p].to(dtype) for p in self.parameters}
+
+
+_UNITS: dict[type[nn.Module], Callable[[str, Any], Unit]] = {
+    nn.Linear: LinearUnit.of,
+    nn.Conv1d: ConvUnit,
+    nn.Conv2d: ConvUnit,
+    nn.Conv3d: ConvUnit,
+    nn.Embedding: EmbeddingUnit,
+    nn.LayerNorm: NormUnit,
+    nn.GroupNorm: NormUnit,
+    nn.RMSNorm: NormUnit,
+    nn.MultiheadAttention: AttentionUnit,
+}
 
 
 def find_units(model: nn.Module) -> list[Unit]:
@@ -95,11 +98,14 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 
 def _walk(name: str, module: nn.Module, root: nn.Module) -> Iterator[Unit]:
-    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    whole = type(module) is nn.MultiheadAttention
+    own = [p for p in module.parameters(recurse=whole) if p.requires_grad]
     sampler: Sampler | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
-    if type(module) is nn.Linear:
-        if own:
-            yield LinearUnit(name, module)
+    formula = _UNITS.get(type(module))
+    if own and formula is not None:
+        yield _covering(formula(name, module), own)
+        if whole:
+            return
     elif own and sampler is not None:
         yield SampledUnit(name, module, own, sampler)
     elif own:
@@ -107,6 +113,24 @@ def _walk(name: str, module: nn.Module, root: nn.Module) -> Iterator[Unit]:
         return  # its children are part of it
     for child_name, child in module.named_children():
         yield from _walk(f"{name}.{child_name}" if name else child_name, child, root)
+
+
+def _covering(unit: Unit, own: list[nn.Parameter]) -> Unit:
+    _require_known(unit, unit.parameters, own)
+    return unit
+
+
+def _require_known(
+    unit: Unit, known: Collection[nn.Parameter], wanted: Iterable[nn.Parameter] | None = None
+) -> None:
+    ids = set(map(id, known))
+    if missing := [p for p in wanted or unit.parameters if id(p) not in ids]:
+        names = {id(p): name for name, p in unit.module.named_parameters()}
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(unit.module).__name__}) has parameters that its "
+            f"per-sample rule does not know, {', '.join(repr(names[id(p)]) for p in missing)}, as "
+            "after weight_norm. No step was taken."
+        )
 
 
 def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
@@ -137,7 +161,6 @@ _NO_ADVICE = (
     "one tensor to one tensor and have neither buffers nor frozen parameters."
 )
 _ADVICE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "Use opacus.layers.DPMultiheadAttention.",
     nn.LSTM: "Use opacus.layers.DPLSTM.",
     nn.GRU: "Use opacus.layers.DPGRU.",
     nn.RNN: "Use opacus.layers.DPRNN.",
@@ -161,8 +184,8 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
             "have. Leave max_norm out; clipping and weight_decay bound weights too. No step was "
             "taken."
         )
-    if type(module) in _ADVICE:
-        return  # refused where its parameters are looked at, with the advice
+    if type(module) in _ADVICE or type(module) is nn.MultiheadAttention:
+        return  # looked at where its parameters are
     validator = ModuleValidator.VALIDATORS.get(type(module))
     errors: list[Any] = validator(module) if validator else []
     trainable = any(p.requires_grad for p in module.parameters())
@@ -227,9 +250,13 @@ class GradientEngine:
                 del unit.module.ft_compute_sample_grad
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record a forward and a backward pass; parameters are frozen in the block."""
-        with self._recorder.recording():
+    def recording(self, *, whole: bool = False) -> Iterator[None]:
+        """Record a forward and a backward pass; parameters are frozen in the block.
+
+        Args:
+            whole: Whether the records keep inputs and gradients whatever the norms need.
+        """
+        with self._recorder.recording(whole=whole):
             yield
 
     def take(self, batch: int) -> list[Record]:

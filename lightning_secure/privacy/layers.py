@@ -17,10 +17,10 @@ from lightning_secure.validate import positive
 
 __all__ = [
     "clip_factor",
-    "linear_norm_squared",
+    "gram_squares",
+    "linear_ghost_squares",
     "linear_per_sample",
     "linear_weighted_sum",
-    "norm_squared",
 ]
 
 
@@ -52,13 +52,35 @@ def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
-def norm_squared(per_sample: Tensor) -> Tensor:
-    """Return the squared norms, shape ``(batch,)``, of gradients of shape ``(batch, ...)``."""
-    return per_sample.flatten(1).square().sum(1)
+def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
+    """Return the squared norms of the products ``grads[i]^T inputs[i]``, without forming them.
+
+    Args:
+        inputs: Shape ``(batch, time, features_in)``.
+        grads: Shape ``(batch, time, features_out)``.
+
+    Returns:
+        Shape ``(batch,)``: ``sum((a a^T) * (g g^T))``, and a bound of its rounding error. Where
+        time steps cancel, it is a small difference of large numbers, and a row whose norm was
+        rounded away would not be clipped.
+
+    Source:
+        Li et al. 2021, arXiv:2110.05679; Higham 2002, Accuracy and Stability of Numerical
+        Algorithms, section 3.1 (the bound).
+    """
+    grams = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))
+    # n * eps times the sum of the magnitudes, which Cauchy and Schwarz bound by the steps' norms;
+    # the last sum, over time, is in float64 and adds nothing to n but its products' own rounding.
+    terms = inputs.shape[2] + grads.shape[2] + 2
+    steps = torch.linalg.vector_norm(inputs, dim=2) * torch.linalg.vector_norm(grads, dim=2)
+    error = terms * torch.finfo(inputs.dtype).eps * steps.sum(1).square()
+    total = grams.sum((1, 2), dtype=torch.float64).to(grams.dtype)
+    result: Tensor = total.clamp(min=0) + error
+    return result
 
 
-def linear_norm_squared(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
-    """Return the squared norm of each sample's gradient of a linear layer.
+def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
+    """Return the squared norm of each sample's gradient of a linear layer, not forming any.
 
     Args:
         inputs: Shape ``(batch, features_in)`` or ``(batch, time, features_in)``, float32.
@@ -67,27 +89,12 @@ def linear_norm_squared(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
 
     Returns:
         Shape ``(batch,)``.
-
-    With a time dimension the product ``g^T a`` is formed only where it is the smaller thing:
-    otherwise ``sum((a a^T) * (g g^T))`` gives the same. Where time steps cancel, that is a small
-    difference of large numbers, so the bound of its rounding error is added: a row whose norm was
-    rounded away would not be clipped.
     """
     if inputs.ndim == 2:
         squares = grads.square().sum(1)
         result = inputs.square().sum(1) * squares
         return result + squares if bias else result
-    time, size = inputs.shape[1], inputs.shape[2] * grads.shape[2]
-    if 2 * time * time < size:
-        grams = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))
-        # Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1: n * eps times
-        # the sum of the magnitudes, which Cauchy and Schwarz bound by the steps' own norms.
-        terms = inputs.shape[2] + grads.shape[2] + time * time
-        steps = torch.linalg.vector_norm(inputs, dim=2) * torch.linalg.vector_norm(grads, dim=2)
-        error = terms * torch.finfo(inputs.dtype).eps * steps.sum(1).square()
-        result = grams.sum((1, 2)).clamp(min=0) + error
-    else:
-        result = norm_squared(torch.bmm(grads.transpose(1, 2), inputs))
+    result = gram_squares(inputs, grads)
     return result + grads.sum(1).square().sum(1) if bias else result
 
 
@@ -97,25 +104,33 @@ def linear_weighted_sum(
     """Return ``sum_i weights[i] * gradient_i`` of a linear layer's weight and bias.
 
     Args:
-        inputs: As for :func:`linear_norm_squared`.
-        grads: As for :func:`linear_norm_squared`.
+        inputs: As for :func:`linear_ghost_squares`.
+        grads: As for :func:`linear_ghost_squares`.
         weights: Shape ``(batch,)``.
         bias: Whether the layer has a bias.
 
     Returns:
         Shapes ``(features_out, features_in)`` and ``(features_out,)``.
     """
-    scaled = (grads * weights.view(-1, *[1] * (grads.ndim - 1))).flatten(0, -2)
+    scaled = (grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))).flatten(0, -2)
     return scaled.T @ inputs.flatten(0, -2), scaled.sum(0) if bias else None
 
 
 def linear_per_sample(inputs: Tensor, grads: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """Return each sample's gradient of a linear layer's weight and bias.
 
+    Args:
+        inputs: As for :func:`linear_ghost_squares`.
+        grads: As for :func:`linear_ghost_squares`.
+        bias: Whether the layer has a bias.
+
     Returns:
         Shapes ``(batch, features_out, features_in)`` and ``(batch, features_out)``.
     """
-    weight = torch.einsum("b...o,b...i->boi", grads, inputs)
+    if grads.ndim == 2:
+        weight = grads.unsqueeze(2) * inputs.unsqueeze(1)
+    else:
+        weight = torch.bmm(grads.transpose(1, 2), inputs)
     if not bias:
         return weight, None
-    return weight, grads if grads.ndim == 2 else grads.flatten(1, -2).sum(1)
+    return weight, grads if grads.ndim == 2 else grads.sum(1)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import Record, per_sample_norms
+from lightning_secure.privacy.bookkeeping import per_sample_norms
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.rows import leaves, mapped, recombined, with_row
+from lightning_secure.privacy.units.base import Record
 
 __all__ = ["preflight", "require_rows_kept_apart"]
 
@@ -41,7 +42,7 @@ class _Run:
 
     def norms(self) -> Tensor:
         """Squared norm per record and row, shape ``(records, rows)``."""
-        return torch.stack([record.unit.norm_squared(record) for record in self.records])
+        return torch.stack([record.squares() for record in self.records])
 
 
 def preflight(
@@ -186,7 +187,7 @@ def _recorded(
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    with engine.recording():
+    with engine.recording(whole=True):
         loss = loss_of(batch)
         if not loss.requires_grad:
             raise UnsupportedModelError(
@@ -227,8 +228,8 @@ def _require_autograd_agrees(
     run = _recorded(engine, loss_of, batch, rows=rows)
     recorded: dict[nn.Parameter, Tensor] = {}
     for record in run.records:
-        weights = torch.full((rows,), 1 / rows, device=record.grads.device)
-        for parameter, total in record.unit.weighted_sum(record, weights).items():
+        weights = torch.full((rows,), 1 / rows, device=record.squares().device)
+        for parameter, total in record.weighted_sum(weights).items():
             recorded[parameter] = recorded[parameter] + total if parameter in recorded else total
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
@@ -267,7 +268,7 @@ def _require_unmoved(run: _Run, changed: _Run, kept: int) -> bool:
     mixed = [
         before.unit.name
         for before, after in zip(run.records, changed.records, strict=True)
-        if not torch.allclose(before.inputs[kept].float(), after.inputs[kept].float(), 1e-4, 1e-6)
+        if not _alike(before, after, kept)
     ]
     where = (
         f"rows are mixed in the forward pass, before layer {mixed[-1]!r} (batch statistics, or "
@@ -280,6 +281,11 @@ def _require_unmoved(run: _Run, changed: _Run, kept: int) -> bool:
         f"one row's gradient changes when another row does, so clipping bounds nothing: {where}. "
         f"Let each row's loss depend on that row alone, and return the mean. {_NO_STEP}"
     )
+
+
+def _alike(before: Record, after: Record, row: int) -> bool:
+    one, other = before.evidence()[0][row].float(), after.evidence()[0][row].float()
+    return torch.allclose(one, other, 1e-4, 1e-6)
 
 
 def _require_mean(run: _Run, alone: _Run) -> None:

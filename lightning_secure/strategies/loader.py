@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import (
     BatchSampler,
@@ -17,7 +17,15 @@ from torch.utils.data import (
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler
 
-__all__ = ["PrivateDataLoader", "require_plain_loader"]
+__all__ = ["PrivateDataLoader", "RandomAccess", "require_plain_loader"]
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """A loader that batches in a way of its own, over rows that can be drawn as well."""
+
+    def random_access(self) -> DataLoader[Any]:
+        """Return a plain DataLoader over the same rows."""
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -102,6 +110,8 @@ def require_plain_loader(dataloader: object) -> DataLoader[Any]:
         UnsupportedTrainerOptionError: It iterates, weighs or batches in a way of its own, so that
             replacing it would train on other data than the user meant.
     """
+    if isinstance(dataloader, RandomAccess):
+        dataloader = dataloader.random_access()
     if not isinstance(dataloader, DataLoader):
         reason = f"it is a {type(dataloader).__name__} and not a torch DataLoader"
     elif isinstance(dataloader.dataset, IterableDataset) or not hasattr(

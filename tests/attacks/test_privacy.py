@@ -17,7 +17,7 @@ from lightning_secure import (
     load_encrypted_checkpoint,
 )
 from lightning_secure.errors import UnsupportedModelError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.layers import clip_factor, linear_norm_squared, linear_weighted_sum
+from lightning_secure.privacy.layers import clip_factor, linear_ghost_squares, linear_weighted_sum
 from lightning_secure.privacy.noise import GaussianNoise
 
 
@@ -224,7 +224,7 @@ def test_a_row_cannot_hide_its_norm_by_cancellation(bias):
         a = torch.randn(1, 1, 64, generator=generator) * 3e4
         inputs = torch.cat([a, -a + torch.randn(1, 1, 64, generator=generator) * 10], 1)
         grads = torch.ones(1, 2, 8)
-        norms = linear_norm_squared(inputs, grads, bias=bias).sqrt()
+        norms = linear_ghost_squares(inputs, grads, bias=bias).sqrt()
         factor = clip_factor(norms, max_grad_norm=1.0)
         total, _ = linear_weighted_sum(inputs.double(), grads.double(), factor.double(), bias=bias)
         worst = max(worst, float(total.norm()))

@@ -58,7 +58,15 @@ def test_what_is_not_one_object_is_refused_without_showing_it(data):
     assert caught.value.__context__ is None
 
 
-@pytest.mark.parametrize("text", [None, 1, "a", "AA=", "AA==\n", "é===", "AA== "])
+@pytest.mark.parametrize("data", [b'{"a": 1}', b'{"b":1,"a":2}', b'{"a":NaN}', b'{"a":1e400}'])
+def test_only_the_canonical_form_passes_where_it_is_asked_for(data):
+    assert parse_json_object(data, what="it")
+    with pytest.raises(IntegrityError, match="canonical") as caught:
+        parse_json_object(data, what="it", canonical=True)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("text", [None, 1, "a", "AA=", "AA==\n", "é===", "AA== ", "AB=="])
 def test_what_is_not_base64_is_refused(text):
     with pytest.raises(IntegrityError):
         b64decode(text, what="it")

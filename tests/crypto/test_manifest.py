@@ -222,3 +222,15 @@ def test_the_content_digest_follows_rows_and_not_keys(keys):
         partition="train", schema=split.schema, shards=(entry(0, merkle_root=b"\1" * 32), entry(1))
     )
     assert other.content_digest != split.content_digest
+
+
+@pytest.mark.parametrize(
+    "changes", [{"records": 5001}, {"records": 2**62, "size": 2**62}, {"size": 2**63 - 1}]
+)
+def test_more_rows_than_bytes_are_refused(keys, changes):
+    """Nobody makes room for rows that no file can hold, nor adds them up past 64 bits."""
+    value = manifest_of(keys).to_json()
+    for shard in value["splits"]["train"]["shards"]:
+        shard.update(changes)
+    with pytest.raises(IntegrityError, match="more rows than bytes"):
+        Manifest.from_json(value)

@@ -166,7 +166,9 @@ def test_two_shards_of_a_group_exchanged(sealed, keys, tmp_path):
 def test_rows_of_different_groups_cannot_be_shifted_by_who_signs(sealed, keys, tmp_path):
     """Groups whose segments hold other rows are refused when a shard is opened."""
     other = seal(tmp_path / "other", keys, segment_bytes=128)
-    mine, theirs = (dataset(root, keys, columns=("x",))._reader(0) for root in (sealed, other))
+    mine, theirs = (
+        dataset(root, keys, columns=("x",)).shards.reader(0) for root in (sealed, other)
+    )
     with pytest.raises(ShardCorruptedError, match="same rows"):
         GroupedReader([mine, theirs])
 

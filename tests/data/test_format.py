@@ -19,7 +19,7 @@ from lightning_secure.data.format import (
     encode_segment,
     segment_lengths,
 )
-from lightning_secure.errors import DataError, ShardCorruptedError
+from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 
 HEADER = Header(
     dataset_id=bytes(range(16)),
@@ -110,6 +110,8 @@ def test_a_short_header_is_refused():
         ("x", "pickle", "uint8", ()),
         ("x", "string", "float32", ()),
         ("x", "bytes", "uint8", (3,)),
+        ("x", "tensor", "uint8", (2**13, 2**13)),
+        ("x", "ragged", "int8", (1,) * 61),
         ("", "string"),
         ("a\nb", "string"),
         ("a" * 129, "string"),
@@ -146,11 +148,14 @@ def test_a_schema_travels_as_json():
         {"name": "x", "kind": "string", "dtype": "uint8", "shape": "3"},
         {"name": "x", "kind": "string", "dtype": "uint8", "shape": [], "more": 1},
         {"name": "x", "kind": "tensor", "dtype": "object", "shape": []},
+        {"name": "x", "kind": "tensor", "dtype": "float32", "shape": [2**31 - 1] * 3},
+        {"name": "x", "kind": "ragged", "dtype": "float32", "shape": [1] * 61},
     ],
 )
 def test_a_malformed_schema_is_refused(entry):
-    with pytest.raises(DataError):
+    with pytest.raises(IntegrityError) as caught:
         Schema.from_json([entry])
+    assert caught.value.__context__ is None
 
 
 # ---------------------------------------------------------------- segments

@@ -135,3 +135,18 @@ def test_a_manifest_never_names_a_shard_that_is_gone(sealed, keys):
     with pytest.raises(DataError, match="is gone"):
         again.close()
     assert np.array_equal(read(sealed, keys), OLD)
+
+
+def test_a_sealing_that_waits_to_be_resumed_is_no_garbage(sealed, keys):
+    options = {"split": "val", "keys": keys, "source_id": "1", "segment_bytes": 64}
+    one = EncryptedShardWriter(sealed, shard_bytes=64, **options)
+    one.write_batch({"x": NEW})
+    one.suspend()
+    stray = sealed / "train" / "shard-00099-00000000.lsec"
+    stray.write_bytes(b"x")
+    assert collect_garbage(sealed, keys=keys, min_age_s=0) == [f"train/{stray.name}"]
+    with EncryptedShardWriter(sealed, shard_bytes=64, resume=True, **options) as again:
+        assert again.records > 0
+        again.write_batch({"x": NEW[again.records :]})
+    data = EncryptedShardDataset(sealed, split="val", keys=keys)
+    assert data.__getitems__(range(len(data))).batch()[0].tolist() == NEW.tolist()

@@ -16,6 +16,7 @@ from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data import layout, shard
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.journal import JOURNAL_NAME, Journal
+from lightning_secure.data.rotation import rotate_partition
 from lightning_secure.data.seal import seal
 from lightning_secure.data.splits import SplitByRatio
 from lightning_secure.data.writer import EncryptedShardWriter
@@ -200,6 +201,18 @@ def test_a_split_that_was_finished_survives_giving_up(tmp_path, keys):
         getattr(again, end)()
         assert shards(tmp_path) == before
     assert labels(tmp_path, keys) == Y.tolist()
+
+
+def test_a_split_whose_key_was_exchanged_is_left_as_it_is(tmp_path, keys):
+    """Its mark can no longer be compared: it is not sealed again, and not taken for the same."""
+    run(tmp_path, keys)
+    rotate_partition(tmp_path, "train", keys=keys)
+    before = shards(tmp_path)
+    with pytest.raises(ConfigError, match="exists, with 1000"):
+        run(tmp_path, keys, resume=True)
+    assert shards(tmp_path) == before
+    assert labels(tmp_path, keys) == Y.tolist()
+    assert not (tmp_path / "train" / JOURNAL_NAME).exists()
 
 
 def test_a_kill_between_manifest_and_end_is_seen_as_done(tmp_path, keys, monkeypatch):

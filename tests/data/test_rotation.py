@@ -273,16 +273,16 @@ def test_an_altered_shard_stops_the_rotation(sealed, keys):
 
 def test_other_rows_than_before_are_never_put_in_place(sealed, keys, monkeypatch):
     """The storage, or this package, could err: what was written is read back and compared."""
-    real, calls = ShardReader.read_plaintext, []
+    real, calls = ShardReader.decrypt, []
 
-    def forgetful(self, index):
+    def forgetful(self, index, scratch):
         calls.append(index)
-        plain = real(self, index)
+        plain = real(self, index, scratch)
         # The first shard is read for sealing, and one of its segments comes out wrong.
         return bytearray(len(plain)) if len(calls) == 2 else plain
 
     files = shard_files(sealed)
-    monkeypatch.setattr(ShardReader, "read_plaintext", forgetful)
+    monkeypatch.setattr(ShardReader, "decrypt", forgetful)
     with pytest.raises(ShardCorruptedError, match="rows that it was made of"):
         rotate_data(sealed, "train", keys=keys)
     monkeypatch.undo()

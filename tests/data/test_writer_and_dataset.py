@@ -182,7 +182,7 @@ def test_rows_too_many_for_a_shard_go_to_several(tmp_path, keys, monkeypatch):
 
 
 def test_the_shard_itself_refuses_what_cannot_be_read(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.shard.MAX_SEGMENTS", 7)
+    monkeypatch.setattr("lightning_secure.data.segmentation.MAX_SEGMENTS", 7)
     partition, _ = PartitionKey.create(bytes(16), "train", keys)
     with pytest.raises(DataError, match="Choose larger"):
         seal_shard(
@@ -214,7 +214,7 @@ def test_many_open_shards_are_no_problem(tmp_path, keys):
     assert len(data.entry.shards) == 150
     (x,) = data.__getitems__(RNG.permutation(150).tolist()).batch()
     assert len(x) == 150
-    assert len(data._readers) == 64
+    assert len(data.shards._readers) == 64
     data.close()
     assert np.array_equal(data[149][0].numpy(), X[149])
 

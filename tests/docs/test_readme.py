@@ -50,7 +50,7 @@ def rows(split):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_readmes_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     names = {"rows": rows, "AnyLightningModule": AnyLightningModule}
     for block in blocks:

@@ -10,17 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import per_sample_norms
 from lightning_secure.privacy.engine import GradientEngine, find_units
 from lightning_secure.privacy.layers import (
     clip_factor,
-    linear_norm_squared,
+    linear_ghost_squares,
     linear_per_sample,
     linear_weighted_sum,
 )
 from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.units.base import Record
 
 BATCH = 6
 
@@ -69,6 +71,68 @@ class Tokens(nn.Module):
         x = self.embed(tokens)
         x = x + self.down(torch.relu(self.up(self.norm(x))))
         return self.head(x).mean(1)
+
+
+class Attention(nn.Module):
+    """Self-attention, or attention to a memory, in any of its forms."""
+
+    def __init__(self, *, memory=None, batch_first=True, weights=False, masked=False, **options):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+        self.out = nn.Linear(8, 3)
+        self.memory, self.batch_first, self.weights, self.masked = (
+            memory,
+            batch_first,
+            weights,
+            masked,
+        )
+
+    def forward(self, x):
+        y = x if self.memory is None else torch.sin(x[:, :3, : self.memory])
+        z = y if self.memory is None else y * 2
+        padding = None
+        mask = None
+        if self.masked:
+            padding = torch.zeros(len(x), x.shape[1], dtype=torch.bool)
+            padding = padding.index_fill(1, torch.tensor([4]), True)
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(2)
+            if self.masked == "float":
+                padding = torch.zeros(len(x), x.shape[1], dtype=x.dtype).masked_fill(
+                    padding, float("-inf")
+                )
+                mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, -1.5)
+        items = (x, y, z) if self.memory is not None else (x, x, x)
+        if not self.batch_first:
+            first = items[0].transpose(0, 1)
+            items = (first,) * 3 if self.memory is None else [i.transpose(0, 1) for i in items]
+        out, _ = self.attend(
+            *items, need_weights=self.weights, key_padding_mask=padding, attn_mask=mask
+        )
+        return self.out(out if self.batch_first else out.transpose(0, 1)).mean(1)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3))
+
+
+def volumes():
+    return nn.Sequential(
+        nn.Conv3d(2, 4, (2, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1), dilation=(2, 1, 1)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+
+
+def signals():
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 3, padding="same", dilation=2, groups=2),
+        nn.RMSNorm(7),
+        nn.Tanh(),
+        nn.Conv1d(6, 2, 5, bias=False),
+        nn.Flatten(),
+    )
 
 
 def conv(in_place):
@@ -120,6 +184,24 @@ ZOO = {
     "embedding and norm": (Tokens, tokens),
     "tied embedding": (lambda: Tokens(tie=True), tokens),
     "reused layers": (Reused, floats(5)),
+    "self-attention": (Attention, floats(5, 8)),
+    "self-attention with weights and masks": (
+        lambda: Attention(weights=True, masked="float", batch_first=False),
+        floats(5, 8),
+    ),
+    "self-attention with masks": (lambda: Attention(masked="bool"), floats(5, 8)),
+    "attention to a memory": (lambda: Attention(memory=8), floats(5, 8)),
+    "attention to a memory of another size": (
+        lambda: Attention(memory=6, kdim=6, vdim=6, bias=False),
+        floats(5, 8),
+    ),
+    "attention with one bias for three weights": (
+        lambda: Attention(memory=6, kdim=6, vdim=6, batch_first=False),
+        floats(5, 8),
+    ),
+    "transformer layer": (encoder, floats(5, 8)),
+    "volumes": (lambda: lazily(volumes(), (2, 4, 5, 4)), floats(2, 4, 5, 4)),
+    "signals": (signals, floats(4, 7)),
     "a layer of the user's": (
         lambda: nn.Sequential(nn.Linear(5, 4), Scale(4), nn.Linear(4, 3)),
         floats(5),
@@ -127,6 +209,11 @@ ZOO = {
     "partly frozen": (partly_frozen, floats(5)),
     "bias over time only": (lambda: frozen_weight(), floats(4, 5)),
 }
+
+
+def lazily(model, shape):
+    model(torch.zeros(1, *shape))
+    return model
 
 
 def frozen_weight():
@@ -157,7 +244,9 @@ def reference(model, x):
     def loss(values, sample):
         return loss_of(lambda x: functional_call(model, values, (x,)), sample[None])
 
-    grads = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    # functorch has no rule for the fast kernels of attention.
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     if isinstance(model, Tokens):
         grads["embed.weight"] = _without_padding(model, x, grads["embed.weight"])
     return grads
@@ -188,6 +277,42 @@ def test_norms_are_those_of_functorch(name):
     engine.detach()
     expected = sum(g.flatten(1).square().sum(1) for g in reference(model, x).values()).sqrt()
     torch.testing.assert_close(norms, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_norms_and_sums_are_exact_by_every_way(name):
+    model, x = build(name)
+    model = model.double()
+    x = x.double() if x.is_floating_point() else x
+    expected = reference(model, x)
+    model.zero_grad()
+    norms = sum(g.flatten(1).square().sum(1) for g in expected.values()).sqrt()
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    with engine.recording(whole=True):
+        loss_of(model, x).backward()
+    records = engine.take(len(x))
+    engine.detach()
+    torch.testing.assert_close(per_sample_norms(records), norms, rtol=1e-9, atol=1e-12)
+    weights = torch.rand(len(x), dtype=torch.float64)
+    keep = torch.arange(len(x)) != 2
+    tried = 0
+    for record in records:
+        inputs, grads = record.evidence()
+        exact = [
+            Record(record.unit, inputs, grads, scale=len(x), way=way)
+            for way in record.unit.ways(inputs, grads)
+        ]
+        first = exact[0]
+        sums, kept = first.weighted_sum(weights), first.weighted_sum(weights, keep)
+        for other in exact:
+            torch.testing.assert_close(other.squares(), first.squares(), rtol=1e-9, atol=1e-18)
+            for p, total in other.weighted_sum(weights).items():
+                torch.testing.assert_close(total, sums[p], rtol=1e-9, atol=1e-12)
+            for p, total in other.weighted_sum(weights, keep).items():
+                torch.testing.assert_close(total, kept[p], rtol=1e-9, atol=1e-12)
+            tried += 1
+    assert tried >= len(records)
 
 
 @pytest.mark.parametrize("bound", [0.05, 1.0, 1e4])
@@ -364,7 +489,7 @@ def test_a_pickled_model_holds_nothing_unnoised():
         (lambda: nn.LSTM(3, 3), "DPLSTM"),
         (lambda: nn.GRU(3, 3), "DPGRU"),
         (lambda: nn.RNN(3, 3), "DPRNN"),
-        (lambda: nn.MultiheadAttention(4, 2), "DPMultiheadAttention"),
+        (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), "DPMultiheadAttention"),
         (lambda: nn.Bilinear(2, 2, 2), None),
     ],
 )
@@ -407,17 +532,19 @@ def test_a_module_with_statistics_of_its_own_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_reparametrised_layers_are_refused():
-    """Their layer still is an nn.Linear, and its weight is no parameter any more."""
-    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 3)))
-    with pytest.raises(UnsupportedModelError, match=r"'0\.weight_[gv]'"):
-        GradientEngine(model, max_grad_norm=1.0)
-    model = nn.Sequential(nn.Flatten(0, 0), nn.utils.weight_norm(nn.Conv1d(1, 2, 2)))
+    """Their layer still is of its old class, and its weight is no parameter any more."""
+    for layer in (nn.Linear(5, 3), nn.Conv1d(1, 2, 2)):
+        model = nn.Sequential(nn.utils.weight_norm(layer))
+        with pytest.raises(UnsupportedModelError, match=r"'weight_g', 'weight_v', as"):
+            GradientEngine(model, max_grad_norm=1.0)
+    # One that goes by Opacus' rule is found out when it is first used.
+    model = nn.Sequential(nn.utils.weight_norm(nn.InstanceNorm1d(2, affine=True)))
     engine = GradientEngine(model, max_grad_norm=1.0)
     engine.attach()
 
     def step():
         with engine.recording():
-            model(torch.randn(BATCH, 1, 5)).mean().backward()
+            model(torch.randn(BATCH, 2, 5)).square().mean().backward()
         engine.add_chunk(BATCH)
 
     with pytest.raises(UnsupportedModelError, match="weight_norm"):
@@ -465,7 +592,7 @@ def test_the_two_ways_to_a_linear_norm_agree(batch, time, size_in, size_out, bia
     expected = weight.flatten(1).square().sum(1)
     if bias:
         expected = expected + bias_grad.square().sum(1)
-    torch.testing.assert_close(linear_norm_squared(a, g, bias=bias), expected)
+    torch.testing.assert_close(linear_ghost_squares(a, g, bias=bias), expected)
     weights = torch.rand(batch, generator=generator, dtype=torch.float64)
     total, bias_total = linear_weighted_sum(a, g, weights, bias=bias)
     torch.testing.assert_close(total, torch.einsum("b,boi->oi", weights, weight))

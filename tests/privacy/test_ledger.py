@@ -202,5 +202,8 @@ def test_who_has_a_ledger():
     class Strategy:
         ledger = None
 
+        def stop_training(self):
+            pass
+
     assert isinstance(Strategy(), HasLedger)
     assert not isinstance(object(), HasLedger)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
+from lightning_secure.files import open_regular, read_regular
 
 __all__ = ["LocalFile", "LocalStorage"]
 
@@ -31,7 +32,7 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """Return a whole file; raises OSError if it cannot be read."""
-        return (self._root / name).read_bytes()
+        return read_regular(self._root / name, limit=MAX_MANIFEST_BYTES)
 
 
 class LocalFile:
@@ -41,11 +42,11 @@ class LocalFile:
         path: The file.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: It cannot be opened, or is not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
         self._size = os.fstat(self._fd).st_size
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 import fsspec
 from fsspec.config import conf as fsspec_settings
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
 from lightning_secure.data.storage.base import StoredFile
 from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.calls import call, kind_of
@@ -36,7 +36,7 @@ __all__ = ["Options", "RemoteStorage"]
 #: What fsspec's file system is made with, or something that returns it afresh.
 Options = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
-_MANIFEST_LIMIT: Final = 1 << 30
+_MANIFEST_LIMIT: Final = MAX_MANIFEST_BYTES
 _BACKOFF_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 5.0
 

@@ -97,7 +97,7 @@ def test_few_ranges_are_held_in_memory(url, opened):
     storage = RemoteStorage(url)
     data = opened(storage)
     data.__getitems__(range(400))
-    files = [reader._file for reader in data._readers.values()]
+    files = [reader._file for reader in data.shards._readers.values()]
     assert [len(file._window[1]) > 0 for file in files] == [False, True, True, True, True]
     data.close()
     assert storage._windows == {}

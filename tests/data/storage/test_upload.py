@@ -19,6 +19,11 @@ import pytest
 
 from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
+from lightning_secure.data.erasure import erase_subject
+from lightning_secure.data.leftovers import collect_garbage
+from lightning_secure.data.rotation import rotate_data, rotate_kek, rotate_partition
+from lightning_secure.data.seal import seal as seal_source
+from lightning_secure.data.splits import SplitByRatio
 from lightning_secure.data.storage import LocalStorage, RemoteStorage, upload_split
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
@@ -299,6 +304,181 @@ def test_a_writer_that_is_killed_leaves_a_dataset_that_reads_as_before(s3, seal,
     assert len(s3.names()) == 1 + 2 * 2  # two are in no manifest
     seal(s3.root, storage_options=s3.options)
     assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+
+
+# ---------------------------------------------------------------- column keys, subjects, new keys
+
+NOTES = [f"note {i}" for i in range(400)]
+WHO = [f"patient {i // 50}" for i in range(400)]
+GROUPED = {"column_keys": {"note": "sensitive", "who": "who"}, "subject_column": "who"}
+
+
+def seal_grouped(root, keys, **options):
+    options = {"segment_bytes": 160, "shard_bytes": 3200, **GROUPED, **options}
+    with EncryptedShardWriter(root, split="train", keys=keys, **options) as writer:
+        writer.write_batch({"x": ROWS, "note": NOTES, "who": WHO})
+    return root
+
+
+def read_grouped(opened, root, **options):
+    data = opened(root, **options)
+    x, note, who = data.__getitems__(range(len(data))).batch()
+    rows = [int(number) // 2 for number in x[:, 0]]
+    assert [NOTES[row] for row in rows] == note
+    assert [WHO[row] for row in rows] == who
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("how", ["sealed there", "sent"])
+def test_all_groups_of_columns_arrive_with_all_keys(url, keys, opened, tmp_path, how):
+    if how == "sent":
+        upload_split(seal_grouped(tmp_path / "d", keys), url, split="train", keys=keys)
+    else:
+        seal_grouped(url, keys)
+    assert read_grouped(opened, url) == list(range(400))
+    manifest = read_manifest(RemoteStorage(url), trusted=keys.trusted_signers)
+    assert manifest.partitions.keys() == {"train", "train.sensitive", "train.who"}
+    assert len(remote_names(url)) == 1 + len(manifest.files)
+    (note,) = opened(url, columns=["note"])[7]
+    assert note == NOTES[7]
+
+
+def test_a_split_whose_keys_or_rows_went_is_sent_again(url, keys, other_keys, opened, tmp_path):
+    """Where only keys were exchanged the files have the same names: none may be removed."""
+    here = seal_grouped(tmp_path / "d", keys)
+    upload_split(here, url, split="train", keys=keys)
+    names = remote_names(url)
+    for name in ("train", "train.sensitive", "train.who"):
+        rotate_partition(here, name, keys=keys)
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        upload_split(here, url, split="train", keys=keys)
+    upload_split(here, url, split="train", keys=keys, replace=True)
+    assert remote_names(url) == names
+    assert read_grouped(opened, url) == list(range(400))
+    rotate_data(here, "train", keys=keys)
+    erase_subject(here, "train", "patient 3", keys=keys)
+    upload_split(here, url, split="train", keys=keys, replace=True)
+    assert len(remote_names(url)) == len(names) - 3
+    assert not set(remote_names(url)) & set(names) - {MANIFEST_NAME}
+    assert read_grouped(opened, url) == [row for row in range(400) if row // 50 != 3]
+
+
+def test_partitions_of_a_replaced_split_go(url, keys, seal, read):
+    seal_grouped(url, keys)
+    seal(url, replace=True)
+    manifest = read_manifest(RemoteStorage(url), trusted=keys.trusted_signers)
+    assert manifest.partitions.keys() == {"train"}
+    assert np.array_equal(read(url), ROWS)
+
+
+def test_a_key_name_of_another_split_is_not_taken(url, keys, seal, read, tmp_path):
+    here = seal_grouped(tmp_path / "d", keys)
+    upload_split(here, url, split="train", keys=keys)
+    with pytest.raises(ConfigError, match="belong to split 'train'"):
+        seal(url, split="train.who")
+    # Here there is room for it, there not: the spool does not have the other split.
+    seal(tmp_path / "e", split="other")
+    upload_split(tmp_path / "e", f"{url}2", split="other", keys=keys)
+    seal(f"{url}2", split="train.who", spool=tmp_path / "e")
+    with pytest.raises(ConfigError, match=r"belong to split 'train\.who'"):
+        seal_grouped(f"{url}2", keys, spool=tmp_path / "e")
+
+
+def test_whoever_was_second_keeps_what_the_first_named(s3, seal, read, keys, tmp_path):
+    """Two send the same sealed split: the files have the same names."""
+    here = seal(seal(tmp_path / "d"), split="val")
+
+    def other_first(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None
+            for split in ("val", "train"):  # another manifest than the one that is being put
+                upload_split(here, s3.root, split=split, keys=keys, storage_options=s3.options)
+        return None
+
+    s3.line.disturb = other_first
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda url, keys: rotate_data(url, "train", keys=keys),
+        lambda url, keys: rotate_partition(RemoteStorage(url), "train", keys=keys),
+        lambda url, keys: rotate_kek(url, keys=keys, to=keys),
+        lambda url, keys: erase_subject(url, "train", 1, keys=keys),
+        lambda url, keys: collect_garbage(url, keys=keys),
+    ],
+)
+def test_what_works_in_a_folder_only_makes_none_of_a_url(
+    url, seal, keys, tmp_path, monkeypatch, change
+):
+    seal(url)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no folder of this machine"):
+        change(url, keys)
+    assert [path.name for path in tmp_path.iterdir()] == ["spools"]
+
+
+# ---------------------------------------------------------------- from a source, and resumed
+
+
+def test_splits_of_one_source_share_a_spool(url, keys, read, spools):
+    rule = SplitByRatio(ratios={"train": 0.5, "val": 0.5}, seed=1)
+    sealed = seal_source({"x": ROWS}, url, keys=keys, split=rule, segment_bytes=160)
+    both = np.concatenate([read(url), read(url, split="val")])
+    assert sum(sealed.rows.values()) == len(both) == 400
+    assert np.array_equal(both[np.argsort(both[:, 0])], ROWS)
+    assert list(spools.iterdir()) == []
+
+
+def test_a_sealing_goes_on_in_a_spool_that_is_kept(url, keys, read, tmp_path):
+    options = {"split": "train", "keys": keys, "segment_bytes": 160, "shard_bytes": 1280}
+    options |= {"spool": tmp_path / "spool", "source_id": "1"}
+    first = EncryptedShardWriter(url, **options)
+    first.write_batch({"x": ROWS[:200]})
+    first.suspend()
+    with EncryptedShardWriter(url, resume=True, **options) as second:
+        assert 0 < second.records < 200
+        second.write_batch({"x": ROWS[second.records :]})
+    assert np.array_equal(read(url), ROWS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_split_that_is_there_is_not_sealed_again(url, keys, read, tmp_path, spools, kept):
+    options = {"split": "train", "keys": keys, "source_id": "1", "segment_bytes": 160}
+    options |= {"spool": tmp_path / "spool"} if kept else {}
+    with EncryptedShardWriter(url, **options) as first:
+        first.write_batch({"x": ROWS})
+    names = remote_names(url)
+    with EncryptedShardWriter(url, resume=True, **options) as second:
+        assert second.complete
+        with pytest.raises(ConfigError, match="does not grow"):
+            second.write_batch({"x": ROWS})
+    assert remote_names(url) == names
+    with pytest.raises(ConfigError, match="exists, with 400"):
+        EncryptedShardWriter(url, resume=True, **{**options, "source_id": "2"})
+    assert np.array_equal(read(url), ROWS)
+    assert list(spools.iterdir()) == []
+
+
+def test_a_sealed_split_that_was_not_sent_is_sent(url, keys, read, tmp_path):
+    options = {"split": "train", "keys": keys, "source_id": "1", "segment_bytes": 160}
+
+    def refuse(event):
+        if event.action == "data.upload":
+            raise AuditWriteError("no room")
+
+    events.subscribe("test", refuse)
+    first = EncryptedShardWriter(url, spool=tmp_path / "spool", **options)
+    first.write_batch({"x": ROWS})
+    with pytest.raises(AuditWriteError):
+        first.close()
+    events.unsubscribe("test")
+    with EncryptedShardWriter(url, spool=tmp_path / "spool", resume=True, **options) as second:
+        assert second.complete
+    assert np.array_equal(read(url), ROWS)
 
 
 # ---------------------------------------------------------------- what is not accepted

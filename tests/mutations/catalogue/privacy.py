@@ -6,6 +6,7 @@ from mutation import Mutation
 
 STRATEGY = "tests/strategies/test_private.py"
 GRADIENTS = "tests/privacy/test_gradients.py"
+UNITS = "tests/privacy/test_units.py"
 
 CATALOGUE = [
     Mutation(
@@ -18,8 +19,8 @@ CATALOGUE = [
     Mutation(
         "a sample that overflows takes the batch with it",
         "privacy/bookkeeping.py",
-        "    if not bool(finite.all()):",
-        "    if False:",
+        "keep = None if bool(finite.all()) else finite",
+        "keep = None",
         f"{GRADIENTS} -k overflows",
     ),
     Mutation(
@@ -28,6 +29,34 @@ CATALOGUE = [
         "alone = all(uses[id(p)] == 1 for p in record.unit.parameters)",
         "alone = True",
         f"{GRADIENTS} -k 'reused or tied'",
+    ),
+    Mutation(
+        "attention that is being evaluated goes past its layers",
+        "privacy/bookkeeping.py",
+        "torch.backends.mha.set_fastpath_enabled(False)",
+        "torch.backends.mha.set_fastpath_enabled(True)",
+        f"{UNITS} -k fast_path",
+    ),
+    Mutation(
+        "the rows of a shared projection are mistaken",
+        "privacy/units/attention.py",
+        "whole[:, self._rows] = grads",
+        "whole[:, : grads.shape[1]] = grads",
+        f"{GRADIENTS} -k 'exact and memory'",
+    ),
+    Mutation(
+        "a way is kept for a batch that its memory does not fit",
+        "privacy/units/base.py",
+        "len(grads) > 2 * self._timed_rows",
+        "self._timed_rows == 0",
+        f"{UNITS} -k larger_batch",
+    ),
+    Mutation(
+        "the padding's vector is trained",
+        "privacy/units/embedding.py",
+        "if self.padding is not None:",
+        "if False:",
+        f"{GRADIENTS} -k 'norms and embedding'",
     ),
     Mutation(
         "no noise is added",
@@ -163,8 +192,8 @@ CATALOGUE = [
     Mutation(
         "un-noised records are in a pickle of the model",
         "privacy/bookkeeping.py",
-        'return {**self.__dict__, "_pending": [], "_active": False}',
-        "return dict(self.__dict__)",
+        "return {**self.__dict__, **nothing}",
+        'return {**self.__dict__, "_handles": []}',
         f"{GRADIENTS} -k pickled",
     ),
 ]

@@ -36,7 +36,7 @@ CATALOGUE = [
     Mutation(
         "rotated rows are not compared",
         "data/rotation.py",
-        "if old.read_plaintext(index) != new.read_plaintext(index):",
+        "if old.decrypt(index, before) != new.decrypt(index, after):",
         "if False:",
         "tests/data/test_rotation.py -k other_rows_than_before",
     ),

@@ -53,8 +53,8 @@ CATALOGUE = [
     Mutation(
         "rounding hides a row's norm",
         "privacy/layers.py",
-        ".clamp(min=0) + error",
-        ".clamp(min=0)",
+        "total.clamp(min=0) + error",
+        "total.clamp(min=0)",
         f"{PRIVACY} -k cancellation",
     ),
     Mutation(

@@ -1,0 +1,103 @@
+"""Where in an epoch a run stands: what a checkpoint says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from lightning_secure.data.loader.order import Interval
+from lightning_secure.errors import ManifestMismatchError
+
+__all__ = ["Position"]
+
+_VERSION: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """What is left of an epoch, whoever reads it.
+
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        seed: Of its order.
+        window_bytes: Of its order.
+        shuffle: Whether it has an order of its own.
+        order: Digest of the order, see :func:`~lightning_secure.data.loader.order.digest`.
+        content: The split's content digest.
+        left: Intervals of the epoch's line that nobody has read.
+    """
+
+    epoch: int
+    seed: int
+    window_bytes: int
+    shuffle: bool
+    order: str
+    content: str
+    left: tuple[Interval, ...]
+
+    def to_state(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, which every checkpoint can hold."""
+        return {
+            "version": _VERSION,
+            "epoch": self.epoch,
+            "seed": self.seed,
+            "window_bytes": self.window_bytes,
+            "shuffle": self.shuffle,
+            "order": self.order,
+            "content": self.content,
+            "left": [[start, stop] for start, stop in self.left],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], *, rows: int, content: str) -> Self:
+        """Parse what :meth:`to_state` returned.
+
+        Args:
+            state: From a checkpoint.
+            rows: Rows of the split.
+            content: Its content digest.
+
+        Raises:
+            ManifestMismatchError: It was saved while other rows were read, by a version of this
+                package that orders them in another way, or it is damaged.
+        """
+        try:
+            if state["version"] != _VERSION:
+                raise ManifestMismatchError(
+                    f"the checkpoint's position in the epoch has version {state['version']!r}, "
+                    "which this package does not know: it cannot say which rows were seen. "
+                    "Nothing was read."
+                )
+            if state["content"] != content:
+                raise ManifestMismatchError(
+                    "the checkpoint was saved in the middle of an epoch over other rows than the "
+                    "split holds now: it cannot say which of these were seen. Nothing was read."
+                )
+            left = tuple(Interval(int(start), int(stop)) for start, stop in state["left"])
+            position = cls(
+                epoch=int(state["epoch"]),
+                seed=int(state["seed"]),
+                window_bytes=int(state["window_bytes"]),
+                shuffle=bool(state["shuffle"]),
+                order=str(state["order"]),
+                content=content,
+                left=left,
+            )
+        except (KeyError, TypeError, ValueError):
+            position, left = None, ()
+        ends = [0, *(end for interval in left for end in interval)]
+        if (
+            position is None
+            or any(start >= stop for start, stop in left)
+            or ends != sorted(ends)
+            or ends[-1] > rows
+            or position.window_bytes < 1
+            or not 0 <= position.epoch < 2**64
+            or not 0 <= position.seed < 2**64
+        ):
+            raise ManifestMismatchError(
+                "the checkpoint's position in the epoch is damaged: it cannot say which rows were "
+                "seen. Nothing was read."
+            )
+        return position

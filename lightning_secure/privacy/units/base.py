@@ -1,0 +1,305 @@
+"""What every kind of layer offers: per-sample gradients, their norms and weighted sums.
+
+A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
+its output. There are several ways there, and which is the cheapest depends on shapes and on the
+machine, so a unit times its ways on the first batch and keeps the fastest.
+
+Source:
+    Bu et al. 2023, arXiv:2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_secure.errors import PrivacyError, UnsupportedModelError
+
+__all__ = [
+    "GHOST",
+    "Gradients",
+    "Record",
+    "Unit",
+    "Watch",
+    "Way",
+    "norm_squared",
+    "trainable",
+    "widened",
+]
+
+Gradients = Mapping[nn.Parameter, Tensor]
+#: From a unit, its input and its output, batch first, to the output that goes on.
+Watch = Callable[["Unit", Tensor, Tensor], Tensor]
+
+#: Per-sample gradients of one layer may be kept until the norms are known up to this many bytes,
+#: or up to the bytes of the input and output gradient that they make superfluous.
+KEPT_BYTES: Final = 32 * 2**20
+#: And may be formed for a moment up to this many.
+FORMED_BYTES: Final = 512 * 2**20
+_TRIALS: Final = 2
+
+
+class Way(NamedTuple):
+    """One way from a record to its norms and sums.
+
+    Attributes:
+        form: How per-sample gradients are formed: a name that the unit knows; empty if they are
+            not formed, because the norms come by formula (the ghost norm).
+        kept: Whether they are kept for the weighted sum, which then needs neither input nor
+            output gradient.
+    """
+
+    form: str
+    kept: bool
+
+
+GHOST: Final = Way("", kept=False)
+
+
+class Unit(ABC):
+    """A layer whose per-sample gradients can be had from its input and its output's gradient.
+
+    Args:
+        name: Its name in the model, for errors.
+        module: The layer.
+        parameters: The parameters whose gradients it accounts for.
+    """
+
+    #: Names under which :meth:`per_sample` knows to form gradients.
+    forms: tuple[str, ...] = ("product",)
+    #: Whether :meth:`ghost_squares` is there.
+    has_ghost: bool = False
+
+    def __init__(self, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.name = name
+        self.module = module
+        self.parameters = tuple(parameters)
+        self._way: Way | None = None
+        self._timed_rows = 0
+
+    def attach(self, watch: Watch) -> Callable[[], None]:
+        """Have every call of the layer watched; returns how to end that.
+
+        Args:
+            watch: Takes the unit, its input and its output, and returns what goes on as output.
+        """
+        return self.module.register_forward_hook(partial(_after_forward, self, watch)).remove
+
+    @abstractmethod
+    def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
+        """Return each sample's gradient, shape ``(batch, *parameter.shape)``."""
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Return the squared norms without forming the gradients, shape ``(batch,)``."""
+        raise PrivacyError(f"{type(self).__name__} has no ghost norm. No step was taken.")
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
+        return combined(self.per_sample(inputs, grads, form=self.forms[0]), weights)
+
+    def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
+        """Return inputs and gradients of one use that amounts to several, if there is such a one.
+
+        The gradient of a layer that is used twice is the sum of its uses; where the sum runs over
+        time anyway, laying them one after another in time gives it.
+        """
+        return None
+
+    def formed_bytes(self, inputs: Tensor, grads: Tensor) -> int:
+        """Return how many bytes the per-sample gradients take."""
+        numbers = sum(p.numel() for p in self.parameters)
+        return len(grads) * numbers * widened(grads.dtype).itemsize
+
+    def ways(self, inputs: Tensor, grads: Tensor) -> list[Way]:
+        """Return the ways that memory allows; at least one."""
+        size = self.formed_bytes(inputs, grads)
+        held = grads.nbytes + inputs.nbytes
+        found = [GHOST] if self.has_ghost else []
+        if size <= FORMED_BYTES or not found:
+            found += [Way(form, kept=False) for form in self.forms]
+        if size <= max(KEPT_BYTES, held) or not self.has_ghost:
+            found += [Way(form, kept=True) for form in self.forms]
+        return found
+
+    def way(self, inputs: Tensor, grads: Tensor) -> Way:
+        """Return the fastest way for such a batch.
+
+        It is found by timing when the first batch is seen, and again when one comes that is more
+        than twice as large; not otherwise, so the choice costs nothing later.
+        """
+        if self._way is None or len(grads) > 2 * self._timed_rows:
+            ways = self.ways(inputs, grads)
+            if len(ways) == 1:
+                self._way, self._timed_rows = ways[0], len(grads)
+                return ways[0]
+            costs = [self._cost(way, inputs, grads) for way in ways]
+            self._way = ways[costs.index(min(costs))]
+            self._timed_rows = len(grads)
+        return self._way
+
+    def _cost(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
+        """Return the seconds that a way takes, at best."""
+        weights = torch.ones(len(grads), dtype=widened(grads.dtype), device=grads.device)
+        seconds = []
+        for _ in range(_TRIALS):
+            _synchronise(grads.device)
+            start = time.perf_counter()
+            record = Record(self, inputs, grads, scale=1.0, way=way)
+            record.squares()
+            record.weighted_sum(weights)
+            _synchronise(grads.device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+
+@dataclass(eq=False)
+class Record:
+    """What one use of one layer leaves behind.
+
+    Attributes:
+        unit: The layer.
+        inputs: Its input, shape ``(batch, ...)``; None once the per-sample gradients are kept.
+        grads: Gradient of the *mean* loss by the output, shape ``(batch, ...)``; None likewise.
+        scale: Rows of the batch: so many times is the gradient of a sample's own loss larger.
+        way: How norms and sums are had; chosen by the unit if None.
+        shapes: Those of the input and of the output's gradient.
+    """
+
+    unit: Unit
+    inputs: Tensor | None
+    grads: Tensor | None
+    scale: float = 1.0
+    way: Way | None = None
+    _kept: Gradients | None = None
+    _squares: Tensor | None = None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def __post_init__(self) -> None:
+        inputs, grads = self.evidence()
+        self.shapes = tuple(inputs.shape), tuple(grads.shape)
+
+    def squares(self) -> Tensor:
+        """Return the squared norm of each sample's own gradient, shape ``(batch,)``."""
+        if self._squares is None:
+            inputs, grads = self.evidence()
+            way = self.way or self.unit.way(inputs, grads)
+            self.way = way
+            if not way.form:
+                squares = self.unit.ghost_squares(inputs, grads)
+            else:
+                formed = self.unit.per_sample(inputs, grads, form=way.form)
+                squares = torch.stack([norm_squared(item) for item in formed.values()]).sum(0)
+                if way.kept:
+                    self._kept = formed
+            self._squares = squares
+        result: Tensor = self._squares * self.scale**2
+        return result
+
+    def release_inputs(self) -> None:
+        """Compute the norms now, and drop what is not needed for the sums."""
+        self.squares()
+        if self._kept is not None:
+            self.inputs = self.grads = None
+
+    def per_sample(self) -> Gradients:
+        """Return each sample's own gradient, shape ``(batch, *parameter.shape)``."""
+        if self._kept is not None:
+            formed = self._kept
+        else:
+            inputs, grads = self.evidence()
+            formed = self.unit.per_sample(inputs, grads, form=self.unit.forms[0])
+        return {parameter: item * self.scale for parameter, item in formed.items()}
+
+    def weighted_sum(self, weights: Tensor, keep: Tensor | None = None) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` over the samples' own gradients.
+
+        Args:
+            weights: Shape ``(batch,)``.
+            keep: Rows that are left out where it is false, whatever stands in them: a weight of
+                zero would make NaN of an infinity.
+        """
+        weights = weights * self.scale
+        if self._kept is not None:
+            kept = self._kept
+            if keep is not None:
+                kept = {p: zero_rows(item, keep) for p, item in kept.items()}
+            return combined(kept, weights)
+        inputs, grads = self.evidence()
+        if keep is not None:
+            grads = zero_rows(grads, keep)
+            inputs = zero_rows(inputs, keep) if inputs.is_floating_point() else inputs
+        return self.unit.weighted_sum(inputs, grads, weights)
+
+    def evidence(self) -> tuple[Tensor, Tensor]:
+        """Return the input and the output's gradient, which must still be there."""
+        assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
+        assert self.grads is not None  # noqa: S101
+        return self.inputs, self.grads
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that norms and sums are computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_squared(per_sample: Tensor) -> Tensor:
+    """Return the squared norms, shape ``(batch,)``, of gradients of shape ``(batch, ...)``."""
+    norms: Tensor = torch.linalg.vector_norm(per_sample.flatten(1), dim=1)
+    return norms.square()
+
+
+def combined(per_sample: Gradients, weights: Tensor) -> Gradients:
+    """Return the weighted sum over samples of each parameter's gradients."""
+    return {
+        parameter: (weights.to(item.dtype) @ item.flatten(1)).view(item.shape[1:])
+        for parameter, item in per_sample.items()
+    }
+
+
+def zero_rows(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Return ``tensor`` with zeros in the rows for which ``keep`` is false."""
+    mask = keep.view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def trainable(parameter: Tensor | None) -> nn.Parameter | None:
+    """Return the parameter if it is one and requires grad."""
+    if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+        return parameter
+    return None
+
+
+def require_default(unit: Unit, option: str, *, ok: bool, advice: str) -> None:
+    """Refuse a layer with an option that its formula does not cover.
+
+    Raises:
+        UnsupportedModelError: ``ok`` is false.
+    """
+    if not ok:
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(unit.module).__name__}) has {option}, which the "
+            f"per-sample rules do not cover. {advice} No step was taken."
+        )
+
+
+def _after_forward(
+    unit: Unit, watch: Watch, module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> Tensor:
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(module).__name__}) does not map one tensor to one "
+            "tensor, so its per-sample gradients cannot be formed. No step was taken."
+        )
+    return watch(unit, inputs[0], output)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        cast("Any", torch.cuda).synchronize(device)

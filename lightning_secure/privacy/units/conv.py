@@ -1,0 +1,160 @@
+"""``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` by formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_secure.privacy.layers import gram_squares
+from lightning_secure.privacy.units.base import Gradients, Unit, require_default, trainable, widened
+
+__all__ = ["ConvUnit", "unfolded"]
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class ConvUnit(Unit):
+    """A convolution with zero padding.
+
+    Two ways form its per-sample gradients: a product with the unfolded input, and one convolution
+    whose groups are the samples (Rochette et al. 2019, arXiv:1912.06015). The ghost norm on the
+    unfolded input (Bu et al. 2022, arXiv:2205.10683) forms none.
+    """
+
+    forms = ("grouped", "unfold")
+    has_ghost = True
+
+    def __init__(self, name: str, module: _Conv) -> None:
+        self.weight = trainable(module.weight)
+        self.bias = trainable(module.bias)
+        super().__init__(name, module, [p for p in (self.weight, self.bias) if p is not None])
+        require_default(
+            self,
+            f"padding_mode={module.padding_mode!r}",
+            ok=module.padding_mode == "zeros",
+            advice="Pad with torch.nn.functional.pad before a layer without padding.",
+        )
+        self._conv = module
+        self._groups = module.groups
+        self._kernel: tuple[int, ...] = module.kernel_size
+        self._stride: tuple[int, ...] = module.stride
+        self._dilation: tuple[int, ...] = module.dilation
+
+    def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
+        """Return the gradients, by the way that ``form`` names."""
+        inputs, grads = self._widened(inputs, grads)
+        found: dict[nn.Parameter, Tensor] = {}
+        if self.weight is not None:
+            shape = (len(grads), *self.weight.shape)
+            if form == "grouped":
+                padded = functional.pad(inputs, self._padding())
+                weight = self._backward(
+                    padded.flatten(0, 1).unsqueeze(0),
+                    grads.flatten(0, 1).unsqueeze(0),
+                    self.weight.detach()
+                    .to(grads.dtype)
+                    .repeat(len(grads), *[1] * (self.weight.ndim - 1)),
+                    groups=len(grads) * self._groups,
+                )
+            else:
+                columns, flat = self._columns(inputs, grads)
+                weight = torch.einsum("bgol,bgkl->bgok", flat, columns)
+            found[self.weight] = weight.reshape(shape)
+        if self.bias is not None:
+            found[self.bias] = grads.flatten(2).sum(2)
+        return found
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Return the squared norms by Gram matrices over the output's places."""
+        inputs, grads = self._widened(inputs, grads)
+        squares = torch.zeros(len(grads), dtype=grads.dtype, device=grads.device)
+        if self.weight is not None:
+            columns, flat = self._columns(inputs, grads)
+            places = columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
+            squares = squares + gram_squares(*places).view(len(grads), -1).sum(1)
+        if self.bias is not None:
+            squares = squares + grads.flatten(2).sum(2).square().sum(1)
+        return squares
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+        """Return the weighted sums, as autograd would compute them from weighted gradients."""
+        inputs, grads = self._widened(inputs, grads)
+        scaled = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
+        found: dict[nn.Parameter, Tensor] = {}
+        if self.weight is not None:
+            padded = functional.pad(inputs, self._padding())
+            weight = self.weight.detach().to(grads.dtype)
+            found[self.weight] = self._backward(padded, scaled, weight, groups=self._groups)
+        if self.bias is not None:
+            found[self.bias] = scaled.flatten(2).sum((0, 2))
+        return found
+
+    def _widened(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = widened(grads.dtype)
+        return inputs.to(dtype), grads.to(dtype)
+
+    def _padding(self) -> list[int]:
+        return list(cast("Any", self._conv)._reversed_padding_repeated_twice)
+
+    def _backward(self, inputs: Tensor, grads: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+        zeros = [0] * len(self._kernel)
+        _, result, _ = torch.ops.aten.convolution_backward(
+            grads.contiguous(),
+            inputs,
+            weight,
+            None,
+            self._stride,
+            zeros,
+            self._dilation,
+            False,
+            zeros,
+            groups,
+            [False, True, False],
+        )
+        return cast("Tensor", result)
+
+    def _columns(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as ``(batch, groups, features, places)``."""
+        padded = functional.pad(inputs, self._padding())
+        columns = unfolded(padded, self._kernel, self._stride, self._dilation)
+        batch, groups = len(grads), self._groups
+        return columns.view(batch, groups, -1, columns.shape[2]), grads.reshape(
+            batch, groups, grads.shape[1] // groups, -1
+        )
+
+
+def unfolded(
+    inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """Return the places that each output of a convolution sees.
+
+    Args:
+        inputs: Padded, shape ``(batch, channels, *size)`` with one to three dimensions of size.
+        kernel: Its size in each of them.
+        stride: Likewise.
+        dilation: Likewise.
+
+    Returns:
+        Shape ``(batch, channels * prod(kernel), places)``; like ``torch.nn.functional.unfold``,
+        which knows two dimensions only.
+    """
+    inputs = inputs.contiguous()
+    size = inputs.shape[2:]
+    places = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)
+    ]
+    steps = inputs.stride()[2:]
+    view = inputs.as_strided(
+        (*inputs.shape[:2], *kernel, *places),
+        (
+            *inputs.stride()[:2],
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
+            *(step * s for step, s in zip(steps, stride, strict=True)),
+        ),
+    )
+    return view.reshape(len(inputs), inputs.shape[1] * math.prod(kernel), math.prod(places))
