@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import lightning.pytorch as pl
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from lightning_secure.errors import (
     BudgetExhaustedError,
-    LedgerError,
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
@@ -32,16 +32,16 @@ from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import (
     CHECKPOINT_KEY,
     Ledger,
-    begin_ledger,
-    keep_ledger,
     ledger_of,
-    require_same_promise,
+    require_account,
 )
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
+from lightning_secure.privacy.promise import begin_ledger, require_same_promise
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
+    carry_ledger,
     planned_steps,
     require_optimizers,
     require_trainer_options,
@@ -72,6 +72,10 @@ class PrivateStrategy(SingleDeviceStrategy):
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
             All others are withheld from loggers, callbacks and the progress bar; metrics of
             validation and test are not touched.
+        journal: Local directory of the file in which the run notes every release before it happens,
+            so that a resume from an old checkpoint, a second branch or a crash cannot make the
+            account forget one. It must last as long as the checkpoints do. By default
+            ``privacy_journal`` in the Trainer's ``default_root_dir``.
         accelerator: As for any strategy; normally left to the Trainer.
         checkpoint_io: As for any strategy; normally a plugin of the Trainer.
         precision_plugin: As for any strategy; normally left to the Trainer.
@@ -87,7 +91,8 @@ class PrivateStrategy(SingleDeviceStrategy):
         UnsupportedTrainerOptionError: A Trainer option would break the promise.
         BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
             stop one step earlier; this is for when something made it go on.
-        LedgerError: A checkpoint without a privacy ledger, or with another one, is resumed.
+        LedgerError: A checkpoint without a privacy ledger, or with another one, is resumed, or its
+            run's journal is absent, altered, older than the checkpoint, or in use.
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
@@ -106,6 +111,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         config: DPConfig,
         *,
         public_metrics: Sequence[str] = (),
+        journal: str | Path | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -116,6 +122,7 @@ class PrivateStrategy(SingleDeviceStrategy):
             precision_plugin=precision_plugin,
         )
         self.config = config
+        self._journal = journal
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         self._ledger: Ledger | None = None
         self._restored: Ledger | None = None
@@ -177,7 +184,7 @@ class PrivateStrategy(SingleDeviceStrategy):
             self._ledger = restored or ledger_of(module)
             if self._ledger is not None:
                 require_same_promise(self.config, self._ledger)
-                keep_ledger(module, self._ledger)
+                carry_ledger(trainer, self._ledger, self._journal)
         super().setup(trainer)
         if not fitting:
             return
@@ -230,7 +237,7 @@ class PrivateStrategy(SingleDeviceStrategy):
                 batch_size=loader.batch_size or 1,
                 planned_steps=partial(planned_steps, trainer, self.config),
             )
-            keep_ledger(self._module, self._ledger)
+            carry_ledger(trainer, self._ledger, self._journal)
         return self._ledger
 
     # One step
@@ -374,18 +381,13 @@ class PrivateStrategy(SingleDeviceStrategy):
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
-            self._restored = Ledger.from_checkpoint(checkpoint)
-            if self._restored is None:
-                raise LedgerError(
-                    "the checkpoint has no privacy ledger: it was not trained privately, or the "
-                    "ledger was removed. Going on with a fresh account would report too small an "
-                    "epsilon, so nothing was resumed. To start from public weights, load them "
-                    "into the module and call fit without ckpt_path."
-                )
+            self._restored = require_account(checkpoint)
         return checkpoint
 
     def teardown(self) -> None:
-        """Take the hooks off the model again."""
+        """Take the hooks off the model again, and settle the journal."""
+        if self._ledger is not None:
+            self._ledger.close_journal()
         if self._engine is not None:
             self._engine.detach()
             self._engine = None

@@ -15,9 +15,8 @@ from lightning_secure.privacy.ledger import (
     HasLedger,
     Ledger,
     PublicNumbers,
-    begin_ledger,
-    require_same_promise,
 )
+from lightning_secure.privacy.promise import begin_ledger, require_same_promise
 
 PUBLIC = PublicNumbers(
     dataset_size=1000, dataset_size_declared=False, expected_batch_size=10, steps_per_epoch=100
@@ -94,7 +93,7 @@ def test_it_travels_in_a_weights_only_checkpoint():
     [
         lambda s: None,
         lambda s: {},
-        lambda s: {**s, "version": 2},
+        lambda s: {**s, "version": 3},
         lambda s: {k: v for k, v in s.items() if k != "releases"},
         lambda s: {**s, "releases": [[1.0, 0.1]]},
         lambda s: {**s, "releases": "x"},
