@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lightning_secure._version import __version__
-from lightning_secure.cli import doctor, keys
+from lightning_secure.cli import budget, doctor, keys
 from lightning_secure.cli.doctor import Check, run_checks
 
 __all__ = ["Check", "main", "run_checks"]
@@ -17,5 +17,6 @@ def main() -> None:
     """Private, confidential and accountable training for PyTorch Lightning."""
 
 
+main.add_command(budget.budget)
 main.add_command(doctor.doctor)
 main.add_command(keys.keys)

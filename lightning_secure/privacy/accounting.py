@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from scipy.optimize import brentq
-
 from lightning_secure.errors import ConfigError, PrivacyError
 
 __all__ = [
@@ -247,6 +245,8 @@ def calibrate_noise(
         PrivacyError: What was released already leaves nothing, or the accountant cannot show so
             small an epsilon at so small a delta.
     """
+    from scipy.optimize import brentq  # takes longer than everything else that is imported here
+
     require_accountant(accountant, bound=True)
     spent = epsilon_by(accountant, before, delta=delta)
     if spent >= target_epsilon:

@@ -62,15 +62,16 @@ class Journal:
     Args:
         path: The file.
         key: For its authentication codes, 32 bytes.
-        file: What was opened, positioned anywhere.
-        totals: What its last line says.
-        mac: Of its last line.
+        file: What was opened, unbuffered, positioned behind its last whole line.
+        totals: What that line says.
+        mac: Of that line.
     """
 
     def __init__(self, path: Path, *, key: bytes, file: Any, totals: Totals, mac: bytes) -> None:
         self._path = path
         self._key = key
         self._file = file
+        self._end = file.tell()
         self._mac = mac
         self._entered = dict(totals)
         self._used = dict(totals)
@@ -135,15 +136,20 @@ class Journal:
         line, mac = _line({"releases": _listed(totals), "settled": settled}, self._mac, self._key)
         failure = None
         try:
+            self._file.seek(self._end)
             _write(self._file, line)
         except OSError as error:
             failure = error.strerror or type(error).__name__
+            # A line that is there in part would spoil the next one.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
         if failure is not None:
             raise LedgerError(
                 f"the privacy journal {str(self._path)!r} could not be written: {failure}. What "
                 "is not entered there is not released: the step was not taken."
             )
         self._mac, self._entered = mac, dict(totals)
+        self._end += len(line)
 
     @classmethod
     def create(cls, path: Path, *, key: bytes, run_id: str, totals: Totals) -> Self:
@@ -232,7 +238,7 @@ def attach_journal(ledger: Ledger, directory: Path) -> None:
         journal = Journal.create(path, key=key, run_id=ledger.run_id, totals=totals)
     try:
         _charge(ledger, journal._entered, path)
-    except LedgerError:
+    except BaseException:
         journal.close()
         raise
     ledger.adopt(journal, path.parent)

@@ -31,6 +31,7 @@ __all__ = [
     "HasLedger",
     "Ledger",
     "PublicNumbers",
+    "bring_ledger",
     "keep_ledger",
     "ledger_of",
     "require_account",
@@ -328,6 +329,17 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
 def keep_ledger(module: object, ledger: Ledger) -> None:
     """Let a module carry the account of its weights, for whoever trains it next."""
     setattr(module, _ATTRIBUTE, ledger)
+
+
+def bring_ledger(module: object, checkpoint: Mapping[str, Any]) -> None:
+    """Let a module that takes over a checkpoint's weights carry their account, if they have one.
+
+    Raises:
+        LedgerError: They have one that cannot be read.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is not None:
+        keep_ledger(module, ledger)
 
 
 def ledger_of(module: object) -> Ledger | None:

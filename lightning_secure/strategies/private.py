@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,12 +32,13 @@ from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import (
     CHECKPOINT_KEY,
     Ledger,
+    bring_ledger,
     ledger_of,
     require_account,
 )
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
-from lightning_secure.privacy.promise import begin_ledger, require_same_promise
+from lightning_secure.privacy.promise import begin_ledger
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
@@ -54,14 +55,11 @@ from lightning_secure.strategies.steps import (
     stop_before_any_minimum,
     without_loss,
 )
-from lightning_secure.strategies.telemetry import GuardedResults
+from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
 
 __all__ = ["PrivateStrategy"]
 
 log = logging.getLogger(__name__)
-
-#: What the package itself logs while training; none of it depends on the rows.
-PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
 
 
 class PrivateStrategy(SingleDeviceStrategy):
@@ -72,10 +70,9 @@ class PrivateStrategy(SingleDeviceStrategy):
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
             All others are withheld from loggers, callbacks and the progress bar; metrics of
             validation and test are not touched.
-        journal: Local directory of the file in which the run notes every release before it happens,
-            so that a resume from an old checkpoint, a second branch or a crash cannot make the
-            account forget one. It must last as long as the checkpoints do. By default
-            ``privacy_journal`` in the Trainer's ``default_root_dir``.
+        journal: Local directory where the run notes each release before it happens, so that no old
+            checkpoint, second branch or crash makes the account forget one; keep it with the
+            checkpoints. By default ``privacy_journal`` in the Trainer's ``default_root_dir``.
         accelerator: As for any strategy; normally left to the Trainer.
         checkpoint_io: As for any strategy; normally a plugin of the Trainer.
         precision_plugin: As for any strategy; normally left to the Trainer.
@@ -91,8 +88,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         UnsupportedTrainerOptionError: A Trainer option would break the promise.
         BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
             stop one step earlier; this is for when something made it go on.
-        LedgerError: A checkpoint without a privacy ledger, or with another one, is resumed, or its
-            run's journal is absent, altered, older than the checkpoint, or in use.
+        LedgerError: A checkpoint is resumed without its privacy ledger or without its run's journal.
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
@@ -183,8 +179,7 @@ class PrivateStrategy(SingleDeviceStrategy):
             # A module that was trained privately before goes on with its own account.
             self._ledger = restored or ledger_of(module)
             if self._ledger is not None:
-                require_same_promise(self.config, self._ledger)
-                carry_ledger(trainer, self._ledger, self._journal)
+                carry_ledger(trainer, self._ledger, self.config, self._journal)
         super().setup(trainer)
         if not fitting:
             return
@@ -237,7 +232,7 @@ class PrivateStrategy(SingleDeviceStrategy):
                 batch_size=loader.batch_size or 1,
                 planned_steps=partial(planned_steps, trainer, self.config),
             )
-            carry_ledger(trainer, self._ledger, self._journal)
+            carry_ledger(trainer, self._ledger, self.config, self._journal)
         return self._ledger
 
     # One step
@@ -383,6 +378,11 @@ class PrivateStrategy(SingleDeviceStrategy):
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self._restored = require_account(checkpoint)
         return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take over weights and their account together, also where the run is then refused."""
+        bring_ledger(self._module, checkpoint)
+        super().load_model_state_dict(checkpoint, strict=strict)
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
