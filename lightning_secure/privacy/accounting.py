@@ -43,6 +43,7 @@ _COARSE_GRID: Final = 1e-3
 _LARGE: Final = 10.0
 _GRID_ERROR: Final = 1e-5
 _MAX_LOG_NOISE: Final = 25.0
+_MIN_LOG_NOISE: Final = -4.0
 _TOLERANCE: Final = 1e-3
 _MAX_SECANTS: Final = 20
 _MAX_STEPS: Final = 2**40
@@ -243,7 +244,7 @@ def calibrate_noise(
     Raises:
         ConfigError: ``accountant`` is not one of them.
         PrivacyError: What was released already leaves nothing, or the accountant cannot show so
-            small an epsilon at so small a delta.
+            small an epsilon at so small a delta, or shows it without any noise.
     """
     from scipy.optimize import brentq  # takes longer than everything else that is imported here
 
@@ -280,6 +281,12 @@ def calibrate_noise(
             )
     while roughly(low) < 0:
         low, high = low - 1.0, low
+        if low < _MIN_LOG_NOISE:
+            raise PrivacyError(
+                f"{steps} steps stay within epsilon {target_epsilon:g} at delta {delta:g} almost "
+                "without noise: so large a delta or budget promises nothing. Choose a smaller one, "
+                "or give the noise. Nothing was trained."
+            )
     first = brentq(roughly, low, high, xtol=1e-3)
     points = [(x, excess(x)) for x in (first, first + 0.01)]
     for _ in range(_MAX_SECANTS):

@@ -88,7 +88,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         UnsupportedTrainerOptionError: A Trainer option would break the promise.
         BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
             stop one step earlier; this is for when something made it go on.
-        LedgerError: A checkpoint is resumed without its privacy ledger or without its run's journal.
+        LedgerError: A checkpoint is resumed without its ledger or without its run's journal.
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
