@@ -64,7 +64,7 @@ def test_cutting_off_large_draws_is_not_free(limit, pld):
     assert "epsilon_rdp" not in found
 
 
-@pytest.mark.parametrize(("case", "pld", "rdp"), REFERENCE)
+@pytest.mark.parametrize(("case", "pld", "rdp"), REFERENCE[1::3])
 def test_the_noise_of_the_reference_values_is_found_again(case, pld, rdp):
     rate, noise, steps, delta = case
     found = answer("noise", *goal(rate, pld, steps, delta))

@@ -41,6 +41,17 @@ def ledger(tmp_path):
     account.close_journal()
 
 
+_resumed: list[Ledger] = []
+
+
+@pytest.fixture(autouse=True)
+def _let_go():
+    """A test that fails must not fail by the files that it leaves open."""
+    yield
+    while _resumed:
+        _resumed.pop().close_journal()
+
+
 def take(account, steps):
     for _ in range(steps):
         account.record()
@@ -48,7 +59,8 @@ def take(account, steps):
 
 def again(account):
     """The account as a checkpoint of this moment would bring it back."""
-    return Ledger.from_state_dict(json.loads(json.dumps(account.state_dict())))
+    _resumed.append(Ledger.from_state_dict(json.loads(json.dumps(account.state_dict()))))
+    return _resumed[-1]
 
 
 def entries(account, folder):

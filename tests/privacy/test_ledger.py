@@ -160,6 +160,30 @@ def test_the_noise_follows_the_budget_and_the_plan():
     assert more.noise_multiplier > account.noise_multiplier
 
 
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "steps", "target", "noise"),
+    [
+        (1, 1, 1, 4.3772, 1.0),
+        (100, 1, 10_000, 0.9470, 4.0),
+        (100, 1, 1000, 1.8282, 1.0),
+        (60_000, 256, 14_062, 2.3817, 1.1),
+        (50_000, 4096, 875, 0.9028, 10.0),
+    ],
+)
+def test_calibration_finds_the_noise_of_the_reference_values(
+    rows, batch_size, steps, target, noise
+):
+    account = begin(
+        rows=rows,
+        batch_size=batch_size,
+        planned=lambda _: steps,
+        noise_multiplier=None,
+        target_epsilon=target,
+    )
+    assert account.noise_multiplier == pytest.approx(noise, rel=1e-3)
+    assert target * (1 - 1e-3) <= account.epsilon(more_steps=steps) <= target
+
+
 def test_given_noise_is_taken_as_it_is():
     assert begin(target_epsilon=2.0).noise_multiplier == 1.0
     off = begin_ledger(
