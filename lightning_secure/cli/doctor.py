@@ -29,6 +29,7 @@ _KNOWN_BAD: Final = {
 }
 _EXTRAS: Final = {
     "mlflow": "tracking",
+    "matplotlib": "plot",
     "pkcs11": "pkcs11",
     "hvac": "vault",
     "boto3": "aws",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_secure.errors import ConfigError
+from lightning_secure.privacy.accounting import require_accountant
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 __all__ = ["DPConfig"]
@@ -31,6 +32,9 @@ class DPConfig:
             is in a row, and which rows there are, but not how many.
         planned_epochs: Epochs that the budget must last for, if the run is to be continued later.
             By default those of the Trainer.
+        accountant: By which epsilon is reported and the budget kept: ``pld``, the tightest, or
+            ``rdp``, both by dp_accounting; ``opacus-rdp`` or ``opacus-prv``, to compare with runs
+            of Opacus. All are upper bounds. Opacus' GDP is none and is refused.
 
     What only speed and memory depend on:
 
@@ -64,6 +68,7 @@ class DPConfig:
     max_physical_batch_size: int | None = None
     public_dataset_size: int | None = None
     planned_epochs: int | None = None
+    accountant: str = "pld"
     insecure_seed: int | None = None
     insecure_noise_off: bool = False
 
@@ -80,6 +85,7 @@ class DPConfig:
             public_dataset_size=self.public_dataset_size,
             planned_epochs=self.planned_epochs,
         )
+        require_accountant(self.accountant, bound=True)
         if self.target_epsilon is None and self.noise_multiplier is None:
             if not self.insecure_noise_off:
                 raise ConfigError(

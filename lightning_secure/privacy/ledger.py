@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import hashlib
 import math
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, Self, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
 
-from lightning_secure.errors import ConfigError, LedgerError
+from lightning_secure.errors import LedgerError
 from lightning_secure.privacy.accounting import (
     Release,
     affordable_steps,
-    calibrate_noise,
-    epsilon_pld,
+    epsilon_by,
     epsilon_rdp,
+    require_accountant,
 )
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.validate import open_unit_interval, positive, positive_int
+
+if TYPE_CHECKING:
+    from lightning_secure.privacy.journal import Journal
 
 __all__ = [
     "CHECKPOINT_KEY",
     "HasLedger",
     "Ledger",
     "PublicNumbers",
-    "begin_ledger",
+    "bring_ledger",
     "keep_ledger",
     "ledger_of",
-    "require_same_promise",
+    "require_account",
 ]
 
-log = logging.getLogger(__name__)
 CHECKPOINT_KEY: Final = "lightning_secure"
-_VERSION: Final = 1
+# 2 brought the journal; a reader that knows only 1 would resume without it.
+_VERSION: Final = 2
 _ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
@@ -74,6 +78,11 @@ class Ledger:
         run_id: 32 hexadecimal digits, the same in every checkpoint of a run.
         releases: Steps taken, equal ones together.
         insecure: Why the run is not private; empty if it is.
+        accountant: By which :meth:`epsilon` is computed and the budget kept.
+        abandoned: Steps among ``releases`` that were charged because the run's journal has them and
+            the checkpoint that it was resumed from had not.
+        journaled: Whether the run has a journal, without which it cannot be resumed.
+        journal_directory: Where the journal lay when it was last open in this process.
     """
 
     delta: float
@@ -83,7 +92,13 @@ class Ledger:
     run_id: str = field(default_factory=lambda: secrets.token_hex(16))
     releases: list[Release] = field(default_factory=list)
     insecure: tuple[str, ...] = ()
+    accountant: str = "pld"
+    abandoned: int = 0
+    journaled: bool = False
+    journal_directory: Path | None = None
+    _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
+    _journal: Journal | None = field(default=None, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -96,18 +111,74 @@ class Ledger:
         return not self.insecure
 
     def record(self) -> None:
-        """Enter one step. Call it before its result is released."""
-        noise, rate = self.noise_multiplier, self.public.sample_rate
-        if self.releases and self.releases[-1][:2] == (noise, rate):
-            self.releases[-1] = Release(noise, rate, self.releases[-1].steps + 1)
-        else:
-            self.releases.append(Release(noise, rate, 1))
+        """Enter one step. Call it before its result is released.
 
-    def epsilon(self, *, more_steps: int = 0) -> float:
-        """Return the epsilon spent, or that after ``more_steps`` more; infinite if not private."""
+        Raises:
+            LedgerError: The journal cannot be written. The step must not be released.
+        """
+        left = min((most - self.steps for most in self._certified.values()), default=None)
+        step = Release(self.noise_multiplier, self.public.sample_rate, 1)
+        self._charge(step, at_most=left)
+
+    def charge(self, release: Release) -> None:
+        """Enter another release of the same rows, for example a noised metric.
+
+        Args:
+            release: Its noise is in units of what one row can change; a sample rate of 1 if all
+                rows took part. Call it before the result is released.
+
+        Raises:
+            LedgerError: The journal cannot be written. It must not be released.
+        """
+        self._charge(release, at_most=release.steps)
+        # Which steps fit was found out without it.
+        self._certified.clear()
+
+    def _charge(self, release: Release, *, at_most: int | None = None) -> None:
+        if self._journal is not None:
+            self._journal.cover(release, at_most=at_most)
+        if self.releases and self.releases[-1][:2] == release[:2]:
+            self.releases[-1] = release._replace(steps=self.releases[-1].steps + release.steps)
+        else:
+            self.releases.append(release)
+
+    # The journal
+
+    def journal_key(self) -> bytes:
+        """Return the key of the journal's authentication codes; only checkpoints hold it."""
+        return bytes.fromhex(self._journal_key)
+
+    def adopt(self, journal: Journal, directory: Path) -> None:
+        """Enter releases in a journal from now on; :func:`attach_journal` has compared the two."""
+        self._journal, self.journaled, self.journal_directory = journal, True, directory
+
+    def add_abandoned(self, releases: Sequence[Release]) -> None:
+        """Charge what another branch of the run has released."""
+        self.releases.extend(releases)
+        self.abandoned += sum(release.steps for release in releases)
+        self._certified.clear()
+
+    def close_journal(self) -> None:
+        """Settle the journal and let others go on with the run; nothing if none is open."""
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is another branch: it opens the journal for itself.
+        return {**self.__dict__, "_journal": None}
+
+    def epsilon(self, *, more_steps: int = 0, accountant: str | None = None) -> float:
+        """Return the epsilon spent, or that after ``more_steps`` more; infinite if not private.
+
+        Args:
+            more_steps: Steps like the last ones.
+            accountant: Another one than the ledger's own, for comparison.
+        """
         if not self.private:
             return math.inf
-        return epsilon_pld(self._with(more_steps), delta=self.delta)
+        releases = self._with(more_steps)
+        return epsilon_by(accountant or self.accountant, releases, delta=self.delta)
 
     def epsilon_rdp(self) -> float:
         """Return the looser bound by Rényi DP, for comparison with other tools."""
@@ -129,6 +200,7 @@ class Ledger:
                 noise_multiplier=self.noise_multiplier,
                 sample_rate=self.public.sample_rate,
                 before=self.releases,
+                accountant=self.accountant,
             )
             self._certified[target_epsilon] = steps + more
         return steps < self._certified[target_epsilon]
@@ -152,6 +224,10 @@ class Ledger:
             "public": dataclasses.asdict(self.public),
             "releases": [list(release) for release in self.releases],
             "insecure": list(self.insecure),
+            "accountant": self.accountant,
+            "abandoned": self.abandoned,
+            "journaled": self.journaled,
+            "journal_key": self._journal_key,
             "sampling": "poisson",
             "adjacency": "add-or-remove-one-row",
         }
@@ -187,16 +263,32 @@ class Ledger:
 
     @classmethod
     def _parse(cls, state: Any) -> Self | None:
-        if state["version"] != _VERSION:
+        if state["version"] not in (1, _VERSION):
             return None
+        run_id = state["run_id"]
+        if not re.fullmatch("[0-9a-f]{32}", run_id):  # it names a file
+            return None
+        if state["version"] == 1:
+            # Journals came later. Every resume of such a checkpoint must find the same one, so its
+            # key can be no secret: accidents are seen, and other branches, but not a forger.
+            key = hashlib.sha256(b"lightning_secure journal of " + run_id.encode()).hexdigest()
+            state = {**state, "accountant": "pld", "abandoned": 0}
+            state = {**state, "journaled": False, "journal_key": key}
+        if not re.fullmatch("[0-9a-f]{64}", state["journal_key"]):
+            return None
+        require_accountant(state["accountant"], bound=True)
         ledger = cls(
             delta=state["delta"],
             max_grad_norm=state["max_grad_norm"],
             noise_multiplier=state["noise_multiplier"],
             public=PublicNumbers(**state["public"]),
-            run_id=str(state["run_id"]),
+            run_id=run_id,
             releases=[Release(*release) for release in state["releases"]],
             insecure=tuple(state["insecure"]),
+            accountant=state["accountant"],
+            abandoned=int(state["abandoned"]),
+            journaled=bool(state["journaled"]),
+            _journal_key=state["journal_key"],
         )
         public = ledger.public
         # ConfigError is a ValueError: any number that cannot be is a ledger that cannot be.
@@ -217,9 +309,37 @@ class Ledger:
         return ledger
 
 
+def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
+    """Return the account of a checkpoint that is to be trained further.
+
+    Raises:
+        LedgerError: It has none, or one that cannot be read.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is None:
+        raise LedgerError(
+            "the checkpoint has no privacy ledger: it was not trained privately, or the ledger was "
+            "removed. Going on with a fresh account would report too small an epsilon, so nothing "
+            "was resumed. To start from public weights, load them into the module and call fit "
+            "without ckpt_path."
+        )
+    return ledger
+
+
 def keep_ledger(module: object, ledger: Ledger) -> None:
     """Let a module carry the account of its weights, for whoever trains it next."""
     setattr(module, _ATTRIBUTE, ledger)
+
+
+def bring_ledger(module: object, checkpoint: Mapping[str, Any]) -> None:
+    """Let a module that takes over a checkpoint's weights carry their account, if they have one.
+
+    Raises:
+        LedgerError: They have one that cannot be read.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is not None:
+        keep_ledger(module, ledger)
 
 
 def ledger_of(module: object) -> Ledger | None:
@@ -238,91 +358,3 @@ class HasLedger(Protocol):
 
     def stop_training(self) -> None:
         """Make the Trainer take no further step, whatever minimum it was given."""
-
-
-def begin_ledger(
-    config: DPConfig, *, rows: int, batch_size: int, planned_steps: Callable[[int], int]
-) -> Ledger:
-    """Fix a run's public numbers and its noise, and open its account.
-
-    Args:
-        config: What privacy is asked for.
-        rows: Rows of the dataset; used only if the configuration declares no number.
-        batch_size: Of the user's loader; used only if the configuration declares none.
-        planned_steps: From the steps of an epoch to those that the budget must last for.
-
-    Raises:
-        ConfigError: More rows are expected in a step than there are.
-    """
-    dataset_size = config.public_dataset_size or rows
-    expected = config.expected_batch_size or min(batch_size, dataset_size)
-    if expected > dataset_size:
-        raise ConfigError(
-            f"expected_batch_size={expected} is more than the {dataset_size} rows there are. No "
-            "step was taken."
-        )
-    public = PublicNumbers(
-        dataset_size=dataset_size,
-        dataset_size_declared=config.public_dataset_size is not None,
-        expected_batch_size=expected,
-        steps_per_epoch=-(-dataset_size // expected),
-    )
-    if config.delta > 1 / dataset_size:
-        log.warning(
-            "delta=%g is larger than one in the number of rows; such a promise allows publishing "
-            "some rows outright. Choose it well below 1/%d.",
-            config.delta,
-            dataset_size,
-        )
-    ledger = Ledger(
-        delta=config.delta,
-        max_grad_norm=config.max_grad_norm,
-        noise_multiplier=config.noise_multiplier or 0.0,
-        public=public,
-        insecure=config.insecure,
-    )
-    if config.noise_multiplier is None and config.target_epsilon is not None:
-        steps = planned_steps(public.steps_per_epoch)
-        ledger.noise_multiplier = calibrate_noise(
-            target_epsilon=config.target_epsilon,
-            delta=config.delta,
-            sample_rate=public.sample_rate,
-            steps=steps,
-        )
-        ledger.certify(config.target_epsilon, steps=steps)
-        log.info(
-            "noise_multiplier %.4f spends epsilon %g in %d steps",
-            ledger.noise_multiplier,
-            config.target_epsilon,
-            steps,
-        )
-    return ledger
-
-
-def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
-    """Compare a configuration with the promise that a run was begun with.
-
-    The budget itself may change: it is compared with what was spent before each step.
-
-    Raises:
-        LedgerError: They differ; the message says in what.
-    """
-    pairs = {
-        "delta": (config.delta, ledger.delta),
-        "max_grad_norm": (config.max_grad_norm, ledger.max_grad_norm),
-        "noise_multiplier": (config.noise_multiplier, ledger.noise_multiplier),
-        "expected_batch_size": (config.expected_batch_size, ledger.public.expected_batch_size),
-        "public_dataset_size": (config.public_dataset_size, ledger.public.dataset_size),
-    }
-    changed = [
-        f"{name} was {old} and is {new}"
-        for name, (new, old) in pairs.items()
-        if new is not None and new != old
-    ]
-    if config.insecure != ledger.insecure:
-        changed.append(f"insecure settings were {ledger.insecure} and are {config.insecure}")
-    if changed:
-        raise LedgerError(
-            f"the run cannot go on under another promise: {'; '.join(changed)}. Resume with the "
-            "values it was begun with, or begin a new run. No step was taken."
-        )

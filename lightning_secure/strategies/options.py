@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import _MockOptimizer
@@ -20,8 +22,13 @@ from lightning_secure.errors import (
     UnsupportedTrainerOptionError,
 )
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.journal import attach_journal
+from lightning_secure.privacy.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.promise import require_same_promise
 
-__all__ = ["planned_steps", "require_optimizers", "require_trainer_options"]
+__all__ = ["carry_ledger", "planned_steps", "require_optimizers", "require_trainer_options"]
+
+_JOURNALS: Final = "privacy_journal"
 
 
 def require_trainer_options(
@@ -126,3 +133,33 @@ def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -
             "nor max_steps. Set one, or DPConfig(planned_epochs=) or DPConfig(noise_multiplier=)."
         )
     return min(bounds)
+
+
+def carry_ledger(
+    trainer: pl.Trainer, ledger: Ledger, config: DPConfig, journal: str | Path | None
+) -> None:
+    """Let the module carry the account of its weights, and its run's journal cover it.
+
+    Args:
+        trainer: Whose module it is, and in whose ``default_root_dir`` journals lie by default.
+        ledger: A new one, or the one that the run goes on with.
+        config: What is asked for now, which must be what the run was begun with.
+        journal: The directory that the user wants instead.
+
+    Raises:
+        ConfigError: The directory is not on a local file system, where it can be locked and
+            flushed.
+        LedgerError: The promise is another one, or the journal does not allow the run to go on;
+            see :func:`~lightning_secure.privacy.journal.attach_journal`.
+    """
+    # First, because the weights are there even if the run is refused.
+    keep_ledger(trainer.lightning_module, ledger)
+    require_same_promise(config, ledger)
+    directory = str(journal) if journal is not None else f"{trainer.default_root_dir}/{_JOURNALS}"
+    if "://" in directory:
+        raise ConfigError(
+            f"the privacy journal must be flushed and locked, which {directory!r} cannot be. Give "
+            "a local directory that is kept with the checkpoints, PrivateStrategy(journal=...). No "
+            "step was taken."
+        )
+    attach_journal(ledger, Path(directory))

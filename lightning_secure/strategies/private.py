@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from lightning_secure.errors import (
     BudgetExhaustedError,
-    LedgerError,
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
@@ -32,16 +32,17 @@ from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import (
     CHECKPOINT_KEY,
     Ledger,
-    begin_ledger,
-    keep_ledger,
+    bring_ledger,
     ledger_of,
-    require_same_promise,
+    require_account,
 )
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
+from lightning_secure.privacy.promise import begin_ledger
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
+    carry_ledger,
     planned_steps,
     require_optimizers,
     require_trainer_options,
@@ -54,14 +55,11 @@ from lightning_secure.strategies.steps import (
     stop_before_any_minimum,
     without_loss,
 )
-from lightning_secure.strategies.telemetry import GuardedResults
+from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
 
 __all__ = ["PrivateStrategy"]
 
 log = logging.getLogger(__name__)
-
-#: What the package itself logs while training; none of it depends on the rows.
-PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
 
 
 class PrivateStrategy(SingleDeviceStrategy):
@@ -72,6 +70,9 @@ class PrivateStrategy(SingleDeviceStrategy):
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
             All others are withheld from loggers, callbacks and the progress bar; metrics of
             validation and test are not touched.
+        journal: Local directory where the run notes each release before it happens, so that no old
+            checkpoint, second branch or crash makes the account forget one; keep it with the
+            checkpoints. By default ``privacy_journal`` in the Trainer's ``default_root_dir``.
         accelerator: As for any strategy; normally left to the Trainer.
         checkpoint_io: As for any strategy; normally a plugin of the Trainer.
         precision_plugin: As for any strategy; normally left to the Trainer.
@@ -87,7 +88,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         UnsupportedTrainerOptionError: A Trainer option would break the promise.
         BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
             stop one step earlier; this is for when something made it go on.
-        LedgerError: A checkpoint without a privacy ledger, or with another one, is resumed.
+        LedgerError: A checkpoint is resumed without its ledger or without its run's journal.
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
@@ -106,6 +107,7 @@ class PrivateStrategy(SingleDeviceStrategy):
         config: DPConfig,
         *,
         public_metrics: Sequence[str] = (),
+        journal: str | Path | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -116,6 +118,7 @@ class PrivateStrategy(SingleDeviceStrategy):
             precision_plugin=precision_plugin,
         )
         self.config = config
+        self._journal = journal
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         self._ledger: Ledger | None = None
         self._restored: Ledger | None = None
@@ -176,8 +179,7 @@ class PrivateStrategy(SingleDeviceStrategy):
             # A module that was trained privately before goes on with its own account.
             self._ledger = restored or ledger_of(module)
             if self._ledger is not None:
-                require_same_promise(self.config, self._ledger)
-                keep_ledger(module, self._ledger)
+                carry_ledger(trainer, self._ledger, self.config, self._journal)
         super().setup(trainer)
         if not fitting:
             return
@@ -230,7 +232,7 @@ class PrivateStrategy(SingleDeviceStrategy):
                 batch_size=loader.batch_size or 1,
                 planned_steps=partial(planned_steps, trainer, self.config),
             )
-            keep_ledger(self._module, self._ledger)
+            carry_ledger(trainer, self._ledger, self.config, self._journal)
         return self._ledger
 
     # One step
@@ -374,18 +376,18 @@ class PrivateStrategy(SingleDeviceStrategy):
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
-            self._restored = Ledger.from_checkpoint(checkpoint)
-            if self._restored is None:
-                raise LedgerError(
-                    "the checkpoint has no privacy ledger: it was not trained privately, or the "
-                    "ledger was removed. Going on with a fresh account would report too small an "
-                    "epsilon, so nothing was resumed. To start from public weights, load them "
-                    "into the module and call fit without ckpt_path."
-                )
+            self._restored = require_account(checkpoint)
         return checkpoint
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take over weights and their account together, also where the run is then refused."""
+        bring_ledger(self._module, checkpoint)
+        super().load_model_state_dict(checkpoint, strict=strict)
+
     def teardown(self) -> None:
-        """Take the hooks off the model again."""
+        """Take the hooks off the model again, and settle the journal."""
+        if self._ledger is not None:
+            self._ledger.close_journal()
         if self._engine is not None:
             self._engine.detach()
             self._engine = None

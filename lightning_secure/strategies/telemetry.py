@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 
-__all__ = ["GuardedResults"]
+__all__ = ["PUBLIC_METRICS", "GuardedResults"]
 
 log = logging.getLogger(__name__)
+
+#: What the package itself logs while training; none of it depends on the rows.
+PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
 
 
 class GuardedResults(_ResultCollection):

@@ -185,6 +185,7 @@ def test_a_fit_after_a_resume_goes_on_with_the_account(tmp_path):
     third = trainer(tmp_path)
     third.fit(model, loader())
     assert third.strategy.ledger.steps == 24
+    assert third.strategy.ledger.abandoned == 0  # all of them are in the module's own account
 
 
 def test_a_module_from_a_checkpoint_brings_its_account(tmp_path, keys):

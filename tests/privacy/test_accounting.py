@@ -11,6 +11,7 @@ from lightning_secure.privacy.accounting import (
     calibrate_noise,
     epsilon_pld,
     epsilon_rdp,
+    epsilon_truncated,
 )
 
 # q, sigma, T, delta: by dp_accounting's privacy loss distributions on a grid of 1e-4, and by RDP.
@@ -30,6 +31,31 @@ def test_reference_values(case, pld, rdp):
     releases = [Release(noise, rate, steps)]
     assert epsilon_pld(releases, delta=delta) == pytest.approx(pld, rel=1e-4)
     assert epsilon_rdp(releases, delta=delta) == pytest.approx(rdp, rel=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "pld"), [(550, 4.836), (700, 1.829)])
+def test_cutting_off_large_draws_is_not_free(limit, pld):
+    release = Release(1.0, 0.01, 1000)
+    found = epsilon_truncated(release, delta=1e-5, dataset_size=50_000, max_batch_size=limit)
+    assert found == pytest.approx(pld, rel=1e-3)
+
+
+def test_a_large_epsilon_is_computed_on_a_coarser_grid_and_is_still_a_bound():
+    from lightning_secure.privacy import accounting
+
+    releases = [Release(0.5, 0.1, 100), Release(1.0, 1.0, 2)]
+    assert accounting._grid(releases, 1e-5) > accounting.GRID
+    fine = accounting._epsilon(releases, 1e-5, accounting.GRID)
+    assert fine > 10
+    assert fine * (1 - 1e-9) <= epsilon_pld(releases, delta=1e-5) <= fine * (1 + 1e-4)
+    assert accounting._grid([Release(0.0, 1.0, 1)], 1e-5) == accounting.GRID
+
+
+def test_what_cannot_be_calibrated_ends():
+    with pytest.raises(PrivacyError, match="no amount of noise"):
+        calibrate_noise(target_epsilon=1.0, delta=1e-30, sample_rate=0.01, steps=10)
+    with pytest.raises(PrivacyError, match="promises nothing"):  # a row is drawn more rarely
+        calibrate_noise(target_epsilon=0.5, delta=0.3, sample_rate=0.01, steps=10)
 
 
 def test_the_gaussian_mechanism_agrees_with_its_closed_form():

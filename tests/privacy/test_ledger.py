@@ -15,9 +15,8 @@ from lightning_secure.privacy.ledger import (
     HasLedger,
     Ledger,
     PublicNumbers,
-    begin_ledger,
-    require_same_promise,
 )
+from lightning_secure.privacy.promise import begin_ledger, require_same_promise
 
 PUBLIC = PublicNumbers(
     dataset_size=1000, dataset_size_declared=False, expected_batch_size=10, steps_per_epoch=100
@@ -94,7 +93,7 @@ def test_it_travels_in_a_weights_only_checkpoint():
     [
         lambda s: None,
         lambda s: {},
-        lambda s: {**s, "version": 2},
+        lambda s: {**s, "version": 3},
         lambda s: {k: v for k, v in s.items() if k != "releases"},
         lambda s: {**s, "releases": [[1.0, 0.1]]},
         lambda s: {**s, "releases": "x"},
@@ -159,6 +158,30 @@ def test_the_noise_follows_the_budget_and_the_plan():
     assert 1.998 <= account.epsilon() <= 2.0
     more = begin(noise_multiplier=None, target_epsilon=2.0, planned=lambda n: 9 * n)
     assert more.noise_multiplier > account.noise_multiplier
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "steps", "target", "noise"),
+    [
+        (1, 1, 1, 4.3772, 1.0),
+        (100, 1, 10_000, 0.9470, 4.0),
+        (100, 1, 1000, 1.8282, 1.0),
+        (60_000, 256, 14_062, 2.3817, 1.1),
+        (50_000, 4096, 875, 0.9028, 10.0),
+    ],
+)
+def test_calibration_finds_the_noise_of_the_reference_values(
+    rows, batch_size, steps, target, noise
+):
+    account = begin(
+        rows=rows,
+        batch_size=batch_size,
+        planned=lambda _: steps,
+        noise_multiplier=None,
+        target_epsilon=target,
+    )
+    assert account.noise_multiplier == pytest.approx(noise, rel=1e-3)
+    assert target * (1 - 1e-3) <= account.epsilon(more_steps=steps) <= target
 
 
 def test_given_noise_is_taken_as_it_is():

@@ -119,7 +119,8 @@ class CiphertextCache:
                     return True  # finished just before this download began
                 done = self._claim(fd, part, source.size) and _copy(source, fd, step)
                 if done:
-                    with _cache_errors():
+                    # Under the lock, or who claims room might see neither of its names.
+                    with _cache_errors(), exclusive_lock(self.folder / _LOCK):
                         os.rename(part, path)
             finally:
                 if not done:

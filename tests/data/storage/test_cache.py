@@ -23,6 +23,7 @@ from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.storage import CiphertextCache, RemoteStorage
 from lightning_secure.errors import ConfigError, ShardCorruptedError, StorageError
+from lightning_secure.files import exclusive_lock
 
 ROWS = np.arange(800, dtype="int64").reshape(400, 2)
 
@@ -390,11 +391,13 @@ def test_several_processes_share_a_cache_that_is_too_small(local, cache, key_fil
     readers = [start_reader(local, cache.folder, key_file, limit=limit) for _ in range(2)]
     largest = 0
     while any(reader.poll() is None for reader in readers):
-        total = 0
-        for path in cache.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_size
+        with exclusive_lock(cache.folder / ".lock"):
+            total = 0
+            for path in cache.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    total += path.stat().st_size
         largest = max(largest, total)
+        time.sleep(0.001)
     for reader in readers:
         reader.communicate()
         assert reader.returncode == 0

@@ -136,8 +136,8 @@ CATALOGUE = [
     Mutation(
         "a run resumes without its account",
         "strategies/private.py",
-        "            if self._restored is None:\n",
-        "            self._restored = None\n            if False:\n",
+        "            self._restored = require_account(checkpoint)\n",
+        "            self._restored = None\n",
         f"{STRATEGY} -k 'goes_on_with or without_an_account'",
     ),
     Mutation(

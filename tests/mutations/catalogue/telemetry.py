@@ -88,8 +88,8 @@ CATALOGUE = [
     ),
     Mutation(
         "a fit after a resume begins a new account",
-        "strategies/private.py",
-        "                keep_ledger(module, self._ledger)\n",
+        "strategies/options.py",
+        "    keep_ledger(trainer.lightning_module, ledger)\n",
         "",
         f"{PRIVACY} -k after_a_resume",
     ),

@@ -1,0 +1,64 @@
+"""The privacy account of a checkpoint, without its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.errors import CheckpointCorruptedError, ConfigError, LedgerError
+from lightning_secure.plugins.checkpoint import MAGIC, opened
+from lightning_secure.privacy.ledger import Ledger
+
+__all__ = ["read_account"]
+
+_FAILURES: Final = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError)
+
+
+def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
+    """Return the account that travels in a checkpoint.
+
+    Args:
+        path: An encrypted checkpoint, or one in the clear.
+        keys: Opens an encrypted one.
+
+    Raises:
+        ConfigError: It is encrypted, and there are no keys.
+        CheckpointCorruptedError: It was altered, is no checkpoint, or holds objects that are not
+            safe to load.
+        WrongKeyError: It was written under another key.
+        LedgerError: It has no account, or one that cannot be read.
+        FileNotFoundError: There is none.
+
+    Guarantees:
+        No code of the checkpoint runs, and no tensor's data is read into memory.
+    """
+    with path.open("rb") as file:
+        encrypted = file.read(len(MAGIC)) == MAGIC
+    if encrypted and keys is None:
+        raise ConfigError(f"checkpoint {str(path)!r} is encrypted, and no key was given.")
+    checkpoint: Any = None
+    if encrypted and keys is not None:
+        with opened(path, keys=keys) as stream, FakeTensorMode():
+            checkpoint = torch.load(stream, weights_only=True)
+    else:
+        with contextlib.suppress(*_FAILURES), FakeTensorMode():
+            checkpoint = torch.load(path, weights_only=True)
+        if checkpoint is None:
+            # Raised out here: what torch says can hold parts of the file.
+            raise CheckpointCorruptedError(
+                f"{str(path)!r} is no checkpoint, was cut off, or holds objects that are not safe "
+                "to load. Nothing from it was used."
+            )
+    ledger = Ledger.from_checkpoint(checkpoint) if isinstance(checkpoint, dict) else None
+    if ledger is None:
+        raise LedgerError(
+            f"checkpoint {str(path)!r} has no privacy ledger: it was not trained privately, or the "
+            "ledger was removed. Nobody knows what it reveals."
+        )
+    return ledger

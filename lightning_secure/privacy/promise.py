@@ -1,0 +1,106 @@
+"""What a run promises: fixed at its first fit, and kept to when it goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from lightning_secure.errors import ConfigError, LedgerError
+from lightning_secure.privacy.accounting import calibrate_noise
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.ledger import Ledger, PublicNumbers
+
+__all__ = ["begin_ledger", "require_same_promise"]
+
+log = logging.getLogger(__name__)
+
+
+def begin_ledger(
+    config: DPConfig, *, rows: int, batch_size: int, planned_steps: Callable[[int], int]
+) -> Ledger:
+    """Fix a run's public numbers and its noise, and open its account.
+
+    Args:
+        config: What privacy is asked for.
+        rows: Rows of the dataset; used only if the configuration declares no number.
+        batch_size: Of the user's loader; used only if the configuration declares none.
+        planned_steps: From the steps of an epoch to those that the budget must last for.
+
+    Raises:
+        ConfigError: More rows are expected in a step than there are.
+    """
+    dataset_size = config.public_dataset_size or rows
+    expected = config.expected_batch_size or min(batch_size, dataset_size)
+    if expected > dataset_size:
+        raise ConfigError(
+            f"expected_batch_size={expected} is more than the {dataset_size} rows there are. No "
+            "step was taken."
+        )
+    public = PublicNumbers(
+        dataset_size=dataset_size,
+        dataset_size_declared=config.public_dataset_size is not None,
+        expected_batch_size=expected,
+        steps_per_epoch=-(-dataset_size // expected),
+    )
+    if config.delta > 1 / dataset_size:
+        log.warning(
+            "delta=%g is larger than one in the number of rows; such a promise allows publishing "
+            "some rows outright. Choose it well below 1/%d.",
+            config.delta,
+            dataset_size,
+        )
+    ledger = Ledger(
+        delta=config.delta,
+        max_grad_norm=config.max_grad_norm,
+        noise_multiplier=config.noise_multiplier or 0.0,
+        public=public,
+        insecure=config.insecure,
+        accountant=config.accountant,
+    )
+    if config.noise_multiplier is None and config.target_epsilon is not None:
+        steps = planned_steps(public.steps_per_epoch)
+        ledger.noise_multiplier = calibrate_noise(
+            target_epsilon=config.target_epsilon,
+            delta=config.delta,
+            sample_rate=public.sample_rate,
+            steps=steps,
+            accountant=config.accountant,
+        )
+        ledger.certify(config.target_epsilon, steps=steps)
+        log.info(
+            "noise_multiplier %.4f spends epsilon %g in %d steps",
+            ledger.noise_multiplier,
+            config.target_epsilon,
+            steps,
+        )
+    return ledger
+
+
+def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
+    """Compare a configuration with the promise that a run was begun with.
+
+    The budget itself may change: it is compared with what was spent before each step.
+
+    Raises:
+        LedgerError: They differ; the message says in what.
+    """
+    pairs = {
+        "delta": (config.delta, ledger.delta),
+        "max_grad_norm": (config.max_grad_norm, ledger.max_grad_norm),
+        "noise_multiplier": (config.noise_multiplier, ledger.noise_multiplier),
+        "expected_batch_size": (config.expected_batch_size, ledger.public.expected_batch_size),
+        "public_dataset_size": (config.public_dataset_size, ledger.public.dataset_size),
+        "accountant": (config.accountant, ledger.accountant),
+    }
+    changed = [
+        f"{name} was {old} and is {new}"
+        for name, (new, old) in pairs.items()
+        if new is not None and new != old
+    ]
+    if config.insecure != ledger.insecure:
+        changed.append(f"insecure settings were {ledger.insecure} and are {config.insecure}")
+    if changed:
+        raise LedgerError(
+            f"the run cannot go on under another promise: {'; '.join(changed)}. Resume with the "
+            "values it was begun with, or begin a new run. No step was taken."
+        )

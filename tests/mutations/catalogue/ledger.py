@@ -1,0 +1,67 @@
+"""The account over forks, roll-backs and crashes, and who may keep a budget."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+JOURNAL = "tests/privacy/test_journal.py"
+RUNS = "tests/strategies/test_journal.py"
+
+CATALOGUE = [
+    Mutation(
+        "a run goes on without its journal",
+        "strategies/options.py",
+        "    attach_journal(ledger, Path(directory))\n",
+        "",
+        f"{RUNS} -k rolled_back",
+    ),
+    Mutation(
+        "what other branches took is not charged",
+        "privacy/journal.py",
+        "        ledger.add_abandoned(missing)\n",
+        "",
+        f"{JOURNAL} -k another_branch",
+    ),
+    Mutation(
+        "steps are entered after they were taken",
+        "privacy/journal.py",
+        "        if used > self._entered.get(mechanism, 0):",
+        "        if used > self._entered.get(mechanism, 0) + 1:",
+        f"{JOURNAL} -k before_it_is_taken",
+    ),
+    Mutation(
+        "a journal that was put back to an older state is taken for whole",
+        "privacy/journal.py",
+        "    if short:",
+        "    if False:",
+        f"{JOURNAL} -k older_state",
+    ),
+    Mutation(
+        "a removed journal is begun anew",
+        "privacy/journal.py",
+        "    if ledger.journaled or path.exists():",
+        "    if path.exists():",
+        f"{JOURNAL} -k removed",
+    ),
+    Mutation(
+        "the journal's codes are not compared",
+        "privacy/journal.py",
+        "        if not hmac.compare_digest(expected, line):",
+        "        if False:",
+        f"{JOURNAL} -k altered",
+    ),
+    Mutation(
+        "weights of a refused resume get a fresh account",
+        "strategies/private.py",
+        "        bring_ledger(self._module, checkpoint)\n",
+        "",
+        f"{RUNS} -k only_validated",
+    ),
+    Mutation(
+        "a budget is kept by an approximation",
+        "privacy/accounting.py",
+        "    if bound and name not in BOUNDS:",
+        "    if False:",
+        "tests/privacy/test_opacus_accounting.py -k by_an_approximation",
+    ),
+]
