@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from lightning_secure.errors import ConfigError
+
 __all__ = [
+    "as_path",
     "atomic_writer",
     "exclusive_lock",
     "make_private_directories",
@@ -20,6 +23,24 @@ __all__ = [
     "read_regular",
     "sync_directory",
 ]
+
+
+def as_path(value: object, *, what: str) -> Path:
+    r"""Return ``value`` as a path that the operating system can be asked for.
+
+    Raises:
+        ConfigError: It is not text or a path, or has a NUL character.
+
+    >>> as_path("a\0b", what="root")
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: root is not a path: it is empty or has a NUL character.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{what} is not a path but a {type(value).__name__}.")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"{what} is not a path: it is empty or has a NUL character.")
+    return Path(text)
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:

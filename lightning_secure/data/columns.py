@@ -18,6 +18,7 @@ __all__ = ["convert_column", "count_rows", "infer_column", "joined"]
 
 _UNTOUCHED: Final = "Nothing of this call was sealed."
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+_INT64_MAX: Final = np.iinfo(np.int64).max
 
 
 def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
@@ -26,6 +27,19 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     Raises:
         DataError: There is no column, or they differ in length.
     """
+    if not isinstance(columns, Mapping):
+        raise DataError(f"rows must be given as names and values of columns. {_UNTOUCHED}")
+    for name, values in columns.items():
+        if not isinstance(name, str):
+            raise DataError(
+                f"a column's name is not text but a {type(name).__name__}. {_UNTOUCHED}"
+            )
+        single = isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0
+        if single or not hasattr(values, "__len__"):
+            raise DataError(
+                f"column {name!r} was given one {type(values).__name__} where a call needs a "
+                f"sequence with one value a row. {_UNTOUCHED}"
+            )
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
         raise DataError(
@@ -105,7 +119,10 @@ def _normalised(name: str, values: Any) -> Tensor | list[Any]:
         if values.dtype.kind in "OU":
             return _normalised(name, values.tolist())
         _known(name, str(values.dtype))
-        return torch.as_tensor(np.ascontiguousarray(values))
+        # asarray, not ascontiguousarray: that one turns the shape () into (1,).
+        array = np.asarray(values, order="C")
+        # torch warns of read-only memory, which is what Arrow and mapped files are.
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
     if isinstance(values, Tensor):
         _known(name, str(values.dtype).removeprefix("torch."))
         return values.detach().cpu()
@@ -132,8 +149,10 @@ def _batched(column: Column, rows: Tensor | list[Any]) -> Tensor:
         raise _mismatch(column, "a value of another type")
     if not _plain(rows):
         raise _mismatch(column, f"{array.dtype} values")
+    # What int64 cannot hold is uint64 here, and would wrap around.
+    wraps = not floating and array.dtype == np.uint64 and bool((array > _INT64_MAX).any())
     tensor = torch.as_tensor(array.astype("float64" if floating else "int64"))
-    if not floating and bool((tensor.to(target) != tensor).any()):
+    if wraps or (not floating and bool((tensor.to(target) != tensor).any())):
         raise _mismatch(column, "a number that its dtype cannot hold")
     return tensor.to(target)
 

@@ -34,7 +34,12 @@ from lightning_secure.data.storage import Storage
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
-__all__ = ["Scratch", "ShardReader", "seal_shard"]
+__all__ = ["Scratch", "ShardReader", "seal_shard", "shard_name"]
+
+
+def shard_name(number: int, uuid: bytes) -> str:
+    """Return the file name of a shard, without its folder."""
+    return f"shard-{number:05d}-{uuid.hex()[:8]}.lsec"
 
 _T = TypeVar("_T")
 
@@ -49,6 +54,7 @@ def seal_shard(
     number: int,
     segment_bytes: int,
     partition: PartitionKey,
+    uuid: bytes | None = None,
 ) -> ShardEntry:
     """Encrypt rows into a new file below ``folder`` and return its manifest entry.
 
@@ -62,6 +68,7 @@ def seal_shard(
         segment_bytes: Plaintext length that segments should not exceed. A single row that is
             longer gets a longer segment.
         partition: Protects the shard's fresh data key.
+        uuid: 16 random bytes that nothing else is named by; drawn by default.
 
     Raises:
         DataError: A row needs 64 MiB or more, or the rows need more than 2**20 segments.
@@ -69,7 +76,7 @@ def seal_shard(
     The file appears whole or not at all, and is worthless until a signed manifest names it.
     """
     segments, per_segment, length = _plan(columns, records, schema, segment_bytes)
-    key, uuid = DataKey.generate(), secrets.token_bytes(16)
+    key, uuid = DataKey.generate(), uuid or secrets.token_bytes(16)
     keys = SegmentKeys.derive(
         key, shard_uuid=uuid, dataset_id=dataset_id, suite=SUITE_AES256GCM_SHA256
     )
@@ -87,7 +94,7 @@ def seal_shard(
     packed = header.pack()
     digest = hashlib.sha256(packed).digest()
     cipher = SegmentCipher(keys, header_digest=digest)
-    path = folder / f"shard-{number:05d}-{uuid.hex()[:8]}.lsec"
+    path = folder / shard_name(number, uuid)
     sealed = bytearray(length + TAG_BYTES)
     tags = []
     with atomic_writer(path) as file:

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime as dt
+import functools
 import os
-import secrets
-from collections.abc import Collection, Mapping
-from typing import Any, Final, Self
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Self
 
 from torch import Tensor
 
-from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    NAME_PATTERN,
-    Manifest,
-    PartitionKey,
-    ShardEntry,
-    SplitEntry,
-    read_manifest,
-    write_manifest,
-)
+from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry, SplitEntry
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
+from lightning_secure.data.generations import commit_split, open_or_start, require_free
+from lightning_secure.data.resume import SealingState
+from lightning_secure.data.sealing import ShardPool, ShardQueue
 from lightning_secure.data.shard import seal_shard
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.storage.upload import open_spool
-from lightning_secure.errors import ConfigError, DataError
-from lightning_secure.files import exclusive_lock
+from lightning_secure.errors import ConfigError, DataError, LightningSecureError
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 __all__ = ["EncryptedShardWriter"]
-
-_LOCK_NAME: Final = ".lock"
 
 
 class EncryptedShardWriter:
@@ -58,11 +46,21 @@ class EncryptedShardWriter:
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the split is sealed in before it is sent, see
             :func:`upload_split`. It is kept; a temporary one, the default, is not.
+        threads: How many shards are encrypted and written side by side, each a copy of
+            ``shard_bytes`` in memory; or a pool that several writers share.
+        source_id: Names the state of what the rows come from, for example a version or a digest.
+            With it the sealing can be resumed after a crash, by a call with the same arguments.
+            On the way to a URL that takes a ``spool`` which is kept.
+        resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
+            says how many rows are sealed already: the caller goes on with the next. If there is
+            nothing to go on from, the sealing begins.
 
     Raises:
-        ConfigError: An argument is wrong, or the split exists.
+        ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
+            would be resumed was sealed from another source or with other arguments.
         KeyUnavailableError: The provider has no signing key, so it cannot seal.
-        IntegrityError: The folder holds a manifest that is not this provider's.
+        IntegrityError: The folder holds a manifest that is not this provider's, or what would be
+            resumed is not what this provider's holder left.
         StorageError: A remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
@@ -88,6 +86,9 @@ class EncryptedShardWriter:
         replace: bool = False,
         storage_options: Options | None = None,
         spool: str | os.PathLike[str] | None = None,
+        threads: int | ShardPool = 1,
+        source_id: str | None = None,
+        resume: bool = False,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
@@ -95,6 +96,11 @@ class EncryptedShardWriter:
             )
         if segment_bytes < 1 or shard_bytes < segment_bytes:
             raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
+        if resume and source_id is None:
+            raise ConfigError(
+                "resume=True needs source_id=, which names the state of the source: without it "
+                "nobody can tell whether the remaining rows belong to those that are sealed."
+            )
         self._root, self._spool = open_spool(
             root,
             split=split,
@@ -115,23 +121,30 @@ class EncryptedShardWriter:
         self._replace = replace
 
         self._folder = self._root / split
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._dataset_id = self._open_dataset().dataset_id
-        self._partition, self._wrapped = PartitionKey.create(self._dataset_id, split, keys)
+        self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
+        self._own_pool = self._pool is not threads
+        dataset = open_or_start(self._root, split, keys)
+        self._dataset_id = dataset.dataset_id
+        if not resume:
+            require_free(dataset, self._root, self._split, replace=self._replace)
+        self._state = self._begin(dataset, source_id, resume=resume)
+        self._schema = self._state.schema or schema
+        self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
+        self._begun_rows = sum(entry.records for entry in self._state.shards)
         self._parts: list[Mapping[str, ColumnData]] = []
         self._pending_rows = 0
         self._pending_bytes = 0
-        self._entries: list[ShardEntry] = []
-        self._closed = False
+        self._closed = self._over = False
 
     @property
     def records(self) -> int:
-        """Rows taken so far."""
-        return self._sealed_rows + self._pending_rows
+        """Rows taken so far, with those of the sealing that is resumed."""
+        return self._begun_rows + self._pending_rows
 
     @property
-    def _sealed_rows(self) -> int:
-        return sum(entry.records for entry in self._entries)
+    def complete(self) -> bool:
+        """Whether the split was found sealed to its end, from this source: nothing is to do."""
+        return self._state.complete
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row.
@@ -143,6 +156,8 @@ class EncryptedShardWriter:
             DataError: A column is missing or unknown, or a value does not fit. The row was not
                 taken; those before it were.
         """
+        if not isinstance(row, Mapping):
+            raise DataError(f"a row is a mapping of values by column, not a {type(row).__name__}.")
         self.write_batch({name: [value] for name, value in row.items()})
 
     def write_batch(self, columns: Mapping[str, Any]) -> None:
@@ -155,7 +170,7 @@ class EncryptedShardWriter:
         Raises:
             DataError: As for :meth:`write`. None of the rows was taken.
         """
-        if self._closed:
+        if self._closed or self._state.complete:
             raise ConfigError("the writer is closed; its split is sealed and does not grow.")
         rows = count_rows(columns)
         if rows == 0:
@@ -194,6 +209,9 @@ class EncryptedShardWriter:
     def close(self) -> None:
         """Seal the remaining rows and put the split into the manifest.
 
+        After an error the dataset is as it was. What a sealing with a ``source_id`` finished is
+        kept to be resumed, unless the error lies in the rows or the keys.
+
         Raises:
             DataError: There is no row. The dataset is as it was.
             ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
@@ -202,27 +220,52 @@ class EncryptedShardWriter:
             return
         self._closed = True
         try:
-            if self._schema is None or self.records == 0:
-                raise DataError(
-                    f"split {self._split!r} got no rows, and an empty split is most often a "
-                    "mistake upstream. The dataset was left as it was."
-                )
-            if self._pending_rows:
-                self._seal_pending(self._schema, last=True)
-            self._commit(self._schema)
-        except BaseException:
-            self._discard()
+            if not self._state.complete:
+                self._finish()
+        except BaseException as error:
+            self._leave(type(error))
             raise
-        if self._spool:
-            try:
+        # From here on the manifest names the shards: they are no longer this writer's to remove.
+        self._over = True
+        try:
+            if self._spool:
                 self._spool.send()
-            finally:
-                self._spool.close()
+        finally:
+            self._release(keep=False)
+
+    def _finish(self) -> None:
+        if self._schema is None or self.records == 0:
+            raise DataError(
+                f"split {self._split!r} got no rows, and an empty split is most often a "
+                "mistake upstream. The dataset was left as it was."
+            )
+        if self._pending_rows:
+            self._seal_pending(self._schema, last=True)
+        self._commit(self._schema, self._queue.finish())
 
     def abort(self) -> None:
-        """Give up: remove what was written. The dataset is as it was before this writer."""
+        """Give up: remove what was written. The dataset is as it was before this writer.
+
+        What :meth:`close` put into the dataset stays there.
+        """
         self._closed = True
-        self._discard()
+        if not self._over:
+            self._over = True
+            self._discard()
+
+    def suspend(self) -> None:
+        """Stop, and keep what was finished for a sealing with ``resume=True``.
+
+        Without a ``source_id`` nothing can be resumed, and this is :meth:`abort`.
+        """
+        if not self._state.resumable:
+            self.abort()
+        self._closed = True
+        if not self._over:
+            self._over = True
+            self._forget_pending()
+            self._remove(self._queue.stop())
+            self._release(keep=True)
 
     def __enter__(self) -> Self:
         return self
@@ -231,27 +274,41 @@ class EncryptedShardWriter:
         if kind is None:
             self.close()
         else:
+            self._leave(kind)
+
+    def _leave(self, kind: type[BaseException]) -> None:
+        # Rows or keys that were refused are refused again; an interruption is not.
+        if issubclass(kind, LightningSecureError):
             self.abort()
+        else:
+            self.suspend()
 
     def _seal_pending(self, schema: Schema, *, last: bool) -> None:
         columns = {name: joined([part[name] for part in self._parts]) for name in schema.names}
+        self._parts = []
         rows, start = self._pending_rows, 0
         # A segment has one row at least, so that many rows never need too many segments.
         per_shard = max(1, rows * self._shard_bytes // max(1, self._pending_bytes))
         per_shard = min(per_shard, MAX_SEGMENTS)
         while rows - start >= per_shard or (last and start < rows):
             stop = min(start + per_shard, rows)
-            entry = seal_shard(
-                self._folder,
-                {name: values[start:stop] for name, values in columns.items()},
-                records=stop - start,
-                schema=schema,
-                dataset_id=self._dataset_id,
-                number=len(self._entries),
-                segment_bytes=self._segment_bytes,
-                partition=self._partition,
+            number = self._queue.begun
+            self._queue.add(
+                functools.partial(
+                    seal_shard,
+                    self._folder,
+                    {name: values[start:stop] for name, values in columns.items()},
+                    records=stop - start,
+                    schema=schema,
+                    dataset_id=self._dataset_id,
+                    number=number,
+                    segment_bytes=self._segment_bytes,
+                    partition=self._state.partition,
+                    uuid=self._state.start(number, schema),
+                )
             )
-            self._entries.append(entry)
+            self._begun_rows += stop - start
+            self._pending_rows -= stop - start
             start = stop
         # Cloned, so that the rest of a large batch does not keep all of it in memory.
         rest = {
@@ -262,73 +319,71 @@ class EncryptedShardWriter:
         self._pending_rows = rows - start
         self._pending_bytes = segment_lengths(schema, rest)(0, rows - start)
 
-    def _open_dataset(self) -> Manifest:
-        """Return the dataset's manifest, after starting an empty one if there is none."""
-        with exclusive_lock(self._root / _LOCK_NAME):
-            if not (self._root / MANIFEST_NAME).exists():
-                manifest = Manifest(
-                    dataset_id=secrets.token_bytes(16),
-                    generation=1,
-                    previous=None,
-                    created=_now(),
-                    splits={},
-                    partitions={},
-                )
-                write_manifest(self._root, manifest, signer=self._signer)
-            else:
-                manifest = read_manifest(self._root, trusted=self._keys.trusted_signers)
-        self._require_free(manifest)
-        return manifest
+    def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
+        if source_id is None:
+            return SealingState.fresh(dataset, self._folder, self._keys)
+        state = SealingState.written_down(
+            dataset,
+            self._folder,
+            self._keys,
+            source_id=source_id,
+            settings=self._settings(),
+            resume=resume,
+        )
+        try:
+            if not state.complete:
+                require_free(dataset, self._root, self._split, replace=self._replace)
+        except ConfigError:
+            state.end(keep=True)
+            raise
+        return state
 
-    def _require_free(self, manifest: Manifest) -> None:
-        if self._split in manifest.splits and not self._replace:
-            raise ConfigError(
-                f"split {self._split!r} of {str(self._root)!r} exists, with "
-                f"{manifest.splits[self._split].records} rows, and was left as it is. Choose "
-                "another name, or pass replace=True to seal it anew."
-            )
+    def _settings(self) -> dict[str, Any]:
+        """Return all that decides what rows and shards come of a source, as JSON values."""
+        return {
+            "segment_bytes": self._segment_bytes,
+            "shard_bytes": self._shard_bytes,
+            "schema": self._schema.to_json() if self._schema else None,
+            "anonymize": self._plan.describe() if self._plan else None,
+            "allow_nonfinite": self._allow_nonfinite,
+        }
 
-    def _commit(self, schema: Schema) -> None:
-        with exclusive_lock(self._root / _LOCK_NAME):
-            current = read_manifest(self._root, trusted=self._keys.trusted_signers)
-            self._require_free(current)
-            split = SplitEntry(
-                partition=self._split,
-                schema=tuple(schema.to_json()),
-                shards=tuple(self._entries),
-                attributes=_remarks(self._plan),
-            )
-            manifest = dataclasses.replace(
-                current,
-                generation=current.generation + 1,
-                previous=current.digest,
-                created=_now(),
-                splits={**current.splits, self._split: split},
-                partitions={**current.partitions, self._split: self._wrapped},
-            )
-            events.announce(
-                "data.seal",
-                {
-                    "dataset": manifest.dataset_id.hex(),
-                    "split": self._split,
-                    "generation": manifest.generation,
-                    "records": split.records,
-                    "shards": len(split.shards),
-                    "manifest": manifest.digest,
-                },
-            )
-            write_manifest(self._root, manifest, signer=self._signer)
-            replaced = current.splits.get(self._split)
-        for entry in replaced.shards if replaced else ():
-            (self._root / entry.file).unlink(missing_ok=True)
+    def _commit(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
+        entry = SplitEntry(
+            partition=self._split,
+            schema=tuple(schema.to_json()),
+            shards=shards,
+            attributes={**_remarks(self._plan), **self._state.attributes},
+        )
+        commit_split(
+            self._root,
+            self._split,
+            entry,
+            partitions={self._split: self._state.wrapped},
+            keys=self._keys,
+            replace=self._replace,
+        )
 
     def _discard(self) -> None:
+        self._forget_pending()
+        stray = self._queue.stop()
+        self._remove([*self._queue.entries, *stray])
+        self._queue.entries.clear()
+        self._release(keep=False)
+
+    def _forget_pending(self) -> None:
         self._parts = []
         self._pending_rows = self._pending_bytes = 0
-        for entry in self._entries:
+
+    def _remove(self, entries: Iterable[ShardEntry]) -> None:
+        for entry in entries:
             with contextlib.suppress(OSError):  # unreadable without a manifest in any case
                 (self._root / entry.file).unlink()
-        self._entries = []
+
+    def _release(self, *, keep: bool) -> None:
+        self._state.end(keep=keep)
+        if self._own_pool:
+            self._pool.close()
         if self._spool:
             self._spool.close()
 
@@ -345,7 +400,3 @@ def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
         f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
         "first row or its schema. Nothing of this call was sealed."
     )
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

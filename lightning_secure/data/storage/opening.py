@@ -11,6 +11,7 @@ from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.local import LocalStorage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError
+from lightning_secure.files import as_path
 
 __all__ = ["local_root", "open_storage"]
 
@@ -36,6 +37,8 @@ def open_storage(
     """
     path = local_root(root)
     if path is None and not isinstance(root, str | os.PathLike):
+        if not hasattr(root, "open"):
+            raise ConfigError(f"root is no path, URL or storage but a {type(root).__name__}.")
         storage: Storage = root
     elif path is None:
         return RemoteStorage(str(root), storage_options=storage_options, cache=cache)
@@ -53,8 +56,8 @@ def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
     if isinstance(root, LocalStorage):
         return Path(str(root))
     if not isinstance(root, str):
-        return Path(root) if isinstance(root, os.PathLike) else None
+        return as_path(root, what="root") if isinstance(root, os.PathLike) else None
     protocol = root.partition("://")[0].lower()
     if protocol in ("file", "local"):
-        return Path(unquote(urlsplit(root).path))
-    return None if "://" in root else Path(root)
+        return as_path(unquote(urlsplit(root).path), what="root")
+    return None if "://" in root else as_path(root, what="root")
