@@ -14,11 +14,20 @@ from torch import Tensor
 from lightning_secure.data.format import DTYPE_NAMES, DTYPES, Column, ColumnData
 from lightning_secure.errors import DataError
 
-__all__ = ["convert_column", "count_rows", "infer_column", "joined"]
+__all__ = ["Ragged", "convert_column", "count_rows", "infer_column", "joined"]
 
 _UNTOUCHED: Final = "Nothing of this call was sealed."
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 _INT64_MAX: Final = np.iinfo(np.int64).max
+
+
+class Ragged(list[Tensor]):
+    """Tensors, one a row, whose first dimension may differ even where these happen to agree."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or rows as the same kind of list."""
+        value = super().__getitem__(index)
+        return Ragged(value) if isinstance(index, slice) else value
 
 
 def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
@@ -54,6 +63,9 @@ def infer_column(name: str, values: Any) -> Column:
     Raises:
         DataError: Their type cannot be stored.
     """
+    if isinstance(values, Ragged):
+        dtype = _known(name, str(values[0].dtype).removeprefix("torch."))
+        return Column(name, "ragged", dtype, tuple(values[0].shape[1:]))
     rows = _normalised(name, values)
     if isinstance(rows, Tensor):
         return Column(name, "tensor", DTYPE_NAMES[rows.dtype], tuple(rows.shape[1:]))

@@ -54,6 +54,7 @@ class EncryptedShardWriter:
         resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
             says how many rows are sealed already: the caller goes on with the next. If there is
             nothing to go on from, the sealing begins.
+        remarks: Goes into the signed manifest: where the rows come from, what was done to them.
 
     Raises:
         ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
@@ -89,6 +90,7 @@ class EncryptedShardWriter:
         threads: int | ShardPool = 1,
         source_id: str | None = None,
         resume: bool = False,
+        remarks: Mapping[str, str] | None = None,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
@@ -119,6 +121,7 @@ class EncryptedShardWriter:
         self._anonymizer = anonymize.bind(keys) if anonymize else None
         self._allow_nonfinite = allow_nonfinite
         self._replace = replace
+        self._remarks = {**(remarks or {}), **_described(anonymize)}
 
         self._folder = self._root / split
         self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
@@ -353,7 +356,7 @@ class EncryptedShardWriter:
             partition=self._split,
             schema=tuple(schema.to_json()),
             shards=shards,
-            attributes={**_remarks(self._plan), **self._state.attributes},
+            attributes={**self._remarks, **self._state.attributes},
         )
         commit_split(
             self._root,
@@ -388,7 +391,7 @@ class EncryptedShardWriter:
             self._spool.close()
 
 
-def _remarks(plan: AnonymizationPlan | None) -> dict[str, str]:
+def _described(plan: AnonymizationPlan | None) -> dict[str, str]:
     return {f"anonymize.{name}": text for name, text in plan.describe().items()} if plan else {}
 
 

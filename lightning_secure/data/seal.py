@@ -1,0 +1,188 @@
+"""One call from a source of rows to sealed splits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.data.columns import Ragged, count_rows
+from lightning_secure.data.format import Schema
+from lightning_secure.data.sealing import DEFAULT_THREADS, ShardPool
+from lightning_secure.data.sources import Source, open_source
+from lightning_secure.data.splits import SplitRule
+from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.errors import ConfigError, DataError
+from lightning_secure.redaction.anonymize import AnonymizationPlan
+
+__all__ = ["Sealed", "seal"]
+
+#: Told of the rows taken so far, and of how many there will be if that is known.
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """What came of a sealing.
+
+    Attributes:
+        rows: Rows in each split.
+        resumed: How many of these an interrupted sealing had sealed before.
+    """
+
+    rows: Mapping[str, int]
+    resumed: Mapping[str, int]
+
+
+def seal(
+    source: Any,
+    root: str | os.PathLike[str],
+    *,
+    keys: KeyProvider,
+    split: str | SplitRule = "train",
+    segment_bytes: int = 65536,
+    shard_bytes: int = 64 * 1024 * 1024,
+    schema: Schema | None = None,
+    anonymize: AnonymizationPlan | None = None,
+    allow_nonfinite: bool = False,
+    replace: bool = False,
+    threads: int = DEFAULT_THREADS,
+    resume: bool = False,
+    source_id: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Sealed:
+    """Seal all rows of a source.
+
+    Args:
+        source: See :func:`~lightning_secure.data.sources.open_source`.
+        root: The dataset's folder, made if it does not exist.
+        keys: Guards the splits' keys, and signs the manifest.
+        split: Name of the split, or a rule that says for each row to which one it goes.
+        segment_bytes: See :class:`EncryptedShardWriter`, as for the other arguments of its.
+        shard_bytes: See there. About ``threads + 2`` shards are in memory, and one more for each
+            further split.
+        schema: See there.
+        anonymize: See there.
+        allow_nonfinite: See there.
+        replace: See there.
+        threads: How many shards are encrypted and written side by side.
+        resume: Go on where a call with the same arguments, that was killed or interrupted, got to.
+        source_id: Names the state of the source where it cannot be told from the source itself,
+            which is so for iterators and torch datasets; without it these cannot be resumed.
+        progress: Called after each batch with the rows taken so far, and of how many.
+        options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
+
+    Raises:
+        ConfigError: An argument is wrong, a split exists, or what would be resumed had another
+            source or other arguments.
+        DataError: A row cannot be sealed, or a split got no rows.
+        IntegrityError: The folder or what would be resumed was altered.
+        MissingExtraError: The source needs a package that is not installed.
+
+    Guarantees:
+        Rows keep their order within a split. A split is in the manifest with all of its rows, or
+        not at all. After an interruption, a call with ``resume=True`` yields the rows that one
+        without interruption would have yielded, each once.
+    """
+    opened = open_source(source, **options).planned(anonymize)
+    identity = _identity(opened, split, source_id)
+    if resume and identity is None:
+        raise ConfigError(
+            "this source cannot tell whether it is what it was, so nothing can be resumed from it: "
+            "pass source_id= in the first call and in this one. Nothing was sealed."
+        )
+    with ShardPool(threads) as pool, contextlib.ExitStack() as stack:
+
+        def writer(name: str) -> EncryptedShardWriter:
+            return stack.enter_context(
+                EncryptedShardWriter(
+                    root,
+                    split=name,
+                    keys=keys,
+                    segment_bytes=segment_bytes,
+                    shard_bytes=shard_bytes,
+                    schema=schema,
+                    anonymize=anonymize,
+                    allow_nonfinite=allow_nonfinite,
+                    replace=replace,
+                    threads=pool,
+                    source_id=identity,
+                    resume=resume,
+                    remarks=opened.remarks,
+                )
+            )
+
+        if isinstance(split, str):
+            writers = {split: writer(split)}
+            resumed = {split: writers[split].records}
+            _pour(opened, writers[split], progress)
+        else:
+            writers, resumed = _distribute(opened, split, writer, progress)
+        if empty := [name for name, one in writers.items() if one.records == 0] or not writers:
+            raise DataError(
+                f"the source has no rows for split {', '.join(map(repr, empty))}. "
+                "The dataset was left as it was."
+                if writers
+                else "the source has no rows. The dataset was left as it was."
+            )
+        for one in writers.values():
+            one.close()
+        return Sealed(rows={name: one.records for name, one in writers.items()}, resumed=resumed)
+
+
+def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | None) -> None:
+    if writer.complete:
+        return
+    for columns in source.batches(writer.records):
+        writer.write_batch(columns)
+        if progress is not None:
+            progress(writer.records, source.rows)
+
+
+def _distribute(
+    source: Source,
+    rule: SplitRule,
+    writer: Callable[[str], EncryptedShardWriter],
+    progress: Progress | None,
+) -> tuple[dict[str, EncryptedShardWriter], dict[str, int]]:
+    """Hand each row to its split's writer, but for those that were sealed before."""
+    writers: dict[str, EncryptedShardWriter] = {}
+    resumed: dict[str, int] = {}
+    left: dict[str, int] = {}
+    row = 0
+    for columns in source.batches():
+        for name, positions in rule.assign(columns, row).items():
+            if name not in writers:
+                writers[name] = writer(name)
+                resumed[name] = left[name] = writers[name].records
+            skip = min(left[name], len(positions))
+            left[name] -= skip
+            if skip < len(positions):
+                rest = positions[skip:]
+                chosen = rule.remaining(columns).items()
+                writers[name].write_batch({key: _taken(values, rest) for key, values in chosen})
+        row += count_rows(columns)
+        if progress is not None:
+            progress(row, source.rows)
+    return writers, resumed
+
+
+def _taken(values: Any, positions: np.ndarray[Any, Any]) -> Any:
+    if isinstance(values, Tensor | np.ndarray):
+        return values[positions]
+    chosen = [values[position] for position in positions.tolist()]
+    return Ragged(chosen) if isinstance(values, Ragged) else chosen
+
+
+def _identity(source: Source, split: str | SplitRule, source_id: str | None) -> str | None:
+    told = source_id if source_id is not None else source.identity()
+    rule = split if isinstance(split, str) else repr(split)
+    return None if told is None else canonical_json([told, rule]).decode()
