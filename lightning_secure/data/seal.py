@@ -126,12 +126,11 @@ def seal(
             _pour(opened, writers[split], progress)
         else:
             writers, resumed = _distribute(opened, split, writer, progress)
-        if empty := [name for name, one in writers.items() if one.records == 0] or not writers:
+        empty = [name for name, one in writers.items() if one.records == 0]
+        if empty or not writers:
             raise DataError(
-                f"the source has no rows for split {', '.join(map(repr, empty))}. "
-                "The dataset was left as it was."
-                if writers
-                else "the source has no rows. The dataset was left as it was."
+                f"the source has no rows for split {', '.join(map(repr, empty)) or '(any)'}, and "
+                "an empty split is most often a mistake upstream. The dataset was left as it was."
             )
         for one in writers.values():
             one.close()

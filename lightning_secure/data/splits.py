@@ -84,8 +84,8 @@ class SplitByRatio(SplitRule):
     def _hashed(self, value: Any) -> float:
         if not isinstance(value, str | bytes | int | np.integer):
             raise DataError(
-                f"column {self.group!r} groups rows and holds a {type(value).__name__}; text, bytes "
-                "and whole numbers can. Nothing was sealed."
+                f"column {self.group!r} groups rows and holds a {type(value).__name__}; text, "
+                "bytes and whole numbers can. Nothing was sealed."
             )
         raw = value if isinstance(value, bytes) else str(value).encode()
         digest = hashlib.sha256(b"%d\0" % self.seed + raw).digest()
@@ -137,7 +137,7 @@ def _column(columns: Mapping[str, Any], name: str) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _require_name(name: str) -> None:
+def _require_name(name: Any) -> None:
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
         raise ConfigError(
             f"split={name!r} is not a name of 1 to 64 letters, digits, '.', '_' and '-'."

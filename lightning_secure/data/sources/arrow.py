@@ -77,7 +77,7 @@ def arrow_type(name: str) -> pa.DataType:
     known = {*DTYPES, "bytes", "date", "string", "timestamp"} - {"bfloat16"}
     if name not in known:
         raise ConfigError(f"column type {name!r} is none of {', '.join(sorted(known))}.")
-    result: pa.DataType = (
+    result: Any = (
         pa.timestamp("us") if name == "timestamp" else getattr(pa, types.get(name, name))()
     )
     return result
@@ -107,7 +107,7 @@ def convert_batch(
     """
     pa = extra("pyarrow", "tables", what="a table")
     pc = extra("pyarrow.compute", "tables", what="a table")
-    arrays: dict[str, pa.Array] = {}
+    arrays: dict[str, Any] = {}
     keep = None
     for name, wanted in types.items():
         array = batch.column(name)
@@ -151,7 +151,7 @@ def _values(name: str, array: pa.Array, dates: Mapping[str, bool] | None) -> Any
     if is_a.is_list(kind) or is_a.is_large_list(kind):
         lengths = array.value_lengths().to_pylist()
         flat = _numbers(name, _without_nulls(name, array.flatten()))
-        return Ragged(torch.from_numpy(flat.copy()).split(lengths))
+        return Ragged(torch.split(torch.from_numpy(flat.copy()), lengths))
     if is_a.is_fixed_size_list(kind):
         inner = _values(name, _without_nulls(name, array.flatten()), {})
         if isinstance(inner, np.ndarray):

@@ -69,9 +69,9 @@ class ImageFolderSource(Source):
         loose = [p for p in folder.iterdir() if _visible(p) and not p.is_dir()]
         if not self._files or loose:
             raise ConfigError(
-                f"{str(folder)!r} must hold one folder of pictures for each class and nothing else: "
-                f"there are {len(self._files)} pictures and {len(loose)} files outside of a class. "
-                "Nothing was sealed."
+                f"{str(folder)!r} must hold one folder of pictures for each class and nothing "
+                f"else: there are {len(self._files)} pictures, and {len(loose)} files outside of a "
+                "class. Nothing was sealed."
             )
 
     @property

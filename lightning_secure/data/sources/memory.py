@@ -110,6 +110,7 @@ class DatasetSource(Source):
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the samples; an iterable dataset's first ``start`` are taken and thrown away."""
+        samples: Iterator[Any]
         if self._iterable:
             samples = itertools.islice(iter(self._dataset), start, None)
         else:
@@ -167,6 +168,7 @@ def _feed_values(digest: Any, values: Any) -> bool:
 
 def _feed(digest: Any, kind: bytes, data: Any) -> None:
     # With lengths, so that no two columns have one encoding.
-    view = memoryview(data.numpy() if isinstance(data, Tensor) else data)
+    raw: Any = data.numpy() if isinstance(data, Tensor) else data
+    view = memoryview(raw)
     digest.update(struct.pack("<QQ", len(kind), view.nbytes) + kind)
     digest.update(view)

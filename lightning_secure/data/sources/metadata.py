@@ -1,7 +1,7 @@
 """Pictures without what a camera or a program wrote beside them, and otherwise bit for bit.
 
-Only what is needed to decode the picture stays, by a list of what may: where a picture was taken, by
-which device, when, by whom and with which thumbnail all lie in parts that are not on it.
+Only what is needed to decode the picture stays, by a list of what may: where a picture was taken,
+by which device, when, by whom and with which thumbnail all lie in parts that are not on it.
 """
 
 from __future__ import annotations

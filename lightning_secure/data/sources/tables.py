@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ class TableSource(Source):
         what: Names the table in errors.
         identity: Returns what changes whenever the table does, or None.
         rows: How many there are, if known.
-        columns: The columns to take, in order; a mapping also says as which type. All by default.
+        columns: The columns to take, in order; all by default.
+        types: Types by column, where the table's own are not meant.
         stack: Columns of numbers that become one, by its name.
         nulls: What happens to nulls, by column; those of other columns are refused.
 
@@ -55,7 +57,8 @@ class TableSource(Source):
         what: str,
         identity: Callable[[], str | None],
         rows: int | None = None,
-        columns: Sequence[str] | Mapping[str, str] | None = None,
+        columns: Sequence[str] | None = None,
+        types: Mapping[str, str] | None = None,
         stack: Mapping[str, Stack] | None = None,
         nulls: Mapping[str, NullRule] | None = None,
     ) -> None:
@@ -64,14 +67,12 @@ class TableSource(Source):
         self._identity = identity
         self._stack = dict(stack or {})
         self._nulls = dict(nulls or {})
-        chosen = typed_columns(columns) or dict.fromkeys(fields)
-        self._types = {**chosen}
-        self._types |= {
-            name: None
-            for group in self._stack.values()
-            for name in group.columns
-            if name not in chosen
-        }
+        self._typed = dict(types or {})
+        for kind in self._typed.values():
+            arrow_type(kind)
+        stacked = [name for group in self._stack.values() for name in group.columns]
+        chosen = dict.fromkeys([*(fields if columns is None else columns), *stacked])
+        self._types = {name: self._typed.get(name) for name in chosen}
         self._dates: Mapping[str, bool] | None = None
         self._rows = None if "drop" in self._nulls.values() else rows
         self._fields = fields
@@ -80,10 +81,10 @@ class TableSource(Source):
     def _check(self) -> None:
         for name, rule in self._nulls.items():
             if rule != "drop" and not isinstance(rule, Fill):
-                raise ConfigError(
-                    f"the rule for nulls of column {name!r} is neither drop nor fill."
-                )
-        unknown = [name for name in [*self._types, *self._nulls] if name not in self._fields]
+                raise ConfigError(f"the rule for nulls of {name!r} is neither 'drop' nor Fill().")
+        unknown = [
+            name for name in [*self._types, *self._typed, *self._nulls] if name not in self._fields
+        ]
         if unknown:
             raise ConfigError(
                 f"{self._what} has no column {', '.join(map(repr, dict.fromkeys(unknown)))}. "
@@ -159,16 +160,14 @@ class TableSource(Source):
             parts = [columns.pop(part) for part in group.columns]
             for part, values in zip(group.columns, parts, strict=True):
                 if not (isinstance(values, np.ndarray) and values.ndim == 1):
-                    raise DataError(
-                        f"column {part!r} holds no numbers and was to be stacked. {_LEFT}"
-                    )
+                    raise DataError(f"column {part!r} is stacked and holds no numbers. {_LEFT}")
             with np.errstate(over="ignore"):  # an infinity is refused later on
                 columns[name] = np.stack(parts, axis=1).astype(group.dtype)
         return columns
 
     def _guarded(self) -> Iterator[pa.RecordBatch]:
         pa = extra("pyarrow", "tables", what="a table")
-        batches: Iterator[pa.RecordBatch] | None = None
+        batches: Iterator[Any] | None = None
         row = 0
         while True:
             batch = None
@@ -182,25 +181,12 @@ class TableSource(Source):
             if failed:  # outside the handler: Arrow's errors repeat the values
                 raise DataError(
                     f"{self._what} cannot be read beyond row {row}: it is damaged, or a value does "
-                    f"not fit the type of its column; columns={{name: type}} sets types. {_LEFT}"
+                    f"not fit the type of its column; types={{name: type}} sets types. {_LEFT}"
                 )
             if batch is None:
                 return
             row += batch.num_rows
             yield batch
-
-
-def typed_columns(
-    columns: Sequence[str] | Mapping[str, str] | None,
-) -> dict[str, str | None] | None:
-    """Return type by column, None where the type stays, or None for all columns."""
-    if columns is None:
-        return None
-    if isinstance(columns, Mapping):
-        for name in columns.values():
-            arrow_type(name)
-        return dict(columns)
-    return dict.fromkeys(columns)
 
 
 def table_source(table: Any, **options: Any) -> TableSource:
@@ -246,10 +232,8 @@ def pandas_source(frame: Any, **options: Any) -> TableSource:
             "make columns of it, or reset_index(drop=True). Nothing was sealed."
         )
     table = None
-    try:
+    with contextlib.suppress(pa.ArrowException, TypeError, ValueError):
         table = pa.Table.from_pandas(frame, preserve_index=False)
-    except (pa.ArrowException, TypeError, ValueError):
-        pass
     if table is None:  # outside the handler: its error repeats values
         raise DataError(
             "the DataFrame has a column of mixed types, or two of one name, that Arrow cannot "
@@ -286,7 +270,7 @@ def parquet_source(path: Path, **options: Any) -> TableSource:
         name = damaged.name if damaged else path.name
         raise DataError(f"Parquet file {name!r} cannot be read. Nothing was sealed.")
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[Any]:
         for part in paths:
             with pq.ParquetFile(part) as file:
                 for group in range(file.num_row_groups):
@@ -308,7 +292,7 @@ def parquet_source(path: Path, **options: Any) -> TableSource:
 def csv_source(path: Path, **options: Any) -> TableSource:
     """Return the source of a CSV file with a header line.
 
-    Types are read off the first mebibytes unless ``columns`` says them: say ``string`` for codes
+    Types are read off the first mebibytes unless ``types`` says them: say ``string`` for codes
     with leading zeros. An empty field is a null, except in columns of text.
 
     Raises:
@@ -316,9 +300,9 @@ def csv_source(path: Path, **options: Any) -> TableSource:
     """
     pa = extra("pyarrow", "tables", what="CSV")
     csv = extra("pyarrow.csv", "tables", what="CSV")
-    types = typed_columns(options.get("columns")) or {}
+    types = options.get("types") or {}
     convert = csv.ConvertOptions(
-        column_types={name: arrow_type(kind) for name, kind in types.items() if kind},
+        column_types={name: arrow_type(kind) for name, kind in types.items()},
     )
 
     def opened() -> Any:
