@@ -84,15 +84,16 @@ def infer_column(name: str, values: Any) -> Column:
 
 
 def convert_column(
-    column: Column, values: Any, *, allow_nonfinite: bool, first_row: int
+    column: Column, values: Any, *, allow_nonfinite: bool, first_row: int, copy: bool = True
 ) -> ColumnData:
-    """Return a copy of ``values`` in the form that a shard holds.
+    """Return ``values`` in the form that a shard holds.
 
     Args:
         column: What they must be.
         values: A tensor, an array or a sequence.
         allow_nonfinite: Whether NaN and infinities may pass.
         first_row: Number of the first value's row in its split, for errors.
+        copy: Whether the result must not share memory with ``values``.
 
     Raises:
         DataError: They are something else. The message names the column and never a value.
@@ -110,11 +111,13 @@ def convert_column(
             if not isinstance(row, Tensor) or row.ndim == 0 or row.shape[1:] != column.shape:
                 raise _mismatch(column, "a row of another shape")
             _check(column, row, allow_nonfinite, first_row + number)
-        return [row.clone() for row in rows]
+        return [row.clone() for row in rows] if copy else list(rows)
     tensor = _batched(column, rows)
     if tensor.shape[1:] != column.shape:
         raise _mismatch(column, f"rows of shape {tuple(tensor.shape[1:])}")
     _check(column, tensor, allow_nonfinite, first_row)
+    if not copy:
+        return tensor.contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -316,10 +316,10 @@ def _tensor(plaintext: bytearray, column: Column, offset: int, count: int) -> Te
     return flat.view(count, *column.shape)
 
 
-def _raw(value: Tensor | bytes | str) -> bytes:
+def _raw(value: Tensor | bytes | str) -> bytes | memoryview:
     if isinstance(value, Tensor):
         raw = value.contiguous().view(-1).view(torch.uint8)
-        return (raw != 0 if value.dtype is torch.bool else raw).numpy().tobytes()
+        return (raw != 0 if value.dtype is torch.bool else raw).numpy().data
     return utf8(value, what="a value of a string column") if isinstance(value, str) else value
 
 

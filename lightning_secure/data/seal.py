@@ -141,7 +141,7 @@ def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | Non
     if writer.complete:
         return
     for columns in source.batches(writer.records):
-        writer.write_batch(columns)
+        writer.take(columns, copy=False)
         if progress is not None:
             progress(writer.records, source.rows)
 
@@ -167,7 +167,8 @@ def _distribute(
             if skip < len(positions):
                 rest = positions[skip:]
                 chosen = rule.remaining(columns).items()
-                writers[name].write_batch({key: _taken(values, rest) for key, values in chosen})
+                taken = {key: _taken(values, rest) for key, values in chosen}
+                writers[name].take(taken, copy=False)
         row += count_rows(columns)
         if progress is not None:
             progress(row, source.rows)

@@ -173,6 +173,18 @@ class EncryptedShardWriter:
         Raises:
             DataError: As for :meth:`write`. None of the rows was taken.
         """
+        self.take(columns, copy=True)
+
+    def take(self, columns: Mapping[str, Any], *, copy: bool) -> None:
+        """Take many rows, which the caller will not change if they need not be copied.
+
+        Args:
+            columns: As for :meth:`write_batch`.
+            copy: Whether the memory may be used for something else after the call.
+
+        Raises:
+            DataError: As for :meth:`write_batch`.
+        """
         if self._closed or self._state.complete:
             raise ConfigError("the writer is closed; its split is sealed and does not grow.")
         rows = count_rows(columns)
@@ -191,6 +203,7 @@ class EncryptedShardWriter:
                 columns[column.name],
                 allow_nonfinite=self._allow_nonfinite,
                 first_row=self.records,
+                copy=copy,
             )
             for column in schema.columns
         }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, cast
 
@@ -13,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_secure.data.columns import count_rows
-from lightning_secure.data.sources.base import BATCH_BYTES, Batch, Source, gathered, size_of
+from lightning_secure.data.sources.base import (
+    BATCH_BYTES,
+    Batch,
+    Checksum,
+    Source,
+    gathered,
+    size_of,
+)
 from lightning_secure.errors import DataError
 
 __all__ = ["ArraySource", "DatasetSource", "RowSource"]
@@ -48,13 +53,13 @@ class ArraySource(Source):
             yield {name: values[first : first + step] for name, values in self._columns.items()}
 
     def identity(self) -> str | None:
-        """Return a digest of the values, or None if one has no bytes of its own."""
-        digest = hashlib.sha256()
+        """Return a sum of the values, or None if one has no bytes of its own."""
+        checksum = Checksum()
         for name, values in self._columns.items():
-            _feed(digest, b"column", name.encode())
-            if not _feed_values(digest, values):
+            checksum.update(b"column", name.encode())
+            if not _feed_values(checksum, values):
                 return None
-        return f"values:{digest.hexdigest()}"
+        return f"values:{checksum.hexdigest()}"
 
 
 class RowSource(Source):
@@ -142,33 +147,26 @@ def enumerate_names(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((str(number), value) for number, value in enumerate(values))
 
 
-def _feed_values(digest: Any, values: Any) -> bool:
+def _feed_values(checksum: Checksum, values: Any) -> bool:
     if isinstance(values, Tensor):
-        flat = values.detach().cpu().contiguous().view(-1)
-        _feed(digest, str((values.dtype, tuple(values.shape))).encode(), flat.view(torch.uint8))
+        flat: Any = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        checksum.update(str((values.dtype, tuple(values.shape))).encode(), flat)
         return True
     if isinstance(values, np.ndarray) and values.dtype.kind not in "OU":
         kind = str((values.dtype, values.shape)).encode()
-        _feed(digest, kind, np.ascontiguousarray(values).reshape(-1).view("uint8"))
+        raw: Any = np.ascontiguousarray(values).reshape(-1).view("uint8")
+        checksum.update(kind, raw)
         return True
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, list | tuple):
         return False
-    _feed(digest, b"list", struct.pack("<Q", len(values)))
+    checksum.update(b"list %d" % len(values))
     for value in values:
         if isinstance(value, str | bytes):
-            _feed(digest, b"text", value.encode() if isinstance(value, str) else value)
+            checksum.update(b"text", value.encode() if isinstance(value, str) else value)
         elif isinstance(value, bool | int | float | np.generic):
-            _feed(digest, type(value).__name__.encode(), repr(value).encode())
-        elif not _feed_values(digest, value):
+            checksum.update(type(value).__name__.encode(), repr(value).encode())
+        elif not _feed_values(checksum, value):
             return False
     return True
-
-
-def _feed(digest: Any, kind: bytes, data: Any) -> None:
-    # With lengths, so that no two columns have one encoding.
-    raw: Any = data.numpy() if isinstance(data, Tensor) else data
-    view = memoryview(raw)
-    digest.update(struct.pack("<QQ", len(kind), view.nbytes) + kind)
-    digest.update(view)

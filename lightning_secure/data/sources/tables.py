@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from lightning_secure.data.sources.arrow import Fill, NullRule, Stack, arrow_typ
 from lightning_secure.data.sources.base import (
     BATCH_BYTES,
     Batch,
+    Checksum,
     Source,
     extra,
     files_identity,
@@ -202,12 +202,12 @@ def table_source(table: Any, **options: Any) -> TableSource:
     step = max(1, min(_STEP * 8, table.num_rows * BATCH_BYTES // max(1, table.nbytes)))
 
     def identity() -> str:
-        digest = hashlib.sha256(str(table.schema).encode())
-        sink = pa.PythonFile(_Hashing(digest), mode="w")
+        checksum = Checksum()
+        sink = pa.PythonFile(_Summing(checksum), mode="w")
         with pa.ipc.new_stream(sink, table.schema) as writer:
             # In batches of one size, so that how the table is chunked does not matter.
             writer.write_table(table.combine_chunks(), max_chunksize=_STEP)
-        return f"table:{digest.hexdigest()}"
+        return f"table:{checksum.hexdigest()}"
 
     return TableSource(
         lambda: iter(table.to_batches(max_chunksize=step)),
@@ -336,17 +336,17 @@ def _fields(schema: pa.Schema) -> dict[str, pa.DataType]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
-class _Hashing:
-    """A file that keeps a digest of what is written to it."""
+class _Summing:
+    """A file that keeps a sum of what is written to it."""
 
     closed = False
 
-    def __init__(self, digest: Any) -> None:
-        self._digest = digest
+    def __init__(self, checksum: Checksum) -> None:
+        self._checksum = checksum
 
     def write(self, data: Any) -> int:
-        """Hash ``data``."""
-        self._digest.update(data)
+        """Add ``data``."""
+        self._checksum.update(data)
         return len(data)
 
     def flush(self) -> None:
