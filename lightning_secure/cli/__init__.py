@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lightning_secure._version import __version__
-from lightning_secure.cli import budget, doctor, keys
+from lightning_secure.cli import budget, doctor, keys, seal
 from lightning_secure.cli.doctor import Check, run_checks
 
 __all__ = ["Check", "main", "run_checks"]
@@ -20,3 +20,4 @@ def main() -> None:
 main.add_command(budget.budget)
 main.add_command(doctor.doctor)
 main.add_command(keys.keys)
+main.add_command(seal.seal)

@@ -102,8 +102,7 @@ class Journal:
         keys: Signs what is written; nothing that another signed is believed.
 
     Raises:
-        ConfigError: Another sealing of this split is at work.
-        OSError: The file cannot be opened.
+        ConfigError: Another sealing of this split is at work, or the file cannot be opened.
     """
 
     def __init__(self, folder: Path, keys: KeyProvider) -> None:
@@ -218,7 +217,13 @@ class Journal:
 
 def _open_locked(path: Path) -> int:
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        reason = fd = None
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            reason = error.strerror
+        if fd is None:
+            raise ConfigError(f"the journal {str(path)!r} cannot be opened ({reason}).")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
