@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
     from lightning_secure.data.format import Column, Schema
+    from lightning_secure.data.ray import EncryptedShardDatasink
+    from lightning_secure.data.seal import seal
+    from lightning_secure.data.sources.arrow import Fill, Stack
+    from lightning_secure.data.splits import SplitByColumn, SplitByRatio
     from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
@@ -63,9 +67,11 @@ __all__ = [
     "EncryptedCheckpointIO",
     "EncryptedDataModule",
     "EncryptedShardDataset",
+    "EncryptedShardDatasink",
     "EncryptedShardWriter",
     "EnvironmentSecret",
     "FileSecret",
+    "Fill",
     "Generalize",
     "HpkeKeyProvider",
     "HpkePrivateKey",
@@ -81,11 +87,15 @@ __all__ = [
     "RemoteStorage",
     "Schema",
     "SigningKey",
+    "SplitByColumn",
+    "SplitByRatio",
+    "Stack",
     "Suppress",
     "VaultTransitKeyProvider",
     "WriteWatch",
     "__version__",
     "load_encrypted_checkpoint",
+    "seal",
     "upload_split",
 ]
 
@@ -102,10 +112,12 @@ _HOMES = {
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
     "EncryptedDataModule": "data.datamodule",
+    "EncryptedShardDatasink": "data.ray",
     "EncryptedShardDataset": "data.dataset",
     "EncryptedShardWriter": "data.writer",
     "EnvironmentSecret": "crypto.providers",
     "FileSecret": "crypto.providers",
+    "Fill": "data.sources.arrow",
     "Generalize": "redaction.anonymize",
     "HpkeKeyProvider": "crypto.providers",
     "HpkePrivateKey": "crypto.providers",
@@ -121,10 +133,14 @@ _HOMES = {
     "RemoteStorage": "data.storage",
     "Schema": "data.format",
     "SigningKey": "crypto.providers",
+    "SplitByColumn": "data.splits",
+    "SplitByRatio": "data.splits",
+    "Stack": "data.sources.arrow",
     "Suppress": "redaction.anonymize",
     "VaultTransitKeyProvider": "crypto.providers",
     "WriteWatch": "redaction.canary",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "seal": "data.seal",
     "upload_split": "data.storage",
 }
 

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import ConfigError, LightningSecureError
+from lightning_secure.files import as_path
 from lightning_secure.redaction.anonymize import (
     AnonymizationPlan,
     Generalize,
@@ -138,14 +139,17 @@ def _parsed(path: Path) -> dict[str, Any]:
 
     where = reason = None
     config: Any = None
+    data = b""
     try:
-        config = yaml.load(path.read_bytes(), _loader())  # noqa: S506 # a SafeLoader
+        data = as_path(path, what="the configuration").read_bytes()
+    except OSError as error:
+        reason = error.strerror
+    try:
+        config = yaml.load(data, _loader())  # noqa: S506 # a SafeLoader
     except yaml.MarkedYAMLError as error:
         where = error.problem_mark.line + 1 if error.problem_mark else 1
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         where = 1
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
     # Outside the handlers: a YAML error repeats the line, which may hold a secret.
     if reason is not None:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({reason}).")
@@ -257,5 +261,5 @@ def _known(value: Any, names: set[str], what: str) -> dict[str, Any]:
 
 def _typed(value: Any, kind: type, what: str) -> Any:
     if type(value) is not kind:
-        raise ConfigError(f"{what} must be a {kind.__name__}, not a {type(value).__name__}.")
+        raise ConfigError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}.")
     return value

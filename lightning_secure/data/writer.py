@@ -73,6 +73,9 @@ class EncryptedShardWriter:
                 writer.write({"x": row.features, "y": row.label})
     """
 
+    #: Number of the first shard; those who seal parts of one split have ranges of their own.
+    _first_number = 0
+
     def __init__(
         self,
         root: str | os.PathLike[str] | Storage,
@@ -126,7 +129,7 @@ class EncryptedShardWriter:
         self._folder = self._root / split
         self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
         self._own_pool = self._pool is not threads
-        dataset = open_or_start(self._root, split, keys)
+        dataset = self._open_dataset()
         self._dataset_id = dataset.dataset_id
         if not resume:
             require_free(dataset, self._root, self._split, replace=self._replace)
@@ -308,7 +311,7 @@ class EncryptedShardWriter:
         per_shard = min(per_shard, MAX_SEGMENTS)
         while rows - start >= per_shard or (last and start < rows):
             stop = min(start + per_shard, rows)
-            number = self._queue.begun
+            number = self._first_number + self._queue.begun
             self._queue.add(
                 functools.partial(
                     seal_shard,
@@ -334,6 +337,9 @@ class EncryptedShardWriter:
         self._parts = [rest] if start < rows else []
         self._pending_rows = rows - start
         self._pending_bytes = segment_lengths(schema, rest)(0, rows - start)
+
+    def _open_dataset(self) -> Manifest:
+        return open_or_start(self._root, self._split, self._keys)
 
     def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
         if source_id is None:

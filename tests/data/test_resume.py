@@ -34,14 +34,18 @@ Y = np.arange(ROWS)
 SMALL = {"segment_bytes": 512, "shard_bytes": 2048}  # about 11 shards
 
 
-class Unplugged(Exception):
+class UnpluggedError(Exception):
     """Stands for whatever interrupts: Ctrl-C, a full disk, a lost connection."""
+
+
+def unplug(done, total):
+    raise UnpluggedError
 
 
 def source(*, until: int = ROWS, seen: list[int] | None = None):
     for i in range(ROWS):
         if i == until:
-            raise Unplugged
+            raise UnpluggedError
         if seen is not None:
             seen.append(i)
         yield {"x": X[i], "y": int(Y[i])}
@@ -53,7 +57,7 @@ def run(root, keys, rows=None, **options):
 
 
 def interrupted(root, keys, *, until=800, **options):
-    with pytest.raises(Unplugged):
+    with pytest.raises(UnpluggedError):
         # One shard a call, so that shards are done by the time of the interruption.
         run(root, keys, source(until=until), **{"threads": 1, **options})
     assert (root / "train" / JOURNAL_NAME).exists()
@@ -148,12 +152,12 @@ def test_an_interruption_while_shards_are_out_of_order_loses_none(
         if options["number"] % 3 == 0:
             time.sleep(0.01)
         if options["number"] == 7:
-            raise Unplugged
+            raise UnpluggedError
         return shard.seal_shard(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "seal_shard", slow)  # a disk that fails at shard 7 cannot be had
-        with pytest.raises(Unplugged):
+        with pytest.raises(UnpluggedError):
             run(tmp_path, keys, threads=threads)
     run(tmp_path, keys, resume=True)
     assert labels(tmp_path, keys) == Y.tolist()
@@ -163,7 +167,7 @@ def test_an_interruption_while_shards_are_out_of_order_loses_none(
 def test_several_splits_go_on_each_from_its_own_place(tmp_path, keys):
     rule = SplitByRatio(ratios={"train": 0.6, "val": 0.4}, seed=1)
     run(tmp_path / "whole", keys, split=rule)
-    with pytest.raises(Unplugged):
+    with pytest.raises(UnpluggedError):
         run(tmp_path / "parts", keys, source(until=700), split=rule)
     done = run(tmp_path / "parts", keys, split=rule, resume=True)
     assert done.resumed["train"] > 200 < done.rows["val"]
@@ -190,15 +194,15 @@ def test_a_kill_between_manifest_and_end_is_seen_as_done(tmp_path, keys, monkeyp
 
     def stop(self, *, remove):
         close(self, remove=False)
-        raise Unplugged
+        raise UnpluggedError
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "close", stop)
-        with pytest.raises(Unplugged):
+        with pytest.raises(UnpluggedError):
             run(tmp_path, keys)
     assert (tmp_path / "train" / JOURNAL_NAME).exists()
     # Whoever seals anew in its place must not take the shards away before the new ones are there.
-    with pytest.raises(Unplugged):
+    with pytest.raises(UnpluggedError):
         run(tmp_path, keys, source(until=100), replace=True)
     assert labels(tmp_path, keys) == Y.tolist()
     assert run(tmp_path, keys, resume=True).resumed == {"train": ROWS}
@@ -257,8 +261,8 @@ def test_a_file_that_was_changed_is_refused(tmp_path, keys):
     table = tmp_path / "t.csv"
     table.write_text("x,y\n" + "".join(f"{i}.5,{i}\n" for i in range(500)))
     status = table.stat()
-    with pytest.raises(Unplugged):
-        seal(table, tmp_path / "d", keys=keys, progress=lambda *_: (_ for _ in ()).throw(Unplugged))
+    with pytest.raises(UnpluggedError):
+        seal(table, tmp_path / "d", keys=keys, progress=unplug)
     # The same length, and the time of change set back.
     table.write_text(table.read_text().replace("499.5", "999.5"))
     os.utime(table, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -270,11 +274,8 @@ def test_a_file_that_was_changed_is_refused(tmp_path, keys):
 
 @pytest.mark.parametrize("change", ["value", "order", "name", "dtype"])
 def test_arrays_that_were_changed_are_refused(tmp_path, keys, change):
-    def stop(done, total):
-        raise Unplugged
-
-    with pytest.raises(Unplugged):
-        seal({"x": X, "y": Y}, tmp_path, keys=keys, progress=stop, **SMALL)
+    with pytest.raises(UnpluggedError):
+        seal({"x": X, "y": Y}, tmp_path, keys=keys, progress=unplug, **SMALL)
     x, y = X.copy(), Y.copy()
     if change == "value":
         x[-1, -1] += 1
@@ -382,8 +383,10 @@ def test_a_journal_of_another_signer_is_refused(tmp_path, keys, other_keys):
     interrupted(tmp_path / "other", other_keys)
     put(tmp_path / "mine", lines(tmp_path / "other"))
 
+    everybody = {**keys.trusted_signers, **other_keys.trusted_signers}
+
     class Trusting(type(keys)):
-        trusted_signers = {**keys.trusted_signers, **other_keys.trusted_signers}
+        trusted_signers = everybody
 
     trusting = object.__new__(Trusting)
     trusting.__dict__.update(keys.__dict__)

@@ -151,13 +151,16 @@ def test_a_failed_shard_is_seen_though_one_before_it_still_runs():
     def fails():
         raise DataError("second")
 
+    def handed_in(queue, task):
+        queue.add(task)
+        queue.finish()
+
     with ShardPool(3) as pool:
         queue = ShardQueue(pool)
         queue.add(lambda: release.wait(5))
         try:
             with pytest.raises(DataError, match="second"):
-                queue.add(fails)
-                queue.finish()
+                handed_in(queue, fails)
         finally:
             release.set()
         assert queue.stop() == [True]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lightning_secure.data.sources.base import Batch, Source, extra, files_identity, gathered
-from lightning_secure.data.sources.metadata import UnknownPictureError, strip_metadata
+from lightning_secure.data.sources.metadata import strip_metadata
 from lightning_secure.errors import ConfigError, DataError
 
 __all__ = ["ImageFolderSource"]
@@ -127,7 +127,7 @@ class ImageFolderSource(Source):
                 image.load()
                 left = {str(name).lower() for name in image.info} - _BARE
                 left |= {str(tag) for tag in image.getexif()} - {str(_ORIENTATION)}
-        except UnknownPictureError:
+        except DataError:
             raise _unreadable(
                 number, "only JPEG and PNG lose their metadata as bytes; pass decode=True"
             ) from None

@@ -9,7 +9,9 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-__all__ = ["UnknownPictureError", "strip_metadata"]
+from lightning_secure.errors import DataError
+
+__all__ = ["strip_metadata"]
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 #: What decides how pixels come out. Colour profiles (iCCP) are not: they hold text of their own.
@@ -29,10 +31,6 @@ _STANDALONE: Final = {0x01, *range(0xD0, 0xD8)}
 _JPEG_PARTS: Final = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, *(n for n in range(0xC0, 0xD0))}
 
 
-class UnknownPictureError(Exception):
-    """The bytes are no JPEG or PNG that could be taken apart."""
-
-
 def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
     """Return the picture without EXIF, XMP, IPTC, comments, profiles, thumbnails and appendages.
 
@@ -43,7 +41,7 @@ def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
             shown the right way up.
 
     Raises:
-        UnknownPictureError: It is neither, or damaged.
+        DataError: It is neither, or damaged.
 
     Source:
         ITU-T T.81, annex B; PNG, third edition, section 5.
@@ -55,7 +53,11 @@ def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
             return _jpeg(data, orientation)
     except (IndexError, struct.error):
         pass
-    raise UnknownPictureError
+    raise _unknown()
+
+
+def _unknown() -> DataError:
+    return DataError("it is no JPEG or PNG that could be taken apart")
 
 
 def _png(data: bytes) -> bytes:
@@ -66,7 +68,7 @@ def _png(data: bytes) -> bytes:
         kind = data[position + 4 : position + 8]
         end = position + 12 + length
         if end > len(data):
-            raise UnknownPictureError
+            raise _unknown()
         if kind in _PNG_CHUNKS:
             out += data[position:end]
         if kind == b"IEND":
@@ -79,7 +81,7 @@ def _jpeg(data: bytes, orientation: int) -> bytes:
     position, first = 2, True
     while True:
         if data[position] != 0xFF:
-            raise UnknownPictureError
+            raise _unknown()
         while data[position + 1] == 0xFF:  # fill bytes
             position += 1
         marker = data[position + 1]
@@ -92,7 +94,7 @@ def _jpeg(data: bytes, orientation: int) -> bytes:
         body = data[position + 2 : position + length]
         position += length
         if length < 2 or position > len(data):
-            raise UnknownPictureError
+            raise _unknown()
         if first and marker != 0xE0:
             out += _oriented(orientation)
         if marker == 0xE0 and body[:5] == b"JFIF\0":
@@ -111,7 +113,9 @@ def _jpeg(data: bytes, orientation: int) -> bytes:
 def _scan_end(data: bytes, position: int) -> int:
     """Return where the coded data ends: before a marker that is no restart and no stuffed byte."""
     while True:
-        position = data.index(b"\xff", position) if b"\xff" in data[position:] else len(data)
+        position = data.find(b"\xff", position)
+        if position < 0:
+            raise _unknown()
         following = data[position + 1]
         if following == 0 or following in _STANDALONE:
             position += 2

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.ray import EncryptedShardDatasink
+from lightning_secure.errors import (
+    ConfigError,
+    DataError,
+    IntegrityError,
+    LightningSecureError,
+    MissingExtraError,
+    ShardCorruptedError,
+)
+from lightning_secure.redaction.anonymize import AnonymizationPlan, Keep, Suppress
+
+CLUSTER = Path(__file__).with_name("ray_cluster.py")
+SMALL = {"segment_bytes": 256, "shard_bytes": 1024}
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+pytest.importorskip("ray", reason="ray is missing: pip install 'lightning-secure[ray]'")
+pa = pytest.importorskip("pyarrow")
+
+
+def sink(root, keys, **options):
+    return EncryptedShardDatasink(root, split="train", keys=keys, **{**SMALL, **options})
+
+
+def table(start, stop):
+    return pa.table({"y": list(range(start, stop)), "s": [f"row {i}" for i in range(start, stop)]})
+
+
+def write(one, parts, *, rows=None, start=True):
+    """Do what Ray does, with tasks that are done in the order of ``parts``."""
+    from ray.data.datasource.datasink import WriteResult
+
+    if start:
+        one.on_write_start()
+    try:
+        returns = [one.write(blocks, SimpleNamespace(task_idx=task)) for task, blocks in parts]
+        count = sum(block.num_rows for _, blocks in parts for block in blocks)
+        result = WriteResult(rows if rows is not None else count, 0, returns)
+        one.on_write_complete(result)
+    except Exception as error:
+        one.on_write_failed(error)
+        raise
+
+
+PARTS = [(2, [table(200, 300)]), (0, [table(0, 50), table(50, 100)]), (1, [table(100, 200)])]
+
+
+def labels(root, keys):
+    data = EncryptedShardDataset(root, split="train", keys=keys)
+    y, s = data.__getitems__(range(len(data))).batch()
+    assert s == [f"row {i}" for i in y.tolist()]
+    return y.tolist()
+
+
+def unchanged(root, keys):
+    """Nothing can be seen of it: neither a split nor a file."""
+    there = {p.name for p in root.rglob("*") if p.is_file()}
+    manifest = read_manifest(root, trusted=keys.trusted_signers)
+    return manifest.generation == 1 and there == {"manifest.json", ".lock"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, keys):
+    """What a local Ray of two workers did, one scenario after the other; it starts once."""
+    root = tmp_path_factory.mktemp("ray")
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        **os.environ,
+        "HOME": str(home),  # Ray leaves a token there
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every port on loopback
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, CLUSTER, str(root), str(keys._path)],
+        env=environment, capture_output=True, text=True, check=False, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return root, done.stdout
+
+
+def only_named_files(root, keys):
+    manifest = read_manifest(root, trusted=keys.trusted_signers)
+    named = {entry.file for split in manifest.splits.values() for entry in split.shards}
+    there = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    return there == named | {"manifest.json", ".lock"}
+
+
+def test_two_workers_seal_one_split_in_order(cluster, keys):
+    root, _ = cluster
+    data = EncryptedShardDataset(root / "plain", split="train", keys=keys, output="dict")
+    batch = data.__getitems__(range(len(data))).batch()
+    assert batch["y"].tolist() == list(range(2000))
+    assert batch["x"].shape == (2000, 2, 3)
+    assert batch["x"][:, 0, 0].tolist() == list(range(2000))
+    assert [len(row) for row in batch["r"]][:4] == [1, 2, 3, 1]
+    assert batch["s"][1999] == "row 1999"
+    assert only_named_files(root / "plain", keys)
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(cluster, keys):
+    root, out = cluster
+    assert int(out.split("killed: ")[1].split()[0]) == 2, "the workers died in the middle of a task"
+    assert labels(root / "killed", keys) == list(range(2000))
+    assert only_named_files(root / "killed", keys)
+
+
+def test_a_failed_write_leaves_nothing(cluster, keys):
+    root, out = cluster
+    assert unchanged(root / "failed", keys)
+    assert "failed: True" in out
+
+
+def test_ray_listens_on_loopback_only_and_does_not_phone_home(cluster):
+    _, out = cluster
+    assert "listening: ['127.0.0.1']" in out
+    assert "usage: False" in out
+
+
+# ---------------------------------------------------------------- without a cluster
+
+
+def test_tasks_are_put_in_order_whichever_is_done_first(tmp_path, keys):
+    one = sink(tmp_path, keys)
+    write(one, PARTS)
+    assert labels(tmp_path, keys) == list(range(300))
+    numbers = [
+        e.number for e in EncryptedShardDataset(tmp_path, split="train", keys=keys).entry.shards
+    ]
+    assert numbers == sorted(numbers)
+    assert {number // 4096 for number in numbers} == {0, 1, 2}
+
+
+def test_what_a_dead_task_left_is_removed(tmp_path, keys):
+    one = sink(tmp_path, keys)
+    one.on_write_start()
+    one.write([table(0, 70)], SimpleNamespace(task_idx=1))  # and nobody heard of it
+    write(one, PARTS, start=False)
+    assert labels(tmp_path, keys) == list(range(300))
+    assert only_named_files(tmp_path, keys)
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows", "error", "words"),
+    [
+        (PARTS[:2], 300, IntegrityError, "missing or doubled"),
+        ([*PARTS, (3, [table(0, 50)])], 300, IntegrityError, "missing or doubled"),
+        ([*PARTS, PARTS[0]], None, IntegrityError, "missing or doubled"),
+        ([], None, DataError, "no rows"),
+        ([(0, [table(0, 0)])], None, DataError, "no rows"),
+        ([(0, [pa.table({"y": [1]})]), (1, [pa.table({"y": [1.5]})])], None, DataError, "schema="),
+        ([(0, [pa.table({"y": [1, None]})])], None, DataError, "null in row 1"),
+        ([(2**20, [table(0, 1)])], None, DataError, "write tasks"),
+    ],
+)
+def test_lost_doubled_or_unequal_parts_are_refused(tmp_path, keys, parts, rows, error, words):
+    with pytest.raises(error, match=words):
+        write(sink(tmp_path, keys), parts, rows=rows)
+    assert unchanged(tmp_path, keys)
+
+
+@pytest.mark.parametrize("harm", ["remove", "change"])
+def test_the_driver_opens_every_shard_before_it_signs(tmp_path, keys, monkeypatch, harm):
+    one = sink(tmp_path, keys)
+    seal = one.write
+
+    def tampered(blocks, ctx):
+        result = seal(blocks, ctx)
+        victim = next(one._folder.glob("*.lsec"))
+        if harm == "remove":
+            victim.unlink()
+        else:
+            victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+        return result
+
+    monkeypatch.setattr(one, "write", tampered)  # an administrator at work in between
+    with pytest.raises(ShardCorruptedError):
+        write(one, [(0, [table(0, 100)])])
+    assert unchanged(tmp_path, keys)
+
+
+def test_no_key_travels_to_the_workers(tmp_path, keys):
+    from ray import cloudpickle
+
+    one = sink(tmp_path, keys)
+    frozen = cloudpickle.dumps(one)
+    assert keys._kek._material not in frozen
+    copy = cloudpickle.loads(frozen)
+    one.on_write_start()
+    part = cloudpickle.dumps(copy.write([table(0, 100)], SimpleNamespace(task_idx=0)))
+    assert keys._kek._material not in part
+    assert b"row 17" not in part
+
+
+def test_rows_are_anonymised_on_the_workers(tmp_path, keys):
+    plan = AnonymizationPlan({"s": Suppress(), "y": Keep()})
+    write(sink(tmp_path, keys, anonymize=plan), PARTS)
+    entry = EncryptedShardDataset(tmp_path, split="train", keys=keys).entry
+    assert [column["name"] for column in entry.schema] == ["y"]
+    assert entry.attributes == {"anonymize.s": "suppress", "anonymize.y": "keep"}
+    with pytest.raises(DataError, match="holds text"):
+        write(sink(tmp_path / "2", keys, anonymize=AnonymizationPlan({})), PARTS)
+
+
+def test_nulls_that_are_dropped_are_not_missing(tmp_path, keys):
+    block = pa.table({"y": [1, None, 3]})
+    write(sink(tmp_path, keys, nulls={"y": "drop"}), [(0, [block])])
+    assert EncryptedShardDataset(tmp_path, split="train", keys=keys)[1][0].item() == 3
+
+
+def test_the_split_may_be_taken_meanwhile_and_then_stands(tmp_path, keys):
+    one, two = sink(tmp_path, keys), sink(tmp_path, keys)
+    write(one, PARTS)
+    with pytest.raises(ConfigError, match="exists"):
+        write(two, PARTS)
+    assert labels(tmp_path, keys) == list(range(300))
+    assert only_named_files(tmp_path, keys)
+    with pytest.raises(ConfigError, match="exists"):
+        sink(tmp_path, keys)
+    write(sink(tmp_path, keys, replace=True), PARTS[1:])
+    assert labels(tmp_path, keys) == list(range(200))
+
+
+def test_wrong_arguments_are_refused_on_the_driver(tmp_path, keys):
+    for options in ({"segment_bytes": 0}, {"shard_bytes": 1}):
+        with pytest.raises(ConfigError):
+            sink(tmp_path, keys, **options)
+    with pytest.raises(LightningSecureError):
+        sink("/dev/null", keys)
+
+
+@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")  # Ray's own
+def test_rays_own_tensors_become_arrows(tmp_path, keys):
+    from ray.data.block import BlockAccessor
+
+    block = BlockAccessor.batch_to_block({"x": np.arange(24.0).reshape(4, 2, 3), "y": np.arange(4)})
+    write(sink(tmp_path, keys), [(0, [block])])
+    (x, _) = EncryptedShardDataset(tmp_path, split="train", keys=keys)[1]
+    assert x.tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
+    uneven = np.empty(2, dtype=object)
+    uneven[:] = [np.zeros((2, 2)), np.zeros((3, 3))]
+    block = BlockAccessor.batch_to_block({"x": uneven})
+    with pytest.raises(DataError, match="different shapes"):
+        write(sink(tmp_path / "2", keys), [(0, [block])])
+
+
+def test_without_ray_the_extra_is_named(tmp_path, keys, monkeypatch):
+    monkeypatch.setattr("lightning_secure.data.ray._Base", None)  # what a missing package leaves
+    with pytest.raises(MissingExtraError, match=r"lightning-secure\[ray\]"):
+        sink(tmp_path, keys)
