@@ -198,7 +198,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         numbers = [entry.number for entry in shards]
         sealed = sum(entry.records for entry in shards)
         dropping = "drop" in (self._reading["nulls"] or {}).values()
-        if len(set(numbers)) != len(numbers) or sealed > rows or (sealed < rows and not dropping):
+        lost = sealed < rows and not dropping
+        if len(set(numbers)) != len(numbers) or sealed > rows or lost:
             raise IntegrityError(
                 f"Ray reports {rows} rows and the tasks sealed {sealed}: some are missing or "
                 "doubled. The dataset was left as it was."

@@ -72,6 +72,9 @@ def test_values_that_cannot_be_stored_are_refused(values):
         (Column("x", "tensor", "bool"), [0, 1]),
         (Column("x", "tensor", "uint8"), [256]),
         (Column("x", "tensor", "uint8"), [-1]),
+        (Column("x", "tensor", "int64"), [2**63]),
+        (Column("x", "tensor", "int64"), [2**64 - 1, 1]),
+        (Column("x", "tensor", "int8"), [2**64 - 1]),
         (Column("x", "tensor", "float32"), [np.float64(1), np.float64(2)]),
         (Column("x", "tensor", "float32", (2,)), [np.zeros(2, "float32"), np.zeros(3, "float32")]),
         (Column("x", "tensor", "float32", (2,)), [np.zeros(2, "float32"), 1.0]),
@@ -117,6 +120,23 @@ def test_what_is_kept_is_a_copy():
     assert all(bool((item == 1).all()) for item in kept)
 
 
+def test_what_need_not_be_copied_is_not():
+    tensor = torch.ones(2, 2)
+    column = Column("x", "tensor", "float32", (2,))
+    assert convert(column, tensor, copy=False).data_ptr() == tensor.data_ptr()
+    (row,) = convert(Column("x", "ragged", "float32", (2,)), [tensor], copy=False)
+    assert row.data_ptr() == tensor.data_ptr()
+    assert convert(column, tensor.T, copy=False).is_contiguous()
+
+
+def test_memory_that_cannot_be_written_is_fine():
+    array = np.ones((2, 2), "float32")
+    array.flags.writeable = False
+    assert (
+        convert(Column("x", "tensor", "float32", (2,)), array, copy=False).tolist() == [[1, 1]] * 2
+    )
+
+
 def test_tensors_that_require_grad_and_are_not_contiguous_are_fine():
     values = torch.ones(3, 4, requires_grad=True).T
     kept = convert(Column("x", "tensor", "float32", (3,)), values)
@@ -126,7 +146,7 @@ def test_tensors_that_require_grad_and_are_not_contiguous_are_fine():
 
 def test_columns_must_be_equally_long():
     assert count_rows({"a": [1, 2], "b": [3, 4]}) == 2
-    for columns in ({}, {"a": [1], "b": [1, 2]}):
+    for columns in ({}, {"a": [1], "b": [1, 2]}, {"a": "text"}, {"a": 1}, {1: [1]}, [1]):
         with pytest.raises(DataError):
             count_rows(columns)
 

@@ -242,7 +242,7 @@ def test_wrong_arguments_are_refused_on_the_driver(tmp_path, keys):
         sink("/dev/null", keys)
 
 
-@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")  # Ray's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # of its own options
 def test_rays_own_tensors_become_arrows(tmp_path, keys):
     from ray.data.block import BlockAccessor
 

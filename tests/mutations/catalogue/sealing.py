@@ -1,0 +1,77 @@
+"""Sealing from sources, by several threads, on several machines, and after an interruption."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+RESUME = "tests/data/test_resume.py"
+SOURCES = "tests/data/sources"
+
+CATALOGUE = [
+    Mutation(
+        "lines of a sealing's journal can be taken out",
+        "data/journal.py",
+        'or (value["seq"], value["previous"]) != (self._seq, self._digest)',
+        "or False",
+        f"{RESUME} -k 'tampered and gap'",
+    ),
+    Mutation(
+        "a sealing goes on from another source",
+        "data/resume.py",
+        "if mark != earlier.source:",
+        "if False:",
+        f"{RESUME} -k another_source",
+    ),
+    Mutation(
+        "a sealing goes on from shards that were exchanged",
+        "data/resume.py",
+        "        _verify(folder, dataset.dataset_id, partition, earlier)\n",
+        "",
+        f"{RESUME} -k finished_shard",
+    ),
+    Mutation(
+        "starting anew removes shards that the manifest names",
+        "data/journal.py",
+        'if f"{folder.name}/{name}" not in keep:',
+        "if True:",
+        f"{RESUME} -k between_manifest",
+    ),
+    Mutation(
+        "rows that were sealed before are sealed again",
+        "data/seal.py",
+        "for columns in source.batches(writer.records):",
+        "for columns in source.batches():",
+        f"{RESUME} -k goes_on_from_the_last",
+    ),
+    Mutation(
+        "shards are numbered as they are done",
+        "data/sealing.py",
+        "while self._running and self._running[0].done():\n"
+        "            self._take(self._running.popleft().result())",
+        "for future in [one for one in self._running if one.done()]:\n"
+        "            self._running.remove(future)\n"
+        "            self._take(future.result())",
+        "tests/data/test_seal.py -k side_by_side",
+    ),
+    Mutation(
+        "pictures keep what the camera wrote",
+        "data/sources/metadata.py",
+        "or marker in _JPEG_PARTS:",
+        "or marker != 0xDA:",
+        f"{SOURCES}/test_images.py -k bit_for_bit",
+    ),
+    Mutation(
+        "a null becomes a NaN",
+        "data/sources/arrow.py",
+        "        if array.null_count:\n            rule",
+        "        if False:\n            rule",
+        f"{SOURCES}/test_tables.py -k 'refused_with_its and arrow'",
+    ),
+    Mutation(
+        "rows that a Ray task lost or doubled are not missed",
+        "data/ray.py",
+        "if len(set(numbers)) != len(numbers) or sealed > rows or lost:",
+        "if False:",
+        "tests/data/test_ray.py -k lost_doubled",
+    ),
+]
