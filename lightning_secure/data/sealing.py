@@ -106,13 +106,23 @@ class ShardQueue:
         return tuple(self.entries)
 
     def stop(self) -> list[ShardEntry]:
-        """Wait for what runs, begin nothing more, and return the shards that nobody was told of."""
+        """Wait for what runs, begin nothing more, and return the shards that nobody was told of.
+
+        Those that are done together with all before them are taken as always.
+        """
         for future in self._running:
             future.cancel()
-        stray = []
+        stray, in_order = [], True
         for future in self._running:
+            entry = None
             with contextlib.suppress(BaseException):  # the first error is on its way already
-                stray.append(future.result())
+                entry = future.result()
+            if entry is not None and in_order:
+                with contextlib.suppress(Exception):
+                    self._take(entry)
+                    continue
+            in_order = False
+            stray += [entry] if entry is not None else []
         self._running.clear()
         return stray
 

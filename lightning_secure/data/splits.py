@@ -87,7 +87,7 @@ class SplitByRatio(SplitRule):
                 f"column {self.group!r} groups rows and holds a {type(value).__name__}; text, "
                 "bytes and whole numbers can. Nothing was sealed."
             )
-        raw = value if isinstance(value, bytes) else str(value).encode()
+        raw = value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass")
         digest = hashlib.sha256(b"%d\0" % self.seed + raw).digest()
         return int.from_bytes(digest[:6], "big") / 2**48
 

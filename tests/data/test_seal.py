@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lightning_secure.crypto.manifest import MANIFEST_NAME
 from lightning_secure.data import shard, writer
@@ -17,6 +17,7 @@ from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.format import Column, Schema
 from lightning_secure.data.seal import seal
 from lightning_secure.data.sealing import ShardPool, ShardQueue
+from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.splits import SplitByColumn, SplitByRatio
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
@@ -98,6 +99,32 @@ def test_what_cannot_be_sealed_is_refused_and_leaves_nothing(tmp_path, keys, sou
     assert not [name for name in files(tmp_path) if name.endswith((".lsec", ".sealing", ".tmp"))]
 
 
+def test_a_source_of_ones_own(tmp_path, keys):
+    class Two(Source):
+        def batches(self, start=0):
+            yield {"x": [1, 2][start:]}
+
+        def identity(self):
+            return "two"
+
+    told = []
+    seal(Two(), tmp_path, keys=keys, progress=lambda done, total: told.append((done, total)))
+    assert rows(tmp_path, keys)[0].tolist() == [1, 2]
+    assert told == [(2, None)]
+
+
+def test_samples_that_are_mappings_name_their_columns(tmp_path, keys):
+    class Named(Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return {"label": index}
+
+    seal(Named(), tmp_path, keys=keys)
+    assert rows(tmp_path, keys)[0].tolist() == list(range(5))
+
+
 def test_an_option_of_another_kind_of_source_is_named(tmp_path, keys):
     with pytest.raises(ConfigError, match=r"no option 'nulls'; it has none"):
         seal({"x": X}, tmp_path, keys=keys, nulls={})
@@ -163,7 +190,31 @@ def test_a_failed_shard_is_seen_though_one_before_it_still_runs():
                 handed_in(queue, fails)
         finally:
             release.set()
-        assert queue.stop() == [True]
+        assert queue.stop() == []
+        assert queue.entries == [True]
+
+
+def test_what_is_done_out_of_order_is_handed_back():
+    def fails():
+        raise DataError("first")
+
+    go = threading.Event()
+    told = []
+    with ShardPool(3) as pool:
+        queue = ShardQueue(pool, on_done=told.append)
+        queue.add(lambda: go.wait(5) and fails())
+        queue.add(lambda: go.wait(5) and "second")
+        go.set()
+        assert queue.stop() == ["second"]
+    assert told == queue.entries == []
+
+    def full(entry):
+        raise OSError("no space left for the journal")
+
+    with ShardPool(2) as pool:
+        queue = ShardQueue(pool, on_done=full)
+        queue._running.append(pool.submit(lambda: "first"))
+        assert queue.stop() == ["first"]
 
 
 def test_the_number_of_threads_must_be_one():
@@ -301,6 +352,32 @@ def test_a_row_that_is_no_mapping_is_refused(tmp_path, keys):
             with pytest.raises(DataError):
                 one.write(row)
         one.write({"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ({"s": ["a", "bc"]}, {"s": ["a", "bc"]}, True),
+        ({"s": ["a", "bc"]}, {"s": ["ab", "c"]}, False),
+        ({"s": np.array(["a", "b"])}, {"s": np.array(["a", "b"], dtype=object)}, True),
+        ({"s": [1, 2]}, {"s": [1, 2.0]}, False),
+        ({"s": [b"a"]}, {"s": [b"b"]}, False),
+        ({"s": [[1, 2], [3]]}, {"s": [[1], [2, 3]]}, False),
+        ({"s": [X[0], X[1]]}, {"s": [X[0], X[1]]}, True),
+        (TensorDataset(torch.ones(3)), TensorDataset(torch.ones(3)), True),
+        (TensorDataset(torch.ones(3)), TensorDataset(torch.zeros(3)), False),
+        ({"s": ["\ud800"]}, {"s": ["\ud801"]}, False),
+    ],
+)
+def test_sources_are_told_apart_by_their_values(first, second, same):
+    assert (open_source(first).identity() == open_source(second).identity()) is same
+
+
+@pytest.mark.parametrize(
+    "given", [{"s": [object()]}, {"s": {1, 2}}, [{"x": 1}], Squares(), iter([])]
+)
+def test_what_cannot_tell_what_it_is_says_so(given):
+    assert open_source(given).identity() is None
 
 
 def test_progress_is_told(tmp_path, keys):

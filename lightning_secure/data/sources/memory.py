@@ -164,7 +164,9 @@ def _feed_values(checksum: Checksum, values: Any) -> bool:
     checksum.update(b"list %d" % len(values))
     for value in values:
         if isinstance(value, str | bytes):
-            checksum.update(b"text", value.encode() if isinstance(value, str) else value)
+            checksum.update(
+                b"text", value.encode(errors="surrogatepass") if isinstance(value, str) else value
+            )
         elif isinstance(value, bool | int | float | np.generic):
             checksum.update(type(value).__name__.encode(), repr(value).encode())
         elif not _feed_values(checksum, value):
