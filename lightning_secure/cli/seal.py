@@ -47,7 +47,7 @@ _PLAIN: Final[Mapping[str, type]] = {
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("destination")
 @click.option(
     "--config",
     "config_path",
@@ -60,8 +60,8 @@ _PLAIN: Final[Mapping[str, type]] = {
     is_flag=True,
     help="Start anew. Without it, a sealing that was interrupted goes on where it got to.",
 )
-def seal(source: Path, destination: Path, config_path: Path, restart: bool) -> None:
-    """Seal SOURCE (.csv, .parquet, or a folder) into the dataset DESTINATION.
+def seal(source: Path, destination: str, config_path: Path, restart: bool) -> None:
+    """Seal SOURCE (.csv, .parquet, or a folder) into the dataset DESTINATION, a folder or a URL.
 
     Exit status: 0 sealed; 2 the arguments or the configuration are wrong; 1 anything else was
     refused or failed; 130 interrupted. Unless it is 0, no split of this call that was not there

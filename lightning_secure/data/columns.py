@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_secure.data.format import DTYPE_NAMES, DTYPES, Column, ColumnData
 from lightning_secure.errors import DataError
 
-__all__ = ["Ragged", "convert_column", "count_rows", "infer_column", "joined"]
+__all__ = ["Ragged", "convert_column", "count_rows", "infer_column", "joined", "require_names"]
 
 _UNTOUCHED: Final = "Nothing of this call was sealed."
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
@@ -55,6 +55,19 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
             f"a call needs one column at least, and all of the same length. {_UNTOUCHED}"
         )
     return lengths.pop()
+
+
+def require_names(given: Collection[str], names: Sequence[str]) -> None:
+    """Raise DataError unless ``given`` are the columns' names, in any order."""
+    if set(given) == set(names):
+        return
+    unknown = ", ".join(repr(name) for name in given if name not in names)
+    missing = ", ".join(repr(name) for name in names if name not in given)
+    raise DataError(
+        f"the rows have {'unknown columns ' + unknown if unknown else 'no unknown columns'} and "
+        f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
+        f"first row or its schema. {_UNTOUCHED}"
+    )
 
 
 def infer_column(name: str, values: Any) -> Column:

@@ -22,7 +22,7 @@ from lightning_secure.data.resume import SealingState
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.sources.arrow import NullRule, Stack
 from lightning_secure.data.sources.tables import table_source
-from lightning_secure.data.storage import LocalStorage
+from lightning_secure.data.storage.local import LocalStorage
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import DataError, IntegrityError, MissingExtraError
 from lightning_secure.files import as_path
@@ -168,7 +168,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             self._root,
             self._split,
             entry,
-            partitions={self._split: (self._wrapped,)},
+            partitions={self._split: self._wrapped},
             keys=self._keys,
             replace=self._replace,
         )
@@ -268,8 +268,10 @@ class _Part(EncryptedShardWriter):
         self.entries, self.columns = shards, schema.to_json()
 
 
-def _open(dataset: Manifest, split: str, wrapped: WrappedKey, keys: KeyProvider) -> PartitionKey:
-    partitions = {split: (wrapped,)}
+def _open(
+    dataset: Manifest, split: str, wrapped: tuple[WrappedKey, ...], keys: KeyProvider
+) -> PartitionKey:
+    partitions = {split: wrapped}
     return dataclasses.replace(dataset, partitions=partitions).open_partition(split, keys)
 
 

@@ -13,6 +13,7 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry
 from lightning_secure.data.format import Schema
+from lightning_secure.data.generations import require_free
 from lightning_secure.data.journal import Journal, Progress, source_mark
 from lightning_secure.data.shard import ShardReader
 from lightning_secure.data.storage.local import LocalStorage
@@ -72,6 +73,7 @@ class SealingState:
         source_id: str,
         settings: Mapping[str, Any],
         resume: bool,
+        replace: bool,
     ) -> SealingState:
         """Return the state of a sealing with a journal.
 
@@ -82,10 +84,11 @@ class SealingState:
             source_id: Names the state of the source.
             settings: What else decides how rows and shards come out, as JSON values.
             resume: Whether to go on from an earlier sealing; otherwise its shards are removed.
+            replace: Whether a split that was sealed from something else may be replaced.
 
         Raises:
-            ConfigError: The split is being sealed by another writer, or the earlier sealing had
-                another source or other settings.
+            ConfigError: The split exists, is being sealed by another writer, or the earlier sealing
+                had another source or other settings.
             KeyAccessError: This provider cannot unwrap what it wrapped; it may seal and not read.
             IntegrityError: The journal or a shard is not what the earlier sealing left.
         """
@@ -95,6 +98,7 @@ class SealingState:
             if resume and (done := _sealed(dataset, folder, keys, identity)):
                 journal.close(remove=True)
                 return done
+            require_free(dataset, folder.parent, folder.name, replace=replace)
             earlier = _earlier(journal, strict=resume)
             if earlier is not None and resume:
                 return cls._resumed(dataset, folder, keys, journal, earlier, identity, settings)

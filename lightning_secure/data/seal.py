@@ -18,6 +18,8 @@ from lightning_secure.data.format import Schema
 from lightning_secure.data.sealing import DEFAULT_THREADS, ShardPool
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.splits import SplitRule
+from lightning_secure.data.storage import Storage
+from lightning_secure.data.storage.remote import Options as RemoteOptions
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.redaction.anonymize import AnonymizationPlan
@@ -43,7 +45,7 @@ class Sealed:
 
 def seal(
     source: Any,
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | Storage,
     *,
     keys: KeyProvider,
     split: str | SplitRule = "train",
@@ -56,6 +58,8 @@ def seal(
     threads: int = DEFAULT_THREADS,
     resume: bool = False,
     source_id: str | None = None,
+    storage_options: RemoteOptions | None = None,
+    spool: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Sealed:
@@ -63,7 +67,7 @@ def seal(
 
     Args:
         source: See :func:`~lightning_secure.data.sources.open_source`.
-        root: The dataset's folder, made if it does not exist.
+        root: The dataset's folder, made if it does not exist, or a URL.
         keys: Guards the splits' keys, and signs the manifest.
         split: Name of the split, or a rule that says for each row to which one it goes.
         segment_bytes: See :class:`EncryptedShardWriter`, as for the other arguments of its.
@@ -77,6 +81,8 @@ def seal(
         resume: Go on where a call with the same arguments, that was killed or interrupted, got to.
         source_id: Names the state of the source where it cannot be told from the source itself,
             which is so for iterators and torch datasets; without it these cannot be resumed.
+        storage_options: For a URL, see :class:`EncryptedShardWriter`.
+        spool: For a URL, see there; only one that is kept can be resumed.
         progress: Called after each batch with the rows taken so far, and of how many.
         options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
 
@@ -116,6 +122,8 @@ def seal(
                     threads=pool,
                     source_id=identity,
                     resume=resume,
+                    storage_options=storage_options,
+                    spool=spool,
                     remarks=opened.remarks,
                 )
             )

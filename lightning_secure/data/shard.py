@@ -41,6 +41,7 @@ def shard_name(number: int, uuid: bytes) -> str:
     """Return the file name of a shard, without its folder."""
     return f"shard-{number:05d}-{uuid.hex()[:8]}.lsec"
 
+
 _T = TypeVar("_T")
 
 

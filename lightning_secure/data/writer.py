@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from torch import Tensor
@@ -13,7 +13,13 @@ from torch import Tensor
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry, SplitEntry
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
-from lightning_secure.data.columns import convert_column, count_rows, infer_column, joined
+from lightning_secure.data.columns import (
+    convert_column,
+    count_rows,
+    infer_column,
+    joined,
+    require_names,
+)
 from lightning_secure.data.format import ColumnData, Schema, segment_lengths
 from lightning_secure.data.generations import commit_split, open_or_start, require_free
 from lightning_secure.data.resume import SealingState
@@ -198,8 +204,7 @@ class EncryptedShardWriter:
         schema = self._schema or Schema(
             tuple(infer_column(name, values) for name, values in columns.items())
         )
-        if columns.keys() != set(schema.names):
-            raise DataError(_name_mismatch(schema, columns.keys()))
+        require_names(columns.keys(), schema.names)
         part = {
             column.name: convert_column(
                 column,
@@ -267,24 +272,14 @@ class EncryptedShardWriter:
 
         What :meth:`close` put into the dataset stays there.
         """
-        self._closed = True
-        if not self._over:
-            self._over = True
-            self._discard()
+        self._end(keep=False)
 
     def suspend(self) -> None:
         """Stop, and keep what was finished for a sealing with ``resume=True``.
 
         Without a ``source_id`` nothing can be resumed, and this is :meth:`abort`.
         """
-        if not self._state.resumable:
-            self.abort()
-        self._closed = True
-        if not self._over:
-            self._over = True
-            self._forget_pending()
-            self._remove(self._queue.stop())
-            self._release(keep=True)
+        self._end(keep=self._state.resumable)
 
     def __enter__(self) -> Self:
         return self
@@ -327,7 +322,6 @@ class EncryptedShardWriter:
                 )
             )
             self._begun_rows += stop - start
-            self._pending_rows -= stop - start
             start = stop
         # Cloned, so that the rest of a large batch does not keep all of it in memory.
         rest = {
@@ -344,21 +338,15 @@ class EncryptedShardWriter:
     def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
         if source_id is None:
             return SealingState.fresh(dataset, self._folder, self._keys)
-        state = SealingState.written_down(
+        return SealingState.written_down(
             dataset,
             self._folder,
             self._keys,
             source_id=source_id,
             settings=self._settings(),
             resume=resume,
+            replace=self._replace,
         )
-        try:
-            if not state.complete:
-                require_free(dataset, self._root, self._split, replace=self._replace)
-        except ConfigError:
-            state.end(keep=True)
-            raise
-        return state
 
     def _settings(self) -> dict[str, Any]:
         """Return all that decides what rows and shards come of a source, as JSON values."""
@@ -386,21 +374,18 @@ class EncryptedShardWriter:
             replace=self._replace,
         )
 
-    def _discard(self) -> None:
-        self._forget_pending()
+    def _end(self, *, keep: bool) -> None:
+        self._closed = True
+        if self._over:
+            return
+        self._over = True
+        self._parts, self._pending_rows, self._pending_bytes = [], 0, 0
         stray = self._queue.stop()
-        self._remove([*self._queue.entries, *stray])
-        self._queue.entries.clear()
-        self._release(keep=False)
-
-    def _forget_pending(self) -> None:
-        self._parts = []
-        self._pending_rows = self._pending_bytes = 0
-
-    def _remove(self, entries: Iterable[ShardEntry]) -> None:
-        for entry in entries:
+        kept = keep or self._state.complete  # those of a complete split are in the manifest
+        for entry in stray if kept else [*self._queue.entries, *stray]:
             with contextlib.suppress(OSError):  # unreadable without a manifest in any case
                 (self._root / entry.file).unlink()
+        self._release(keep=keep)
 
     def _release(self, *, keep: bool) -> None:
         self._state.end(keep=keep)
@@ -412,13 +397,3 @@ class EncryptedShardWriter:
 
 def _described(plan: AnonymizationPlan | None) -> dict[str, str]:
     return {f"anonymize.{name}": text for name, text in plan.describe().items()} if plan else {}
-
-
-def _name_mismatch(schema: Schema, given: Collection[str]) -> str:
-    unknown = ", ".join(repr(name) for name in given if name not in schema.names)
-    missing = ", ".join(repr(name) for name in schema.names if name not in given)
-    return (
-        f"the rows have {'unknown columns ' + unknown if unknown else 'no unknown columns'} and "
-        f"{'lack ' + missing if missing else 'lack none'}; the split's columns are fixed by its "
-        "first row or its schema. Nothing of this call was sealed."
-    )

@@ -189,6 +189,19 @@ def test_a_split_that_was_finished_is_not_sealed_again(tmp_path, keys):
     assert labels(tmp_path, keys) == Y.tolist()
 
 
+def test_a_split_that_was_finished_survives_giving_up(tmp_path, keys):
+    run(tmp_path, keys)
+    before = shards(tmp_path)
+    for end in ("abort", "suspend"):
+        again = EncryptedShardWriter(
+            tmp_path, split="train", keys=keys, resume=True, source_id='["v1","train"]', **SMALL
+        )
+        assert again.complete
+        getattr(again, end)()
+        assert shards(tmp_path) == before
+    assert labels(tmp_path, keys) == Y.tolist()
+
+
 def test_a_kill_between_manifest_and_end_is_seen_as_done(tmp_path, keys, monkeypatch):
     close = Journal.close
 

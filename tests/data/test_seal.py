@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME
 from lightning_secure.data import shard, writer
 from lightning_secure.data.dataset import EncryptedShardDataset
@@ -20,7 +21,7 @@ from lightning_secure.data.sealing import ShardPool, ShardQueue
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.splits import SplitByColumn, SplitByRatio
 from lightning_secure.data.writer import EncryptedShardWriter
-from lightning_secure.errors import ConfigError, DataError
+from lightning_secure.errors import AuditWriteError, ConfigError, DataError
 
 ROWS = 3000
 X = np.random.default_rng(3).normal(size=(ROWS, 4)).astype("float32")
@@ -320,6 +321,25 @@ def test_if_one_split_is_empty_none_is_sealed(tmp_path, keys):
         seal({"y": Y[:10]}, tmp_path, keys=keys, split=rule)
     with pytest.raises(ConfigError, match="no split 'train'"):
         read(tmp_path, keys)
+
+
+def test_a_split_that_is_in_the_manifest_survives_the_failure_of_the_next(tmp_path, keys):
+    def refuse(event):
+        if event.action == "data.seal" and event.details["split"] == "val":
+            raise AuditWriteError("full")
+
+    events.subscribe("refuse", refuse)
+    rule = SplitByRatio(ratios={"train": 0.5, "val": 0.5}, seed=1)
+    with pytest.raises(AuditWriteError):
+        seal({"y": Y}, tmp_path, keys=keys, split=rule)
+    assert len(rows(tmp_path, keys)[0]) > 0
+    events.unsubscribe("refuse")
+    with EncryptedShardWriter(tmp_path, split="one", keys=keys) as one:
+        one.write({"y": 1})
+        one.close()
+        one.abort()
+        one.suspend()
+    assert rows(tmp_path, keys, "one")[0].tolist() == [1]
 
 
 # ---------------------------------------------------------------- bad paths and values
