@@ -295,11 +295,7 @@ class PartitionKey:
         return self._key.wrap(key, context=self._context(shard_uuid))
 
     def open(self, entry: ShardEntry) -> DataKey:
-        """Unwrap a shard's data key.
-
-        Raises:
-            IntegrityError: The wrapped key was altered or belongs to another shard.
-        """
+        """Unwrap a shard's data key; raises IntegrityError if it is another's or was altered."""
         return self._key.unwrap(entry.wrapped_key, context=self._context(entry.uuid))
 
     def subkey(self, purpose: str) -> DataKey:
