@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lightning_secure.crypto.encoding import utf8
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.data.format import ColumnData
 from lightning_secure.errors import DataError
@@ -43,7 +44,7 @@ class SubjectPseudonyms:
             DataError: It is neither.
         """
         if isinstance(subject, str):
-            message = b"s" + subject.encode()
+            message = b"s" + utf8(subject, what="a subject's id")
         elif isinstance(subject, int) and not isinstance(subject, bool):
             message = b"i" + str(subject).encode()
         else:

@@ -48,7 +48,8 @@ class EncryptedShardWriter:
             :func:`~lightning_secure.data.erasure.erase_subject` can destroy them. The ids are read
             before ``anonymize`` changes the column. Give rows ordered by subject: each time
             ``shard_bytes`` are full, every subject among them gets a shard, of 4 KiB at least.
-        replace: Whether an existing split of this name may be replaced.
+        replace: Whether an existing split of this name may be replaced. Its recipients besides
+            ``keys`` do not become those of the new one.
         threads: How many shards are encrypted and written side by side, each a copy of
             ``shard_bytes`` in memory; or a pool that several writers share.
         source_id: Names the state of what the rows come from, for example a version or a digest.

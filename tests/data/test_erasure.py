@@ -441,6 +441,8 @@ def test_what_does_not_name_a_subject_is_refused(tmp_path, old, value):
     writer = EncryptedShardWriter(tmp_path / "d", split="train", keys=old, subject_column="who")
     with pytest.raises(DataError, match="does not name a subject"):
         writer.write_batch({"who": [value], "x": X[:1]})
+    with pytest.raises(DataError, match="lone surrogate"):
+        writer.write_batch({"who": ["Jo\ud800"], "x": X[:1]})
     with pytest.raises(DataError, match="no column 'who'"):
         writer.write_batch({"x": X[:1]})
     assert writer.records == 0

@@ -69,4 +69,18 @@ CATALOGUE = [
         "pass",
         f"{STORAGE}/test_upload.py -k two_writers_at_once",
     ),
+    Mutation(
+        "an upload leaves columns under other keys behind",
+        "data/storage/upload.py",
+        "    for file in entry.files:\n",
+        "    for file in (shard.file for shard in entry.shards):\n",
+        f"{STORAGE}/test_upload.py -k all_groups",
+    ),
+    Mutation(
+        "a split that is sent again with new keys loses its files",
+        "data/storage/upload.py",
+        "_remove(storage, older - manifest.files)",
+        "_remove(storage, older)",
+        f"{STORAGE}/test_upload.py -k keys_or_rows_went",
+    ),
 ]

@@ -61,4 +61,11 @@ CATALOGUE = [
         "            for partition in ():\n                changed",
         "tests/data/test_erasure.py -k do_not_open_the_erased",
     ),
+    Mutation(
+        "a sealing that waits to be resumed is cleared away",
+        "data/leftovers.py",
+        "and not os.path.lexists(path / SEALING_JOURNAL_NAME)",
+        "and True",
+        "tests/data/test_interruptions.py -k waits_to_be_resumed",
+    ),
 ]
