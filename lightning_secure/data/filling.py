@@ -9,7 +9,7 @@ from torch import Tensor, uint8
 
 from lightning_secure.data.buffers import Ints, Rows
 from lightning_secure.data.format import Column, Schema, byte_limits, column_offsets
-from lightning_secure.data.groups import OpenShard
+from lightning_secure.data.groups import GroupedReader, OpenShard
 from lightning_secure.data.shard import Scratch, ShardReader
 
 __all__ = ["Filler"]
@@ -32,10 +32,16 @@ class Filler:
     def __init__(self, schemas: Sequence[Schema], names: Sequence[str]) -> None:
         by_name = {column.name: column for schema in schemas for column in schema.columns}
         self.columns: tuple[Column, ...] = tuple(by_name[name] for name in names)
-        self._parts = tuple(
-            _GroupFiller(schema, [name for name in names if name in schema.names])
-            for schema in schemas
-        )
+        self._schema = schemas[0]
+        self._names = tuple(names)
+        self._layouts: dict[int, _Layout] = {}
+        #: For several groups, what does each of them.
+        self._parts: tuple[Filler, ...] = ()
+        if len(schemas) > 1:
+            self._parts = tuple(
+                Filler([schema], [name for name in names if name in schema.names])
+                for schema in schemas
+            )
 
     def fill(
         self,
@@ -60,27 +66,10 @@ class Filler:
             ShardCorruptedError: The segment was altered, in one of the groups. What is in ``rows``
                 then is not to be used.
         """
-        for part, one in zip(self._parts, reader.readers, strict=True):
-            part.fill(rows, one, segment, scratch, targets, sources)
-
-
-class _GroupFiller:
-    """Does it for one group of columns."""
-
-    def __init__(self, schema: Schema, names: Sequence[str]) -> None:
-        self._schema = schema
-        self._names = tuple(names)
-        self._layouts: dict[int, _Layout] = {}
-
-    def fill(
-        self,
-        rows: Rows,
-        reader: ShardReader,
-        segment: int,
-        scratch: Scratch,
-        targets: Ints,
-        sources: Ints | None,
-    ) -> None:
+        if isinstance(reader, GroupedReader):
+            for part, one in zip(self._parts, reader.readers, strict=True):
+                part.fill(rows, one, segment, scratch, targets, sources)
+            return
         records = reader.header.records_in(segment)
         if not self._schema.fixed:
             self._fill_slowly(rows, reader, segment, targets, sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
@@ -107,29 +107,11 @@ class OpenGroups:
             raise
 
 
-class OpenShard(Protocol):
-    """The shards that hold the same rows, open for reading."""
-
-    @property
-    def header(self) -> Header:
-        """What it says of rows holds for all."""
-
-    @property
-    def readers(self) -> tuple[ShardReader, ...]:
-        """One a group of columns, in the order of :attr:`OpenGroups.schemas`."""
-
-    def read_segment(self, index: int) -> dict[str, ColumnData]:
-        """Return the columns of one segment's rows; raises ShardCorruptedError if altered."""
-
-    def close(self) -> None:
-        """Release the files."""
-
-
 class GroupedReader:
     """Several open shards that hold different columns of the same rows, read as one.
 
     Args:
-        readers: One a group, at least one. They are closed with this one.
+        readers: One a group, in the order of :attr:`OpenGroups.schemas`; closed with this one.
 
     Raises:
         ShardCorruptedError: Their segments do not hold the same rows.
@@ -164,3 +146,7 @@ class GroupedReader:
         """Release the files."""
         for reader in self.readers:
             reader.close()
+
+
+#: The shards that hold the same rows, of each group that is open.
+OpenShard: TypeAlias = ShardReader | GroupedReader

@@ -300,11 +300,6 @@ class ShardReader:
             raise self.corrupted("its header and the manifest contradict each other")
         return header
 
-    @property
-    def readers(self) -> tuple[ShardReader, ...]:
-        """The reader itself; see :class:`~lightning_secure.data.groups.GroupedReader`."""
-        return (self,)
-
     def _read_tags(self, size: int) -> bytes:
         header, read = self.header, self._file.read_into
         stride = header.segment_bytes + TAG_BYTES

@@ -96,7 +96,8 @@ class ShardSet:
             self._readers[shard] = reader
             while len(self._readers) > 1 and (
                 len(self._readers) > _OPEN_SHARDS
-                or sum(r.header.segments * len(r.readers) for r in self._readers.values())
+                or sum(r.header.segments for r in self._readers.values())
+                * len(self._groups.schemas)
                 > _OPEN_SEGMENTS
             ):
                 # It closes when the last thread that reads has let go of it.

@@ -74,7 +74,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a manifest counts more rows than its shards have bytes",
-        "crypto/manifest.py",
+        "crypto/entries.py",
         "        if total >= 2**63 or any(shard.records > shard.size for shard in shards):",
         "        if False:",
         "tests/crypto/test_manifest.py -k more_rows",
