@@ -28,7 +28,7 @@ from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError, IntegrityError, StorageError
-from lightning_secure.files import atomic_writer
+from lightning_secure.files import as_path, atomic_writer
 
 __all__ = ["Spool", "open_spool", "upload_split"]
 
@@ -75,7 +75,8 @@ def upload_split(
     storage = open_storage(root, storage_options=storage_options)
     if not isinstance(storage, RemoteStorage):
         raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
-    sealed = read_manifest(Path(source), trusted=keys.trusted_signers)
+    here = as_path(source, what="source")
+    sealed = read_manifest(here, trusted=keys.trusted_signers)
     if split not in sealed.splits:
         raise ConfigError(f"{str(source)!r} has no split {split!r}. Nothing was sent.")
     entry = sealed.splits[split]
@@ -107,7 +108,7 @@ def upload_split(
     if (current := _current(storage, keys)[0]) is not None:
         require_room(current)
     for file in entry.files:
-        storage.upload(Path(source) / file, file)
+        storage.upload(here / file, file)
     try:
         manifest = _change(storage, keys, join, split=split)
     except ConfigError:  # another writer was first
@@ -154,7 +155,10 @@ class Spool:
         self._there = current
         if not resume:
             self.require_free()
-        self.folder = Path(folder or tempfile.mkdtemp(prefix="lightning-secure-"))
+        if folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="lightning-secure-"))
+        else:
+            self.folder = as_path(folder, what="spool")
         self.folder.mkdir(parents=True, exist_ok=True)
         if folder is None:
             self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

@@ -24,12 +24,18 @@ from lightning_secure.data.leftovers import collect_garbage
 from lightning_secure.data.rotation import rotate_data, rotate_kek, rotate_partition
 from lightning_secure.data.seal import seal as seal_source
 from lightning_secure.data.splits import SplitByRatio
-from lightning_secure.data.storage import LocalStorage, RemoteStorage, upload_split
+from lightning_secure.data.storage import (
+    CiphertextCache,
+    LocalStorage,
+    RemoteStorage,
+    upload_split,
+)
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
     ManifestMismatchError,
+    ShardCorruptedError,
     StorageError,
 )
 
@@ -361,6 +367,34 @@ def test_a_split_whose_keys_or_rows_went_is_sent_again(url, keys, other_keys, op
     assert len(remote_names(url)) == len(names) - 3
     assert not set(remote_names(url)) & set(names) - {MANIFEST_NAME}
     assert read_grouped(opened, url) == [row for row in range(400) if row // 50 != 3]
+
+
+@pytest.mark.parametrize("where", ["copy", "origin"])
+def test_a_bad_copy_of_any_group_is_fetched_again_once(url, keys, opened, tmp_path, where):
+    seal_grouped(url, keys)
+    cache = CiphertextCache(tmp_path / "cache", max_bytes=10**8)
+    assert read_grouped(opened, url, cache=cache) == list(range(400))
+    copies = sorted((tmp_path / "cache").glob("*.shard"))
+    memory = fsspec.filesystem("memory")
+    manifest = read_manifest(RemoteStorage(url), trusted=keys.trusted_signers)
+    assert len(copies) == len(manifest.files)
+    for path in copies:
+        data = bytearray(path.read_bytes())
+        data[4100] ^= 1  # of the first segment
+        path.write_bytes(data)
+    if where == "copy":
+        assert read_grouped(opened, url, cache=cache) == list(range(400))
+        return
+    name = f"{url[8:]}/{manifest.splits['train'].groups[1].shards[0].file}"
+    memory.pipe_file(name, bytes(reversed(memory.cat_file(name))))
+    with pytest.raises(ShardCorruptedError):
+        read_grouped(opened, url, cache=cache)
+    assert read_grouped_note(opened, url) == NOTES
+
+
+def read_grouped_note(opened, url):
+    data = opened(url, columns=["note"])
+    return data.__getitems__(range(len(data))).batch()[0]
 
 
 def test_partitions_of_a_replaced_split_go(url, keys, seal, read):
