@@ -98,6 +98,12 @@ class Rows:
             by_row = memory.view(_row_type(column.item_bytes))
             self._sinks[column.name] = column.item_bytes, memory.data, by_row
 
+    def span(self, name: str, target: int, until: int, length: int) -> memoryview | None:
+        """Return ``length`` bytes from a row's place on, unless they reach to row ``until``."""
+        item_bytes, sink, _ = self._sinks[name]
+        start = target * item_bytes
+        return sink[start : start + length] if start + length <= until * item_bytes else None
+
     def put(
         self,
         columns: Iterable[tuple[str, int]],
@@ -129,6 +135,34 @@ class Rows:
             for row, target in few:
                 start, place = offset + row * length, target * length
                 sink[place : place + length] = view[start : start + length]
+
+    def gather(
+        self,
+        columns: Iterable[tuple[str, int]],
+        targets: Ints,
+        plaintext: memoryview,
+        length: int,
+        records: int,
+        segments: Ints,
+        sources: Ints,
+    ) -> None:
+        """Copy rows of tensor columns out of several segments that are alike.
+
+        Args:
+            columns: Names, and where in each segment their rows begin, one after another.
+            targets: Where the rows go.
+            plaintext: Holds the segments, one after another.
+            length: Of one segment, in bytes.
+            records: How many rows a segment holds.
+            segments: In which of them each row lies, as many as targets.
+            sources: Which row of that it is.
+        """
+        shape = len(plaintext) // length, records
+        for name, offset in columns:
+            item_bytes, _, by_row = self._sinks[name]
+            strides = length, item_bytes
+            rows = np.ndarray(shape, by_row.dtype, plaintext, offset, strides)
+            by_row[targets] = rows[segments, sources]
 
     def put_values(self, name: str, targets: Ints, source: Sequence[Any]) -> None:
         """Put values of a column of variable length at ``targets``."""

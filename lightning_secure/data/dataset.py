@@ -116,6 +116,7 @@ class EncryptedShardDataset(Dataset[Any]):
         self._shards = ShardSet(self._storage, groups)
         self._filler = Filler(groups.schemas, self._names)
         self._buffers = Buffers()
+        self._scratch = Scratch()
         self._executor: tuple[int, ThreadPoolExecutor] | None = None
         self._recent: tuple[tuple[int, int], dict[str, ColumnData]] | None = None
         events.announce(
@@ -204,15 +205,17 @@ class EncryptedShardDataset(Dataset[Any]):
         shards, segments, rows = self._shards.locate(numbers)
         new = (np.diff(shards, prepend=-1) != 0) | (np.diff(segments, prepend=-1) != 0)
         bounds = [*np.flatnonzero(new).tolist(), len(numbers)]
+        others_begin = np.flatnonzero(np.diff(shards)) + 1
 
         def fill(first: int, last: int) -> None:
-            scratch = Scratch()
-            for low, high in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True):
-                self._filler.fill(
+            start, stop = bounds[first], bounds[last]
+            inner = others_begin[(others_begin > start) & (others_begin < stop)].tolist()
+            for low, high in pairwise([start, *inner, stop]):
+                self._filler.gather(
                     result,
                     self._shards.reader(int(shards[low])),
-                    int(segments[low]),
-                    scratch,
+                    segments[low:high],
+                    self._scratch,
                     targets[low:high],
                     rows[low:high],
                 )
@@ -220,7 +223,8 @@ class EncryptedShardDataset(Dataset[Any]):
         parts = len(bounds) - 1
         threads = min(self._threads, parts // _SEGMENTS_A_THREAD)
         if threads < 2:
-            fill(0, parts)
+            if parts:
+                fill(0, parts)
         else:
             cuts = [parts * number // threads for number in range(threads + 1)]
             # The calling thread takes a part as well.

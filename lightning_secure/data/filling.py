@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from torch import Tensor, uint8
@@ -16,6 +17,9 @@ __all__ = ["Filler"]
 
 #: Where the chosen columns begin, the length of the plaintext, and its limits.
 _Layout = tuple[list[tuple[str, int]], int, list[tuple[int, int, int]]]
+
+#: Plaintext of so many bytes stays in a core's cache.
+_TOGETHER_BYTES: Final = 256 * 1024
 
 
 class Filler:
@@ -51,6 +55,8 @@ class Filler:
         scratch: Scratch,
         targets: Ints,
         sources: Ints | None = None,
+        *,
+        until: int = 0,
     ) -> None:
         """Copy rows of one segment to their places.
 
@@ -61,32 +67,115 @@ class Filler:
             scratch: Memory of the calling thread.
             targets: Place of each row.
             sources: Which rows of the segment, in the order of ``targets``. All by default.
+            until: Says that all rows are meant and their places follow one another, and that the
+                places from there to this one are free to be written over: the segment is then
+                decrypted where its first column belongs, and what lies behind that column in it
+                makes way for the next rows.
 
         Raises:
             ShardCorruptedError: The segment was altered, in one of the groups. What is in ``rows``
-                then is not to be used.
+                must not be used.
         """
         if isinstance(reader, GroupedReader):
             for part, one in zip(self._parts, reader.readers, strict=True):
-                part.fill(rows, one, segment, scratch, targets, sources)
+                part.fill(rows, one, segment, scratch, targets, sources, until=until)
             return
         records = reader.header.records_in(segment)
         if not self._schema.fixed:
             self._fill_slowly(rows, reader, segment, targets, sources)
             return
+        layout = self._layout(records)
+        columns, length, _ = layout
+        out = None
+        if until and (first := self._schema.names[0]) in self._names:
+            out = rows.span(first, int(targets[0]), until, length)
+        plaintext = self._decrypt(reader, segment, layout, scratch, out)
+        if out is not None:
+            columns = [(name, offset) for name, offset in columns if name != first]
+        rows.put(columns, targets, plaintext, records, sources)
+
+    def gather(
+        self,
+        rows: Rows,
+        reader: OpenShard,
+        segments: Ints,
+        scratch: Scratch,
+        targets: Ints,
+        sources: Ints,
+    ) -> None:
+        """Copy rows of one shard to their places.
+
+        Args:
+            rows: Where to.
+            reader: The shard, of each group.
+            segments: Each row's segment, in order.
+            scratch: Memory of the calling thread.
+            targets: Place of each row.
+            sources: Each row's number in its segment.
+
+        Raises:
+            ShardCorruptedError: A segment was altered. What is in ``rows`` must not be used.
+        """
+        if isinstance(reader, GroupedReader):
+            for part, one in zip(self._parts, reader.readers, strict=True):
+                part.gather(rows, one, segments, scratch, targets, sources)
+            return
+        header = reader.header
+        starts = np.flatnonzero(np.diff(segments, prepend=-1))
+        numbers = segments[starts].tolist()
+        bounds = [*starts.tolist(), len(segments)]
+        several = max(1, _TOGETHER_BYTES // header.segment_bytes)
+        for first in range(0, len(numbers), several):
+            some = numbers[first : first + several]
+            ends = bounds[first : first + len(some) + 1]
+            records = header.records_in(some[-1])
+            alike = self._schema.fixed and records == header.records_per_segment
+            if len(some) > 1 and alike:
+                part = slice(ends[0], ends[-1])
+                each = np.repeat(np.arange(len(some)), np.diff(ends))
+                layout = self._layout(records)
+                columns, length, _ = layout
+                together = self._together(reader, some, layout, scratch)
+                rows.gather(columns, targets[part], together, length, records, each, sources[part])
+                continue
+            for number, low, high in zip(some, ends, ends[1:], strict=False):
+                self.fill(rows, reader, number, scratch, targets[low:high], sources[low:high])
+
+    def _together(
+        self, reader: ShardReader, segments: list[int], layout: _Layout, scratch: Scratch
+    ) -> memoryview:
+        """Return the plaintext of segments, one after another."""
+        length = layout[1]
+        together = scratch.plaintext(length * len(segments))
+        for place, number in zip(range(0, len(together), length), segments, strict=True):
+            self._decrypt(reader, number, layout, scratch, together[place : place + length])
+        return together
+
+    def _layout(self, records: int) -> _Layout:
         layout = self._layouts.get(records)
         if layout is None:
             offsets, length = column_offsets(self._schema, records)
             places = [(n, offsets[n]) for n in self._names]
             layout = self._layouts[records] = places, length, byte_limits(self._schema, records)
-        plaintext = reader.decrypt(segment, scratch)
+        return layout
+
+    def _decrypt(
+        self,
+        reader: ShardReader,
+        segment: int,
+        layout: _Layout,
+        scratch: Scratch,
+        out: memoryview | None,
+    ) -> memoryview:
+        """Return the plaintext of one segment, which is what its schema says."""
+        plaintext = reader.decrypt(segment, scratch, out)
         # As decode_segment does, which need not be called here: the layout is known.
         if len(plaintext) != layout[1] or any(
             np.frombuffer(plaintext, np.uint8, end - start, start).max() > largest
             for start, end, largest in layout[2]
         ):
             raise reader.corrupted(f"segment {segment} does not fit the schema")
-        rows.put(layout[0], targets, plaintext, records, sources)
+        return plaintext
 
     def _fill_slowly(
         self, rows: Rows, reader: ShardReader, segment: int, targets: Ints, sources: Ints | None

@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import hmac
 import secrets
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
@@ -186,19 +187,27 @@ def _write(
     )
 
 
-class Scratch:
-    """Memory for one segment at a time, used again from segment to segment by one thread."""
+class Scratch(threading.local):
+    """Memory for one segment at a time, used again from segment to segment; each thread has its own.
+
+    Fresh memory costs about as much as decryption, in page faults and zeros.
+    """
 
     def __init__(self) -> None:
         self._sealed = memoryview(bytearray())
         self._plaintext = memoryview(bytearray())
 
-    def views(self, length: int) -> tuple[memoryview, memoryview]:
-        """Return room for ``length`` sealed bytes, and for what is in them."""
+    def sealed(self, length: int) -> memoryview:
+        """Return room for ``length`` sealed bytes."""
         if length > len(self._sealed):
             self._sealed = memoryview(bytearray(length))
+        return self._sealed[:length]
+
+    def plaintext(self, length: int) -> memoryview:
+        """Return room for ``length`` bytes of plaintext."""
+        if length > len(self._plaintext):
             self._plaintext = memoryview(bytearray(length))
-        return self._sealed[:length], self._plaintext[: max(0, length - TAG_BYTES)]
+        return self._plaintext[:length]
 
 
 class ShardReader:
@@ -243,19 +252,19 @@ class ShardReader:
         self._closing = weakref.finalize(self, self._file.close)
         self._closing.atexit = False
         try:
-            self._retrying(lambda: self._authenticate(entry, key, dataset_id))
+            self._retrying(self._authenticate, entry, key, dataset_id)
         except BaseException:
             self.close()
             raise
 
-    def _retrying(self, work: Callable[[], _T]) -> _T:
+    def _retrying(self, work: Callable[..., _T], *arguments: Any) -> _T:
         """Do it once more, with the bytes where they lie, if a copy of them is no good."""
         try:
-            return work()
+            return work(*arguments)
         except ShardCorruptedError:
             if not self._file.distrust():
                 raise
-        return work()
+        return work(*arguments)
 
     def _authenticate(self, entry: ShardEntry, key: DataKey, dataset_id: bytes) -> None:
         self.header = self._verify(entry, dataset_id)
@@ -312,33 +321,38 @@ class ShardReader:
             read(size - TAG_BYTES, view[-TAG_BYTES:])
         return bytes(tags)
 
-    def decrypt(self, index: int, scratch: Scratch) -> memoryview:
+    def decrypt(self, index: int, scratch: Scratch, out: memoryview | None = None) -> memoryview:
         """Return the plaintext of one segment.
 
         Args:
             index: Number of the segment.
-            scratch: Memory to use. The result is valid until it is used again.
+            scratch: Memory to use.
+            out: Where the plaintext goes, if it is as long. What is there after an error must not
+                be used. By default, or if the plaintext has another length, it goes to scratch
+                memory and is valid until that is used again.
 
         Raises:
             ShardCorruptedError: The segment was altered since the shard was opened.
             StorageError: The storage did not answer, or refused.
         """
-        return self._retrying(lambda: self._decrypt(index, scratch))
+        return self._retrying(self._decrypt, index, scratch, out)
 
-    def _decrypt(self, index: int, scratch: Scratch) -> memoryview:
+    def _decrypt(self, index: int, scratch: Scratch, out: memoryview | None) -> memoryview:
         header = self.header
         offset = header.segment_offset(index)
         length = min(header.segment_bytes + TAG_BYTES, self._size - offset)
-        sealed, plaintext = scratch.views(length)
+        sealed = scratch.sealed(length)
+        if out is None or len(out) != length - TAG_BYTES:
+            out = scratch.plaintext(length - TAG_BYTES)
         complete = self._file.read_into(offset, sealed) == length
         tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
         if not (complete and hmac.compare_digest(sealed[-TAG_BYTES:], tag)):
             raise self.corrupted(f"tag mismatch in segment {index}")
         try:
-            self._cipher.open_into(index, sealed, records=header.records_in(index), out=plaintext)
+            self._cipher.open_into(index, sealed, records=header.records_in(index), out=out)
         except IntegrityError as error:
             raise self.corrupted(str(error)) from None
-        return plaintext
+        return out
 
     def read_segment(self, index: int) -> dict[str, ColumnData]:
         """Return the columns of one segment's rows.

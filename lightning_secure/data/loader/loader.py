@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.segments import TAG_BYTES
 from lightning_secure.data.buffers import Buffers
 from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.format import HEADER_BYTES
 from lightning_secure.data.loader.device import CudaCopyStream, on_device
 from lightning_secure.data.loader.order import (
     EpochLine,
@@ -94,7 +97,7 @@ class EncryptedLoader:
         self.drop_last = drop_last
         self._shuffle = shuffle
         self._seed = seed
-        self._window_bytes = window_bytes
+        self._window_bytes = _whole_batches(dataset.shards.entries, batch_size, window_bytes)
         self._threads = threads_to_use(threads)
         self._rank = rank
         self._world_size = world_size
@@ -269,6 +272,18 @@ class _Pass:
     epoch: int
     left: tuple[Interval, ...]
     handed_out: int = 0
+
+
+def _whole_batches(shards: Sequence[ShardEntry], batch_size: int, window_bytes: int) -> int:
+    """Return a window that ends with a batch, where each row has a segment of its own.
+
+    Such rows are long: a batch that is put together from two windows would cost much.
+    """
+    if any(shard.records != shard.segments for shard in shards):
+        return window_bytes
+    segment = (shards[0].size - HEADER_BYTES) // shards[0].segments - TAG_BYTES
+    batch = batch_size * segment
+    return -(-window_bytes // batch) * batch
 
 
 def _rows(intervals: Iterable[Interval]) -> int:

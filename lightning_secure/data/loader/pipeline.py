@@ -69,6 +69,7 @@ class Pipeline:
         self._line = line
         self._share = share
         self._threads = threads
+        self._scratch = Scratch()
         intervals = np.array(share.intervals, dtype=np.int64).reshape(-1, 2)
         self._starts, self._stops = intervals.T
         lengths = self._stops - self._starts
@@ -161,11 +162,17 @@ class Pipeline:
     ) -> _Filling:
         """Hand the segments of a window to the threads."""
         places, chosen, count = self._places(window)
+        if chosen is None and len(window.segments) == count:
+            # Where each row has a segment of its own, they are taken in the order of their places.
+            order = np.argsort(places)
+            window = window._replace(shards=window.shards[order], segments=window.segments[order])
+            places = places[order]
+        in_order = chosen is None and bool((np.diff(places) == 1).all())
         rows = Rows(self._filler.columns, count, self._buffers)
         segments = len(window.segments)
         tasks = min(segments, self._threads * _TASKS_A_THREAD)
         cuts = [segments * task // tasks for task in range(tasks + 1)]
-        arguments = rows, window, readers, places, chosen
+        arguments = rows, window, readers, places, chosen, in_order
         return _Filling(
             rows,
             count,
@@ -195,17 +202,19 @@ class Pipeline:
         readers: Sequence[OpenShard],
         places: Ints,
         chosen: npt.NDArray[np.bool_] | None,
+        in_order: bool,
         low: int,
         high: int,
     ) -> None:
-        scratch = Scratch()
-        fill = self._filler.fill
+        scratch, fill = self._scratch, self._filler.fill
         starts = window.starts[low : high + 1].tolist()
+        # Memory behind the last of these rows is another thread's.
+        until = starts[-1] if in_order else 0
         shards, segments = window.shards[low:high].tolist(), window.segments[low:high].tolist()
         for index, (shard, segment) in enumerate(zip(shards, segments, strict=True)):
             targets = places[starts[index] : starts[index + 1]]
             if chosen is None:
-                fill(rows, readers[shard], segment, scratch, targets)
+                fill(rows, readers[shard], segment, scratch, targets, until=until)
                 continue
             sources = np.flatnonzero(chosen[starts[index] : starts[index + 1]])
             if len(sources):

@@ -56,9 +56,9 @@ class LocalFile:
 
     def read_into(self, offset: int, out: Buffer) -> int:
         """Fill ``out`` from ``offset`` and return how many bytes there were; fewer at the end."""
+        done = os.preadv(self._fd, [out], offset)
         with memoryview(out).cast("B") as view:
-            done = 0
-            while done < len(view):
+            while 0 < done < len(view):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
                 if count == 0:
                     break

@@ -255,11 +255,11 @@ def test_a_pass_may_be_ended_by_one_of_its_own_threads(sealed, keys, monkeypatch
     batches = data._run(data._begin())
     fill, calls, gate, ended = data._dataset.filler.fill, [], threading.Event(), []
 
-    def meddling(*arguments):  # the second segment is decrypted while the first is consumed
+    def meddling(*arguments, **options):  # the second segment is decrypted while the first is consumed
         calls.append(1)
         if len(calls) == 2 and gate.wait(10):
             ended.append(batches.close())
-        fill(*arguments)
+        fill(*arguments, **options)
 
     monkeypatch.setattr(data._dataset.filler, "fill", meddling)
     before = threads()
