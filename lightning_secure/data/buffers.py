@@ -18,7 +18,7 @@ from lightning_secure.data.format import Column
 
 __all__ = ["Buffers", "Rows"]
 
-_SPARE: Final = 2
+_SPARE: Final = 3
 #: Fewer rows than this, or longer ones, are copied one at a time.
 _FEW: Final = 5
 _LONG_ROW_BYTES: Final = 65536

@@ -31,6 +31,8 @@ __all__ = ["EncryptedShardDataset", "check_pins"]
 
 #: Handing work to another thread costs about as much as decrypting some segments.
 _SEGMENTS_A_THREAD: Final = 8
+#: Threads that read shorter segments spend more on taking the interpreter from each other.
+_WORTH_A_THREAD_BYTES: Final = 16 * 1024
 
 
 class EncryptedShardDataset(Dataset[Any]):
@@ -222,6 +224,9 @@ class EncryptedShardDataset(Dataset[Any]):
 
         parts = len(bounds) - 1
         threads = min(self._threads, parts // _SEGMENTS_A_THREAD)
+        touched = [self._shards.entries[shard] for shard in set(shards.tolist())]
+        if all(entry.size < entry.segments * _WORTH_A_THREAD_BYTES for entry in touched):
+            threads = 1
         if threads < 2:
             if parts:
                 fill(0, parts)

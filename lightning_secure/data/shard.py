@@ -188,7 +188,7 @@ def _write(
 
 
 class Scratch(threading.local):
-    """Memory for one segment at a time, used again from segment to segment; each thread has its own.
+    """Memory for segments, used again from one to the next. Each thread has its own.
 
     Fresh memory costs about as much as decryption, in page faults and zeros.
     """

@@ -47,8 +47,9 @@ class EncryptedLoader:
             16 shards.
         seed: From 0 to 2**64 - 1; the same in each process.
         drop_last: Whether rows that fill no whole batch in each process are left out.
-        window_bytes: Plaintext in which rows are mixed, in bytes. Up to four windows and three
-            batches are in memory, whatever the size of the split.
+        window_bytes: Plaintext in which rows are mixed, in bytes; rounded up to whole batches where
+            each row has a segment of its own. Up to four windows and three batches are in memory,
+            whatever the size of the split.
         threads: How many decrypt; by default one a core, 8 at most.
         rank: Number of this process.
         world_size: How many processes read.

@@ -13,9 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.providers import LocalKeyProvider
+from lightning_secure.data.buffers import Buffers, Rows
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.format import HEADER_BYTES
 from lightning_secure.data.loader.loader import EncryptedLoader
+from lightning_secure.data.shard import Scratch
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ShardCorruptedError
 
@@ -36,6 +38,11 @@ def seal(root, keys, *, rows=ROWS, text=False, **options):
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory, keys):
     return seal(tmp_path_factory.mktemp("sealed"), keys)
+
+
+@pytest.fixture(autouse=True)
+def _threads_for_small_segments(monkeypatch):
+    monkeypatch.setattr("lightning_secure.data.dataset._WORTH_A_THREAD_BYTES", 0)
 
 
 def dataset(root, keys, **options):
@@ -76,6 +83,31 @@ def test_rows_come_in_order_if_asked(sealed, keys):
     plain = loader(sealed, keys, shuffle=False)
     assert numbers(plain) == list(range(ROWS))
     assert not hasattr(plain, "sampler")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("window_bytes", [1, 40 * 5, 1500, 10**6])
+def test_rows_in_segments_of_their_own(tmp_path, keys, window_bytes, world_size):
+    seal(tmp_path, keys, segment_bytes=1, shard_bytes=1300)
+    seen = []
+    for rank in range(world_size):
+        ranks = {"rank": rank, "world_size": world_size}
+        for x, y in loader(tmp_path, keys, window_bytes=window_bytes, threads=3, **ranks):
+            assert np.array_equal(x.numpy(), X[y.numpy()])
+            seen += y.tolist()
+    assert sorted(seen) == list(range(ROWS))
+    assert seen != sorted(seen)
+
+
+def test_a_segment_is_not_decrypted_over_rows_of_another_thread(sealed, keys):
+    data = opened(sealed, keys)
+    rows = Rows(data.filler.columns, 20, Buffers())
+    for segment in (1, 0):  # the later one first, as by a faster thread
+        places = np.arange(segment * 10, segment * 10 + 10)
+        reader = data.shards.reader(0)
+        data.filler.fill(rows, reader, segment, Scratch(), places, until=segment * 10 + 10)
+    assert np.array_equal(rows.values["x"].numpy(), X[:20])
+    assert rows.values["y"].tolist() == list(range(20))
 
 
 def test_rows_of_one_segment_are_spread(sealed, keys):
@@ -255,7 +287,8 @@ def test_a_pass_may_be_ended_by_one_of_its_own_threads(sealed, keys, monkeypatch
     batches = data._run(data._begin())
     fill, calls, gate, ended = data._dataset.filler.fill, [], threading.Event(), []
 
-    def meddling(*arguments, **options):  # the second segment is decrypted while the first is consumed
+    # The second segment is decrypted while the first is consumed.
+    def meddling(*arguments, **options):
         calls.append(1)
         if len(calls) == 2 and gate.wait(10):
             ended.append(batches.close())
@@ -306,6 +339,8 @@ def test_the_interpreter_ends_in_the_middle_of_a_pass(sealed, keys):
         "import sys\n"
         "from lightning_secure import EncryptedShardDataset, LocalKeyProvider\n"
         "from lightning_secure.data.loader.loader import EncryptedLoader\n"
+        "import lightning_secure.data.dataset\n"
+        "lightning_secure.data.dataset._WORTH_A_THREAD_BYTES = 0\n"
         "keys = LocalKeyProvider(sys.argv[2])\n"
         "data = EncryptedShardDataset(sys.argv[1], split='train', keys=keys)\n"
         "batches = iter(EncryptedLoader(data, batch_size=8, threads=2, window_bytes=500))\n"

@@ -15,6 +15,13 @@ CATALOGUE = [
         "tests/data/test_buffers.py -k kept",
     ),
     Mutation(
+        "a segment is decrypted over rows that another thread has put in place",
+        "data/buffers.py",
+        " if start + length <= until * item_bytes else None",
+        "",
+        "tests/data/loader/test_loader.py -k rows_of_another_thread",
+    ),
+    Mutation(
         "what a decrypting thread refuses is handed out",
         "data/loader/pipeline.py",
         "                    future.result()",
