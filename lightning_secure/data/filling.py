@@ -131,12 +131,14 @@ class Filler:
             records = header.records_in(some[-1])
             alike = self._schema.fixed and records == header.records_per_segment
             if len(some) > 1 and alike:
-                part = slice(ends[0], ends[-1])
+                chosen = slice(ends[0], ends[-1])
                 each = np.repeat(np.arange(len(some)), np.diff(ends))
                 layout = self._layout(records)
                 columns, length, _ = layout
                 together = self._together(reader, some, layout, scratch)
-                rows.gather(columns, targets[part], together, length, records, each, sources[part])
+                rows.gather(
+                    columns, targets[chosen], together, length, records, each, sources[chosen]
+                )
                 continue
             for number, low, high in zip(some, ends, ends[1:], strict=False):
                 self.fill(rows, reader, number, scratch, targets[low:high], sources[low:high])
