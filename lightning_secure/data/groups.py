@@ -33,7 +33,6 @@ class OpenGroups:
         split: Name of a split that it has.
         keys: Releases the partitions' keys, with one call for each that is needed.
         names: The columns that are wanted, all of them in the split.
-        root: Where the dataset lies, for messages.
 
     Raises:
         WrongKeyError: A needed partition was not sealed for this provider's key. The message
