@@ -110,7 +110,7 @@ class GroupedReader:
     """Several open shards that hold different columns of the same rows, read as one.
 
     Args:
-        readers: One a group, in the order of :attr:`OpenGroups.schemas`; closed with this one.
+        readers: One a group, in the order of :attr:`OpenGroups.schemas`.
 
     Raises:
         ShardCorruptedError: Their segments do not hold the same rows.
@@ -140,11 +140,6 @@ class GroupedReader:
         for reader in self.readers:
             columns.update(reader.read_segment(index))
         return columns
-
-    def close(self) -> None:
-        """Release the files."""
-        for reader in self.readers:
-            reader.close()
 
 
 #: The shards that hold the same rows, of each group that is open.

@@ -112,6 +112,15 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(sealed, keys, rotate):
     assert sorted(seen + rest) == ID.tolist()
 
 
+def test_rows_with_segments_of_their_own_are_decrypted_where_they_belong(tmp_path, keys):
+    seal(tmp_path, keys, segment_bytes=1)
+    for threads in (1, 3):
+        batches = loader(tmp_path, keys, threads=threads, window_bytes=6000)
+        assert sorted(matching(batches)) == ID.tolist()
+    again = loader(tmp_path, keys, columns=["x", "id"])
+    assert ids(again) == ids(loader(tmp_path, keys, columns=["id"]))
+
+
 def test_what_was_altered_in_any_group_is_not_returned(sealed, keys):
     manifest = read_manifest(sealed, trusted=keys.trusted_signers)
     for group in manifest.splits["train"].all_groups:
