@@ -104,7 +104,7 @@ class Recorder:
                     f"of shape {outputs} for a batch of {batch}: its first dimension is not the "
                     "batch, so one sample's gradient cannot be told from another's. Keep the batch "
                     "as the first dimension through every layer with parameters (expand what is "
-                    "shared, do not fold other dimensions into it). No step was taken."
+                    "shared, do not fold other dimensions into it). This step was not taken."
                 )
             record.scale = float(batch)
         return records

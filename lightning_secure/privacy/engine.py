@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import Recorder, add_clipped_sums
@@ -31,6 +32,8 @@ from opacus.grad_sample.functorch import (  # noqa: E402
     prepare_layer,
 )
 from opacus.grad_sample.grad_sample_module import GradSampleModule  # noqa: E402
+from opacus.layers.dp_rnn import RNNLinear  # noqa: E402
+from opacus.layers.param_rename import RenameParamsMixin  # noqa: E402
 from opacus.validators import ModuleValidator  # noqa: E402
 
 # Opacus calls logging.basicConfig on import; whether the root logger prints is the user's choice.
@@ -74,6 +77,7 @@ class SampledUnit(Unit):
 
 _UNITS: dict[type[nn.Module], Callable[[str, Any], Unit]] = {
     nn.Linear: LinearUnit.of,
+    RNNLinear: LinearUnit.of,
     nn.Conv1d: ConvUnit,
     nn.Conv2d: ConvUnit,
     nn.Conv3d: ConvUnit,
@@ -94,12 +98,19 @@ def find_units(model: nn.Module) -> list[Unit]:
     """
     for name, module in model.named_modules():
         _refuse_mixing(name, module)
-    return [*_walk("", model, model)]
+    return [*_walk("", model, model, set())]
 
 
-def _walk(name: str, module: nn.Module, root: nn.Module) -> Iterator[Unit]:
+def _walk(name: str, module: nn.Module, root: nn.Module, seen: set[int]) -> Iterator[Unit]:
+    if id(module) in seen:
+        return  # under two parents: one layer, watched wherever it is called
+    seen.add(id(module))
     whole = type(module) is nn.MultiheadAttention
     own = [p for p in module.parameters(recurse=whole) if p.requires_grad]
+    if isinstance(module, RenameParamsMixin):
+        # Opacus' recurrent layers show the parameters of their cells under other names as well.
+        inner = {id(p) for child in module.children() for p in child.parameters()}
+        own = [p for p in own if id(p) not in inner]
     sampler: Sampler | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
     formula = _UNITS.get(type(module))
     if own and formula is not None:
@@ -112,7 +123,7 @@ def _walk(name: str, module: nn.Module, root: nn.Module) -> Iterator[Unit]:
         yield _functorch_unit(name, module, root)
         return  # its children are part of it
     for child_name, child in module.named_children():
-        yield from _walk(f"{name}.{child_name}" if name else child_name, child, root)
+        yield from _walk(f"{name}.{child_name}" if name else child_name, child, root, seen)
 
 
 def _covering(unit: Unit, own: list[nn.Parameter]) -> Unit:
@@ -168,6 +179,12 @@ _ADVICE: dict[type[nn.Module], str] = {
 
 
 def _refuse_mixing(name: str, module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise UnsupportedModelError(
+            f"layer {name!r} ({type(module).__name__}) has no weights yet, so its per-sample "
+            "gradients have no shape. Give the layer its sizes, or call the model once on a batch "
+            "of the right shape, such as zeros, before Trainer.fit. No step was taken."
+        )
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if module.training or module.track_running_stats is False:
             raise UnsupportedModelError(
@@ -189,6 +206,12 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
     validator = ModuleValidator.VALIDATORS.get(type(module))
     errors: list[Any] = validator(module) if validator else []
     trainable = any(p.requires_grad for p in module.parameters())
+    if trainable and isinstance(module, nn.EmbeddingBag):
+        raise UnsupportedModelError(
+            f"layer {name!r} (EmbeddingBag) takes the tokens of all rows in one tensor, of which "
+            "it is not known what belongs to which row. Use nn.Embedding on (batch, time) and "
+            ".sum(1) or .mean(1), with a mask for padding. No step was taken."
+        )
     if errors and (trainable or isinstance(module, nn.modules.instancenorm._InstanceNorm)):
         raise UnsupportedModelError(
             f"layer {name!r} ({type(module).__name__}) cannot be trained privately: {errors[0]} "
@@ -268,8 +291,8 @@ class GradientEngine:
         records = self._recorder.take(batch)
         if not records:
             raise UnsupportedModelError(
-                "the loss does not depend on any trainable layer: nothing could be clipped. No "
-                "step was taken."
+                "the loss does not depend on any trainable layer: nothing could be clipped. This "
+                "step was not taken."
             )
         return records
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 
 import numpy as np
@@ -16,8 +17,8 @@ class GaussianNoise:
 
     Args:
         seed: Makes the noise repeatable, and so not private. By default each generator is seeded
-            by the operating system, in each process anew: ``seed_everything`` has no effect on it,
-            and a resumed run does not repeat the noise of the run before.
+            by the operating system, in each process anew, forked ones too: ``seed_everything`` has
+            no effect on it, and a resumed run does not repeat the noise of the run before.
 
     On CUDA the generator is torch's Philox with a seed of 63 bits. On the CPU it is numpy's PCG64
     with 128 bits of the system's entropy, because torch's generator there keeps the low 32 bits of
@@ -27,8 +28,7 @@ class GaussianNoise:
 
     def __init__(self, seed: int | None = None) -> None:
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._on_cpu: np.random.Generator | None = None
+        self._begin()
 
     def add_(self, tensor: Tensor, *, std: float) -> Tensor:
         """Add independent noise to every element, in place.
@@ -39,10 +39,21 @@ class GaussianNoise:
         """
         if std == 0:
             return tensor
+        self._forget_another_process()
         if tensor.device.type == "cpu":
             return tensor.add_(self._drawn(tensor), alpha=std)
         noise = torch.empty_like(tensor).normal_(0, std, generator=self._generator(tensor.device))
         return tensor.add_(noise)
+
+    def _forget_another_process(self) -> None:
+        # A fork has its parent's generators, and would draw its noise.
+        if self._process != os.getpid():
+            self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._on_cpu: np.random.Generator | None = None
 
     def _drawn(self, tensor: Tensor) -> Tensor:
         if self._on_cpu is None:
@@ -63,5 +74,4 @@ class GaussianNoise:
 
     def __setstate__(self, state: dict[str, int | None]) -> None:
         self._seed = state["_seed"]
-        self._generators = {}
-        self._on_cpu = None
+        self._begin()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["leaves", "mapped", "recombined", "with_row"]
+__all__ = ["first_rows", "leaves", "mapped", "recombined", "with_row"]
 
 
 def recombined(
@@ -62,6 +62,11 @@ def with_row(batch: Any, donor: Any, place: int, *, rows: int) -> Any:
         return [*value[:place], next(donors)[place], *value[place + 1 :]]
 
     return mapped(batch, rows, tensor, sequence)
+
+
+def first_rows(batch: Any, size: int, rows: int) -> Any:
+    """Return the first ``rows`` rows of a batch of ``size``."""
+    return mapped(batch, size, lambda value: value[:rows], lambda value: list(value[:rows]))
 
 
 def leaves(batch: Any, size: int) -> list[Any]:

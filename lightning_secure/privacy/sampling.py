@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         sample_rate: Probability of each row, the same in every step.
         steps: Draws an epoch.
         seed: Makes the draws repeatable, and so not private. By default the operating system
-            seeds the generator, once a process, whatever ``seed_everything`` was given.
+            seeds the generator, in each process and copy anew, whatever ``seed_everything`` was
+            given.
     """
 
     def __init__(
@@ -60,14 +62,29 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self._dataset_size = dataset_size
         self._sample_rate = sample_rate
         self._steps = steps
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
+        self._begin()
 
     def __len__(self) -> int:
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self._steps):
+            if self._process != os.getpid():
+                self._begin()  # a fork has its parent's generator, and would draw its rows
             yield poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._rng = np.random.default_rng(self._seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not draw the same rows.
+        return {k: v for k, v in vars(self).items() if k not in ("_rng", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
 
 class Chunk(NamedTuple):

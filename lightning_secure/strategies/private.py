@@ -36,6 +36,7 @@ from lightning_secure.privacy.ledger import (
     ledger_of,
     require_account,
 )
+from lightning_secure.privacy.metrics import metrics_kept_apart
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
 from lightning_secure.privacy.promise import begin_ledger
@@ -283,11 +284,14 @@ class PrivateStrategy(SingleDeviceStrategy):
             self._preflight_due = False
         data = self._on_device(chunk.data)
         results.batch, results.batch_size = data, None
-        with engine.recording():
+        with engine.recording(), metrics_kept_apart(self._module):
             output = super().training_step(data, *rest, **kwargs)
-            self.precision_plugin.backward(loss_of(output), self._module, self.optimizers[0])
+            self._backward(loss_of(output))
         engine.add_chunk(chunk.size)
         return output
+
+    def _backward(self, loss: Tensor) -> None:
+        self.precision_plugin.backward(loss, self._module, self.optimizers[0])
 
     def _on_device(self, data: Any) -> Any:
         module = self._module
@@ -304,11 +308,23 @@ class PrivateStrategy(SingleDeviceStrategy):
             data = self._on_device(batch)
             return loss_of(self._module.training_step(data, *rest, **kwargs))
 
+        trainer = self._module.trainer
         results.muted = True
         try:
-            loader: Any = required(self._module.trainer.fit_loop._combined_loader).flattened[0]
-            require_rows_kept_apart(loader.trial_batch, engine, self._module, loss)
-            preflight(engine, self._module, loss, chunk.data, size=chunk.size)
+            loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
+            require_rows_kept_apart(
+                loader.trial_batch, engine, self._module, loss, backward=self._backward
+            )
+            preflight(
+                engine,
+                self._module,
+                loss,
+                chunk.data,
+                size=chunk.size,
+                backward=self._backward,
+                checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
+                stateful=(*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)),
+            )
         finally:
             results.muted = False
 

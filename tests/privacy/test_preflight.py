@@ -38,7 +38,14 @@ def check(model, loss, data=None, size=SIZE):
     engine = GradientEngine(model, max_grad_norm=1.0)
     engine.attach()
     try:
-        preflight(engine, model, lambda b: loss(model, b), data or batch(), size=size)
+        preflight(
+            engine,
+            model,
+            lambda b: loss(model, b),
+            data or batch(),
+            size=size,
+            backward=torch.autograd.backward,
+        )
     finally:
         engine.detach()
 

@@ -122,7 +122,7 @@ class AttentionUnit(Unit):
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
         """Not asked for: the projections' records are."""
-        raise PrivacyError("attention leaves its projections' records only. No step was taken.")
+        raise PrivacyError("attention leaves records of its projections. This step was not taken.")
 
     def attach(self, watch: Watch) -> Callable[[], None]:
         """Exchange the layer's forward; returns how to put it back."""
@@ -164,7 +164,7 @@ class AttentionUnit(Unit):
             raise UnsupportedModelError(
                 f"layer {self.name!r} (MultiheadAttention) is given an input of shape "
                 f"{tuple(query.shape)}, without a batch dimension, so samples cannot be told "
-                "apart. Pass (batch, time, features). No step was taken."
+                "apart. Pass (batch, time, features). This step was not taken."
             )
         projected = self._project(watch, query, key, value)
         q, k, v = (self._heads(item) for item in projected)

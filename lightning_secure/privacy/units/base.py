@@ -98,7 +98,7 @@ class Unit(ABC):
 
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms without forming the gradients, shape ``(batch,)``."""
-        raise PrivacyError(f"{type(self).__name__} has no ghost norm. No step was taken.")
+        raise PrivacyError(f"{type(self).__name__} has no ghost norm. This step was not taken.")
 
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
@@ -226,15 +226,19 @@ class Record:
                 zero would make NaN of an infinity.
         """
         weights = weights * self.scale
+        if keep is not None:
+            weights = weights[keep]
+            if not len(weights):
+                return {p: torch.zeros_like(p, dtype=weights.dtype) for p in self.unit.parameters}
         if self._kept is not None:
             kept = self._kept
-            if keep is not None:
-                kept = {p: zero_rows(item, keep) for p, item in kept.items()}
-            return combined(kept, weights)
+            return combined(
+                kept if keep is None else {p: item[keep] for p, item in kept.items()}, weights
+            )
         inputs, grads = self.evidence()
         if keep is not None:
-            grads = zero_rows(grads, keep)
-            inputs = zero_rows(inputs, keep) if inputs.is_floating_point() else inputs
+            # Taken out, and not set to zero: a layer may well make NaN of an input of zeros.
+            inputs, grads = inputs[keep], grads[keep]
         return self.unit.weighted_sum(inputs, grads, weights)
 
     def evidence(self) -> tuple[Tensor, Tensor]:
@@ -295,7 +299,7 @@ def _after_forward(
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
         raise UnsupportedModelError(
             f"layer {unit.name!r} ({type(module).__name__}) does not map one tensor to one "
-            "tensor, so its per-sample gradients cannot be formed. No step was taken."
+            "tensor, so its per-sample gradients cannot be formed. This step was not taken."
         )
     return watch(unit, inputs[0], output)
 

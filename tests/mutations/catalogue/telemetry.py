@@ -60,7 +60,7 @@ CATALOGUE = [
     Mutation(
         "a checkpoint takes up rows",
         "privacy/preflight.py",
-        "        _require_unchanged(before, _state(model))\n",
+        "        _require_unchanged(before, copied(_held(model, checkpoint)))\n",
         "",
         f"{PRIVACY} -k takes_up",
     ),
@@ -74,15 +74,15 @@ CATALOGUE = [
     Mutation(
         "the transfer hooks mix rows",
         "strategies/private.py",
-        "loss, chunk.data, size",
-        "lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)), "
-        "self._on_device(chunk.data), size",
+        "                loss,\n                chunk.data,\n",
+        "                lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)),\n"
+        "                self._on_device(chunk.data),\n",
         f"{PRIVACY} -k transfer_hook",
     ),
     Mutation(
         "the collate function mixes rows",
         "privacy/preflight.py",
-        "            if moved[kept]:",
+        "            if row_differs(run, changed, kept, tolerance=_TOLERANCE):",
         "            if False:",
         f"{PRIVACY} -k mixed_by_the_collate",
     ),

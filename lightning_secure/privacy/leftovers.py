@@ -1,0 +1,249 @@
+"""What trial runs leave behind: putting it back, and telling what a checkpoint would hold of it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Stateful", "copied", "difference", "preserved"]
+
+_ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN: Final = (*_ATOMS, list, tuple, dict, set, deque, bytearray, np.ndarray, Tensor)
+_INTERNALS: Final = frozenset(vars(nn.Module()))
+
+Restore = Callable[[], Any]
+
+
+class Stateful(Protocol):
+    """An optimizer or a scheduler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take that back."""
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[None]:
+    """Put back, after the block, what it changes.
+
+    Args:
+        model: Its weights, buffers and gradients are put back, and of its modules' attributes
+            numbers, texts, tensors, arrays, and lists, tuples, dicts, sets and deques of them,
+            nested or not; so are the states of metrics, which are such attributes. Collections are
+            put back in place, since others may hold them too. Objects of other classes are not.
+        stateful: Their states are put back if they have changed.
+
+    The global random states of Python, NumPy and torch are put back as well.
+    """
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    memo: dict[int, Restore] = {}
+    attributes = [
+        (module, name, _remembered(value, memo)) for module, name, value in _attributes(model)
+    ]
+    # By id: a metric's hash is that of its state.
+    known = {(id(module), name) for module, name, _ in attributes}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    states = [(item, copied(item.state_dict())) for item in stateful]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+            with torch.no_grad():
+                for tensor, saved in tensors:
+                    tensor.copy_(saved)
+            for module, name, _ in list(_attributes(model)):
+                if (id(module), name) not in known:
+                    del vars(module)[name]
+            for module, name, restore in attributes:
+                vars(module)[name] = restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for item, state in states:
+                if difference(state, copied(item.state_dict())) is not None:
+                    item.load_state_dict(state)
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield what a training step may count or collect in; torchmetrics' states among them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN) and name not in _INTERNALS:
+                yield module, name, value
+
+
+def _remembered(value: Any, memo: dict[int, Restore]) -> Restore:
+    """Return what gives the value as it is now; what is shared stays shared.
+
+    Args:
+        value: Collections are given back themselves, with their old content.
+        memo: What was remembered already, by id.
+    """
+    if isinstance(value, _ATOMS) or not isinstance(value, _PLAIN):
+        return lambda: value
+    if id(value) not in memo:
+        # A collection may hold itself: what asks for it meanwhile gets it as it is.
+        memo[id(value)] = lambda: value
+        memo[id(value)] = _once(_restore_of(value, memo))
+    return memo[id(value)]
+
+
+def _once(restore: Restore) -> Restore:
+    done: list[Any] = []
+
+    def call() -> Any:
+        if not done:
+            done.append(restore())
+        return done[0]
+
+    return call
+
+
+def _restore_of(value: Any, memo: dict[int, Restore]) -> Restore:
+    if isinstance(value, Tensor):
+        saved = value.detach().clone()
+        return lambda: _recopied(value, saved)
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return lambda: _refilled(value, array)
+    if isinstance(value, dict):
+        entries = {key: _remembered(item, memo) for key, item in value.items()}
+        return lambda: _filled(value, {key: item() for key, item in entries.items()})
+    if isinstance(value, set | bytearray):
+        content = value.copy()
+        return lambda: _filled(value, content)
+    if all(type(item) in _ATOMS for item in value):
+        # Not one function an item: this may be a long list.
+        old = list(value)
+        return lambda: _filled(value, old)
+    items = [_remembered(item, memo) for item in value]
+    return lambda: _filled(value, [item() for item in items])
+
+
+def _filled(value: Any, content: Any) -> Any:
+    """Give a collection its old content in place, or make a tuple of it."""
+    if isinstance(value, tuple):
+        if all(a is b for a, b in zip(value, content, strict=True)):
+            return value
+        return value._make(content) if hasattr(value, "_make") else type(value)(content)
+    if isinstance(value, list | bytearray):
+        value[:] = content
+    elif isinstance(value, dict | set):
+        value.clear()
+        value.update(content)
+    else:
+        value.clear()
+        value.extend(content)
+    return value
+
+
+def _refilled(value: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if value.shape != content.shape or not value.flags.writeable:
+        return content
+    value[...] = content
+    return value
+
+
+def _recopied(value: Tensor, content: Tensor) -> Tensor:
+    """Give a tensor its old content in place: it may be a parameter in a list, for example."""
+    if value.shape != content.shape or value.is_inference():
+        return content
+    if not torch.equal(value, content):
+        value.detach().copy_(content)
+    return value
+
+
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a value in a form that later changes do not reach, for :func:`difference`.
+
+    Args:
+        value: Tensors, arrays, collections, and objects, of which the attributes are taken.
+        memo: What was copied already, by id; a value may hold itself.
+    """
+    memo = {} if memo is None else memo
+    if isinstance(value, _ATOMS):
+        return value
+    if id(value) in memo:
+        return memo[id(value)][0]
+    memo[id(value)] = ("...", value)  # held, so that no other value takes over its id
+    result = _copied(value, memo)
+    memo[id(value)] = (result, value)
+    return result
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, Mapping):
+        return {key: copied(item, memo) for key, item in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return [copied(item, memo) for item in value]
+    if isinstance(value, set | frozenset | bytearray):
+        return value.copy()
+    if isinstance(value, nn.Module):
+        return copied(dict(value.state_dict()), memo)
+    if isinstance(value, type | FunctionType | ModuleType) or not hasattr(value, "__dict__"):
+        return value
+    return copied(dict(vars(value)), memo)
+
+
+def difference(before: Any, after: Any, name: str = "") -> str | None:
+    """Return where two copies differ first, as a dotted name; None if they are alike.
+
+    Args:
+        before: Made by :func:`copied`.
+        after: The same, later.
+        name: Of both.
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        # Missing ones differ from everything, None included.
+        missing = object()
+        for key in [*before, *(key for key in after if key not in before)]:
+            inner = f"{name}.{key}" if name else str(key)
+            found = difference(before.get(key, missing), after.get(key, missing), inner)
+            if found is not None:
+                return found
+        return None
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+            found = difference(old, new, f"{name}.{place}" if name else str(place))
+            if found is not None:
+                return found
+        return None
+    return None if _same(before, after) else name
+
+
+def _same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, Tensor):
+        alike = before.shape == after.shape and before.dtype == after.dtype
+        if not alike:
+            return False
+        return torch.equal(before, after) or (
+            before.is_floating_point()
+            and torch.allclose(before, after, rtol=0, atol=0, equal_nan=True)
+        )
+    if isinstance(before, np.ndarray):
+        kind = before.dtype.kind in "fc"
+        return before.shape == after.shape and np.array_equal(before, after, equal_nan=kind)
+    if isinstance(before, float) and before != before and after != after:
+        return True
+    return bool(before == after)

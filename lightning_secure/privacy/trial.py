@@ -1,0 +1,219 @@
+"""Trial runs: one pass of a model, its records, and how two passes are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.units.base import Gradients, Record
+
+__all__ = [
+    "NO_STEP",
+    "Run",
+    "Trial",
+    "exact_arithmetic",
+    "row_differs",
+    "same_layers",
+    "without_dropout",
+]
+
+NO_STEP: Final = "No step was taken."
+
+
+@dataclass
+class Run:
+    """Records of one pass."""
+
+    records: list[Record]
+
+    def squares(self) -> Tensor:
+        """Return the squared norm per record and row, shape ``(records, rows)``."""
+        return torch.stack([record.squares() for record in self.records])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial run needs.
+
+    Attributes:
+        engine: Attached to the model.
+        model: Whose parameters get gradients.
+        loss_of: From a batch to the scalar loss.
+        backward: The way of the step itself, which the module may have made its own.
+    """
+
+    engine: GradientEngine
+    model: nn.Module
+    loss_of: Callable[[Any], Tensor]
+    backward: Callable[[Tensor], Any]
+
+    def recorded(self, batch: Any, *, rows: int, seed: int = 0) -> Run:
+        """Run forward and backward and return the records.
+
+        Args:
+            batch: For the module.
+            rows: Its rows.
+            seed: The same one has dropout and augmentations do the same.
+
+        Raises:
+            UnsupportedModelError: There is no gradient, or one that is not finite.
+        """
+        _seed(seed)
+        with self.engine.recording(whole=True):
+            loss = self.loss_of(batch)
+            if not loss.requires_grad:
+                raise UnsupportedModelError(
+                    f"the loss does not depend on any trainable layer. {NO_STEP}"
+                )
+            self.backward(loss)
+        run = Run(self.engine.take(rows))
+        if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
+            raise UnsupportedModelError(
+                "the loss or its gradients are not finite on rows recombined from the first batch, "
+                f"so nothing could be checked. Scale the inputs, by public constants. {NO_STEP}"
+            )
+        return run
+
+    def ordinary(self, batch: Any) -> list[Tensor | None]:
+        """Run forward and backward without records; return the gradient of each parameter."""
+        _seed(0)
+        self.model.zero_grad(set_to_none=True)
+        self.backward(self.loss_of(batch))
+        gradients = [parameter.grad for parameter in self.engine.parameters]
+        self.model.zero_grad(set_to_none=True)  # the model's own code must not find them
+        return gradients
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def same_layers(one: Run, other: Run) -> bool:
+    """Return whether both passes used the same layers in the same order."""
+    return [record.unit for record in one.records] == [record.unit for record in other.records]
+
+
+def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12) -> bool:
+    """Return whether a row's gradient is another one in another pass.
+
+    Args:
+        one: A pass.
+        other: Another pass through the same layers.
+        row: Compared are its gradients themselves: mixing may keep their norms.
+        tolerance: Of the difference's norm, relative to that of the gradient, in any record.
+        floor: Squared norm of a difference that is rounding, relative to the largest record's.
+    """
+    largest = max(float(run.squares()[:, row].max()) for run in (one, other))
+    for before, after in zip(one.records, other.records, strict=True):
+        if _same_evidence(before, after, row):
+            continue
+        a, b = _gradient(before, row), _gradient(after, row)
+        scale = max(_square(a.values()), _square(b.values()))
+        if _square(a[p] - b[p] for p in a) > tolerance**2 * scale + floor * largest:
+            return True
+    return False
+
+
+def _same_evidence(before: Record, after: Record, row: int) -> bool:
+    """Return whether input and output gradient are alike to the bit, so that nothing is formed."""
+    pairs = zip(before.evidence(), after.evidence(), strict=True)
+    return before.scale == after.scale and all(torch.equal(a[row], b[row]) for a, b in pairs)
+
+
+def _gradient(record: Record, row: int) -> Gradients:
+    """Form one row's gradient only: those of all rows may not fit into memory."""
+    inputs, grads = record.evidence()
+    place = slice(row, row + 1)
+    return Record(record.unit, inputs[place], grads[place], scale=record.scale).per_sample()
+
+
+def _square(gradients: Any) -> float:
+    return sum(float(torch.linalg.vector_norm(item)) ** 2 for item in gradients)
+
+
+_DROPOUTS: Final = frozenset(
+    {
+        functional.dropout,
+        functional.dropout1d,
+        functional.dropout2d,
+        functional.dropout3d,
+        functional.alpha_dropout,
+        functional.feature_alpha_dropout,
+        torch.dropout,
+        torch.alpha_dropout,
+        torch.feature_dropout,
+        torch.feature_alpha_dropout,
+        torch.native_dropout,
+    }
+)
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            value: Tensor = args[0] if args else kwargs["input"]
+            return (
+                (value.clone(), torch.ones_like(value))
+                if func is torch.native_dropout
+                else (value.clone())
+            )
+        if func is functional.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        elif func is functional.multi_head_attention_forward:
+            kwargs["training"] = False  # which decides over its dropout only
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Have dropout drop nothing, as a layer or as a function.
+
+    Masks differ between batches of other sizes, also from one seed. Everything else goes on
+    training.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = False
+        # What is compiled would be compiled again for this, and the mode does not reach into it.
+        with torch.compiler.set_stance("force_eager"), _NoDropout():
+            yield
+    finally:
+        for layer, training in zip(layers, modes, strict=True):
+            layer.training = training
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Have float32 be float32: rounded to TF32, batches of other sizes differ by their kernels."""
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,602 @@
+"""Ways past the trial runs; each succeeded once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections import Counter, deque
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from lightning_secure import DPConfig, PrivateStrategy
+from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.leftovers import copied, difference
+from lightning_secure.privacy.metrics import metrics_kept_apart
+from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.sampling import PoissonBatchSampler
+from lightning_secure.privacy.units.base import Record, Way
+
+SIZE = 12
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(SIZE, 6, generator=generator)
+    return x, torch.randint(0, 3, (SIZE,), generator=generator)
+
+
+def check(model, loss, data=None, **options):
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    options = {"backward": torch.autograd.backward, **options}
+    try:
+        preflight(engine, model, lambda b: loss(model, b), data or batch(), size=SIZE, **options)
+    finally:
+        engine.detach()
+
+
+class Net(nn.Module):
+    def __init__(self, *between):
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+        self.between = nn.Sequential(nn.Tanh(), *between)
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+def cross_entropy(model, batch, **options):
+    return F.cross_entropy(model(batch[0]), batch[1], **options)
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader(shift=0.0, **options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 4, generator=generator) + shift
+    y = torch.randint(0, 3, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8, **options)
+
+
+def trainer(tmp_path, **options):
+    options = {"logger": False, **options}
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        strategy=PrivateStrategy(
+            DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, expected_batch_size=8)
+        ),
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- mixing that keeps norms
+
+
+def by_sign(model, batch):
+    return (model(batch[0]) * torch.sign(batch[0][:, 0].sum()).detach()).mean()
+
+
+def by_rolled_target(model, batch):
+    return F.l1_loss(model(batch[0])[:, 0], batch[0][:, 1].roll(1, 0))
+
+
+def by_median(model, batch):
+    p = model(batch[0])[:, 0]
+    return (p - p.detach().median()).abs().mean()
+
+
+@pytest.mark.parametrize("loss", [by_sign, by_rolled_target, by_median])
+def test_mixing_that_keeps_every_norm_is_refused(loss):
+    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
+        check(Net(), loss)
+
+
+def signed_collate(samples):
+    x, y = default_collate(samples)
+    return x * torch.sign(x.sum()), y
+
+
+def test_a_collate_function_that_mixes_signs_is_refused(tmp_path):
+    class Signs(Module):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).mean()
+
+    with pytest.raises(UnsupportedModelError, match="collate"):
+        trainer(tmp_path).fit(Signs(), loader(collate_fn=signed_collate))
+
+
+def test_rows_of_one_norm_can_be_told_apart():
+    """Their gradients' norms never move; that is no reason to refuse the model."""
+    model = nn.Sequential(nn.Linear(6, 1, bias=False))
+    check(model, lambda m, b: m(b[0]).mean(), (F.normalize(batch()[0]), batch()[1]))
+
+
+# ---------------------------------------------------------------- another way backward
+
+
+def over_the_loss(self, loss):
+    (loss / loss.detach()).backward()
+
+
+def by_the_sign_of_the_loss(self, loss):
+    (loss * torch.sign(torch.sin(1000 * loss.detach()))).backward()
+
+
+@pytest.mark.parametrize("backward", [over_the_loss, by_the_sign_of_the_loss])
+def test_a_backward_that_mixes_rows_is_refused(tmp_path, backward):
+    kind = type("Kind", (Module,), {"backward": backward})
+    with pytest.raises(UnsupportedModelError, match=r"backward\(\)"):
+        trainer(tmp_path).fit(kind(), loader())
+
+
+def test_a_backward_of_ones_own_that_mixes_nothing_is_fine(tmp_path):
+    kind = type("Kind", (Module,), {"backward": lambda self, loss: (2 * loss).backward()})
+    run = trainer(tmp_path)
+    run.fit(kind(), loader())
+    assert run.strategy.ledger.steps == 4
+
+
+# ---------------------------------------------------------------- what depends on how many rows
+
+
+@pytest.mark.parametrize("power", [0.5, 0.49, 0.05, -0.05, -1.0])
+def test_a_loss_that_scales_with_the_number_of_rows_is_refused(power):
+    match = "grows" if power > 0 else "shrinks"
+    with pytest.raises(UnsupportedModelError, match=match):
+        check(Net(), lambda m, b: cross_entropy(m, b) * len(b[0]) ** power)
+    with pytest.raises(UnsupportedModelError, match=match):
+        check(Net(nn.Dropout(0.5)), lambda m, b: cross_entropy(m, b) * len(b[0]) ** power)
+
+
+class DropPath(nn.Module):
+    """Drops whole rows, as a layer that nobody knows."""
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1) < 0.8) / 0.8
+
+
+@pytest.mark.parametrize("power", [1.0, -1.0])
+def test_nor_can_it_hide_behind_random_numbers(power):
+    with pytest.raises(UnsupportedModelError, match="mean"):
+        check(Net(DropPath()), lambda m, b: cross_entropy(m, b) * len(b[0]) ** power)
+
+
+def per_row_mask(model, batch):
+    mask = (batch[0] > 0).float()[:, :3] + 0.1
+    each = model(batch[0]).square() * mask
+    return (each.sum(1) / mask.sum(1)).mean()
+
+
+def functional_dropout(model, batch):
+    x = F.dropout(batch[0], 0.4)
+    q = model(x)[:, None]
+    return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cross_entropy,
+        per_row_mask,
+        functional_dropout,
+        lambda m, b: cross_entropy(m, b, label_smoothing=0.1),
+        lambda m, b: cross_entropy(m, b, reduction="none").mean() * 1e-3,
+    ],
+)
+@pytest.mark.parametrize(
+    "between", [nn.Identity, nn.Dropout, nn.AlphaDropout, lambda: nn.LayerNorm(8), DropPath]
+)
+def test_ordinary_means_pass(loss, between):
+    torch.manual_seed(0)
+    check(Net(between()), loss)
+
+
+def test_class_weights_that_divide_by_their_sum_are_refused():
+    weights = torch.tensor([1.0, 2.0, 5.0])
+    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
+        check(Net(), lambda m, b: cross_entropy(m, b, weight=weights))
+
+
+# ---------------------------------------------------------------- what a checkpoint would hold
+
+
+class Hyperparameters(Module):
+    def training_step(self, batch, batch_idx):
+        self.hparams["last_row"] = batch[0][0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+class OnSave(Module):
+    losses = ()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses = [*self.losses, float(loss.detach())]
+        return loss
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["losses"] = self.losses
+
+
+class LearningRate(Module):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().param_groups[0]["lr"] = float(loss.detach())
+        return loss
+
+
+class Schedule(Module):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10)]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.lr_schedulers().gamma = float(loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (Hyperparameters, "hyper_parameters.last_row"),
+        (OnSave, "losses"),
+        (LearningRate, r"optimizer_states.0.param_groups.0.lr"),
+        (Schedule, r"lr_schedulers.0.gamma"),
+    ],
+)
+def test_nothing_that_a_checkpoint_holds_takes_up_rows(tmp_path, kind, name):
+    model, run = kind(), trainer(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}' changes"):
+        run.fit(model, loader())
+    assert dict(model.hparams) == {}
+    assert not model.__dict__.get("losses")
+
+
+def test_optimizers_are_as_before():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.25)
+
+    def meddling(model, batch):
+        loss = cross_entropy(model, batch)
+        optimizer.param_groups[0]["lr"] = float(loss.detach())
+        return loss
+
+    check(model, meddling, stateful=[optimizer])
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_hook_that_cannot_be_asked_yet_is_refused():
+    def fails():
+        raise AttributeError("best")
+
+    with pytest.raises(UnsupportedModelError, match="on_save_checkpoint"):
+        check(Net(), cross_entropy, checkpoint=fails)
+
+
+class Settings:
+    def __init__(self):
+        self.depth = 2
+        self.me = self
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda v: v["objects"][0].__dict__.update(depth=3), "objects.0.depth"),
+        (lambda v: v["objects"].append(1), "objects"),
+        (lambda v: v["array"].__setitem__(0, 2.0), "array"),
+        (lambda v: v["tensor"].add_(1), "tensor"),
+        (lambda v: v["set"].add(3), "set"),
+        (lambda v: v.update(new=None), "new"),
+        (lambda v: v.pop("set"), "set"),
+        (lambda v: v["deep"]["a"]["b"].append(1), "deep.a.b"),
+    ],
+)
+def test_a_change_is_found_wherever_it_is(change, name):
+    value = {
+        "objects": [Settings(), math.nan],
+        "array": np.array([1.0, np.nan]),
+        "tensor": torch.tensor([1.0, math.nan]),
+        "set": {1},
+        "deep": {"a": {"b": []}},
+    }
+    before = copied(value)
+    assert difference(before, copied(value)) is None
+    change(value)
+    assert difference(before, copied(value)) == name
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Shared(Module):
+    """One metric for training and validation."""
+
+    def __init__(self):
+        super().__init__()
+        mean = torchmetrics.MeanMetric
+        self.both = torchmetrics.MetricCollection({"mean": mean(), "again": mean()})
+
+    def training_step(self, batch, batch_idx):
+        self.both(batch[0].mean())
+        self.log_dict(self.both)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.both(batch[0].mean())
+        self.log_dict({f"val_{name}": metric for name, metric in self.both.items()})
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_metric_does_not_carry_training_rows_into_validation(tmp_path, sanity):
+    seen = []
+    for shift in (0.0, 100.0):
+        run = trainer(
+            tmp_path, logger=CSVLogger(tmp_path, name=str(shift)), num_sanity_val_steps=sanity
+        )
+        run.fit(Shared(), loader(shift), loader())
+        seen.append({k: float(v) for k, v in run.logged_metrics.items() if k[:3] == "val"})
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == {"val_mean", "val_again"}
+
+
+def test_a_metric_goes_on_where_it_was():
+    both = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
+    same = torchmetrics.MetricCollection(
+        {"a": torchmetrics.MeanMetric(), "b": torchmetrics.MeanMetric()}
+    )
+    model = nn.ModuleList([both, same])
+    for round_ in range(3):
+        with metrics_kept_apart(model):
+            both.update(torch.tensor(100.0)), same.update(torch.tensor(50.0))
+            assert float(same.compute()["a"]) > 5
+        both.update(torch.tensor(float(round_))), same.update(torch.tensor(float(round_)))
+    assert both["CatMetric"].compute().tolist() == [0, 1, 2]
+    assert both["MeanMetric"].compute() == 1
+    assert {k: float(v) for k, v in same.compute().items()} == {"a": 1.0, "b": 1.0}
+
+
+# ---------------------------------------------------------------- one row that is not finite
+
+
+class Normalised(nn.Module):
+    """Of zeros it makes not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.w * x / x.norm(dim=-1, keepdim=True)
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, one that shares its weight, and one that divides by nothing."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a = kind()
+        self.norm = nn.LayerNorm(6, eps=0.0)
+        self.b, self.c = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.c.weight = self.b.weight
+
+    def forward(self, x):
+        h = self.norm(self.a(self.a(x)))
+        return self.b(h) + self.c(h.sin())
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: nn.Sequential(Normalised(), nn.Linear(6, 3)),
+        lambda: Twice(Normalised),
+        lambda: Twice(lambda: nn.Linear(6, 6)),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 2), nn.Flatten()),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Linear(3, 2), nn.Flatten()),
+    ],
+)
+@pytest.mark.parametrize("bad", [[4], list(range(SIZE))])
+def test_a_row_that_is_not_finite_is_as_if_it_were_not_there(net, bad):
+    torch.manual_seed(0)
+    model = net()
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    x = batch()[0]
+    x[bad] = math.inf
+    sums = []
+    for rows in (x, x[[row for row in range(SIZE) if row not in bad]]):
+        engine.begin_step()
+        if len(rows):
+            with engine.recording():
+                model(rows).square().sum(1).mean().backward()
+            engine.add_chunk(len(rows))
+        sums.append(engine._sums)
+    for parameter, total in sums[0].items():
+        expected = sums[1].get(parameter, torch.zeros_like(parameter))
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_way_to_a_sum_makes_not_a_number_of_a_row_left_out(kept):
+    engine = GradientEngine(nn.Sequential(Normalised()), max_grad_norm=1.0)
+    (unit,) = engine.units
+    x, keep = batch()[0], torch.arange(SIZE) != 4
+    x[4] = math.inf
+    record = Record(unit, x, torch.ones(SIZE, 6), way=Way("product", kept=kept))
+    record.squares()
+    (total,) = record.weighted_sum(keep.float(), keep).values()
+    assert torch.isfinite(total).all()
+    engine.detach()
+
+
+# ---------------------------------------------------------------- processes and copies
+
+
+def in_a_fork(draw):
+    """Return what a forked child draws."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, repr(draw()).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def test_a_fork_draws_noise_and_rows_of_its_own():
+    noise = GaussianNoise()
+    sampler = PoissonBatchSampler(1000, sample_rate=0.5, steps=1)
+
+    def draw():
+        return noise.add_(torch.zeros(3), std=1.0).tolist(), list(sampler)
+
+    draw()
+    theirs = in_a_fork(draw)
+    assert theirs
+    ours = draw()
+    assert str(ours[0]) not in theirs
+    assert str(ours[1]) not in theirs
+
+
+def test_a_copied_sampler_draws_rows_of_its_own():
+    sampler = PoissonBatchSampler(1000, sample_rate=0.5, steps=1)
+    assert list(copy.deepcopy(sampler)) != list(sampler)
+    assert len(copy.deepcopy(sampler)) == 1
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+class Keeping(Net):
+    def __init__(self):
+        super().__init__()
+        self.queue = deque([0], maxlen=3)
+        self.array = np.zeros(2)
+        self.nested = [[], {"a": [1]}]
+        self.counts = Counter(a=2)
+        self.pair = ([], torch.zeros(2))
+        self.parameters_too = [self.b.weight]
+        self.loop = []
+        self.loop.append(self.loop)
+        self.bytes = bytearray(b"x")
+
+    def forward(self, x):
+        self.queue.append(1)
+        self.array += 1
+        self.nested[0].append(1)
+        self.nested[1]["a"].append(2)
+        self.counts["b"] += 1
+        self.pair[0].append(1)
+        self.pair[1].add_(1)
+        self.loop.append(1)
+        self.bytes.append(1)
+        self.later = [1]
+        return super().forward(x)
+
+
+def test_collections_are_as_before():
+    model = Keeping()
+    held = model.queue, model.array, model.nested[1]["a"], model.pair[1]
+    check(model, cross_entropy)
+    assert model.queue == deque([0], maxlen=3)
+    assert model.queue.maxlen == 3
+    assert model.array.tolist() == [0, 0]
+    assert model.nested == [[], {"a": [1]}]
+    assert model.counts == {"a": 2}
+    assert model.pair[0] == []
+    assert model.pair[1].tolist() == [0, 0]
+    assert model.parameters_too[0] is model.b.weight
+    assert len(model.loop) == 1
+    assert model.loop[0] is model.loop
+    assert model.bytes == b"x"
+    assert not hasattr(model, "later")
+    again = model.queue, model.array, model.nested[1]["a"], model.pair[1]
+    assert all(a is b for a, b in zip(held, again, strict=True))
+
+
+# ---------------------------------------------------------------- layers
+
+
+class TwoParents(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.encoder = nn.Sequential(shared, nn.Tanh())
+        self.decoder = nn.Sequential(shared, nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def test_a_layer_under_two_parents_is_one_layer():
+    model = TwoParents()
+    assert len(GradientEngine(model, max_grad_norm=1.0).units) == 2
+    check(model, cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [
+        (lambda: nn.LazyLinear(3), "LazyLinear.*no weights yet.*sizes"),
+        (lambda: nn.EmbeddingBag(10, 3), r"EmbeddingBag.*nn.Embedding"),
+    ],
+)
+def test_layers_that_cannot_be_known_are_refused_with_what_to_do(layer, advice):
+    with pytest.raises(UnsupportedModelError, match=rf"'0'.*{advice}"):
+        GradientEngine(nn.Sequential(layer()), max_grad_norm=1.0)
+
+
+def test_a_refusal_in_the_middle_of_a_run_does_not_deny_the_steps_before(tmp_path):
+    class Later(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx < 2:
+                return super().training_step(batch, batch_idx)
+            return batch[0].mean().requires_grad_()
+
+    class Folded(Module):
+        def training_step(self, batch, batch_idx):
+            x = batch[0] if batch_idx < 2 else batch[0].repeat(2, 1)
+            return self.layer(x).square().mean()
+
+    for kind in (Later, Folded):
+        run = trainer(tmp_path / kind.__name__)
+        with pytest.raises(UnsupportedModelError) as caught:
+            run.fit(kind(), loader())
+        assert run.strategy.ledger.steps == 2
+        assert "No step was taken" not in str(caught.value)

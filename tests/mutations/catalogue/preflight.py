@@ -1,0 +1,67 @@
+"""Trial runs, and what they must notice."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+ATTACKS = "tests/attacks/test_preflight.py"
+
+CATALOGUE = [
+    Mutation(
+        "trial runs compare norms instead of gradients",
+        "privacy/trial.py",
+        "if _square(a[p] - b[p] for p in a) > tolerance**2 * scale + floor * largest:",
+        "if abs(_square(a.values()) - _square(b.values())) > tolerance * scale + floor * largest:",
+        f"{ATTACKS} -k keeps_every_norm",
+    ),
+    Mutation(
+        "trial runs go backward by another way than the step",
+        "privacy/trial.py",
+        "            self.backward(loss)\n",
+        "            torch.autograd.backward(loss)\n",
+        f"{ATTACKS} -k backward_that_mixes",
+    ),
+    Mutation(
+        "a loss may shrink or grow with the number of rows",
+        "privacy/preflight.py",
+        "_SIZES: Final = (1, 2)",
+        "_SIZES: Final = (5,)",
+        f"{ATTACKS} -k scales_with",
+    ),
+    Mutation(
+        "trial runs look at the weights only",
+        "privacy/preflight.py",
+        "return {**given, **written, **added, **own}",
+        "return own",
+        f"{ATTACKS} -k takes_up_rows",
+    ),
+    Mutation(
+        "a metric carries training rows into validation",
+        "strategies/private.py",
+        "with engine.recording(), metrics_kept_apart(self._module):",
+        "with engine.recording():",
+        f"{ATTACKS} -k carry_training_rows",
+    ),
+    Mutation(
+        "a row left out is set to zero",
+        "privacy/units/base.py",
+        "inputs, grads = inputs[keep], grads[keep]",
+        "inputs, grads = zero_rows(inputs, keep), zero_rows(grads, keep)\n"
+        "            weights = keep.to(grads.dtype)",
+        f"{ATTACKS} -k no_way_to_a_sum",
+    ),
+    Mutation(
+        "a fork draws its parent's noise",
+        "privacy/noise.py",
+        "if self._process != os.getpid():",
+        "if False:",
+        f"{ATTACKS} -k fork_draws",
+    ),
+    Mutation(
+        "a layer under two parents counts twice",
+        "privacy/engine.py",
+        "    seen.add(id(module))\n",
+        "",
+        f"{ATTACKS} -k two_parents",
+    ),
+]
