@@ -386,9 +386,8 @@ class PrivateStrategy(OneDeviceStrategy):
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
-        fitted = self._engine is not None
-        if self._engine is not None:
-            self._engine.detach()
+        if fitted := self._engine is not None:
+            required(self._engine).detach()
             self._engine = None
         if self._ledger is not None and self._lightning_module is not None:
             settle_account(self._lightning_module, self._ledger, fitted=fitted)
