@@ -245,8 +245,28 @@ def canaries(patients: list[Patient]) -> dict[str, str | bytes]:
         found[f"record {number}"] = patient.record
         found[f"row {number} as float32"] = patient.x.tobytes()
         found[f"row {number} as float64"] = patient.x.astype(np.float64).tobytes()
+        found[f"row {number} as float16"] = patient.x.astype(np.float16).tobytes()
+        half = torch.from_numpy(patient.x).bfloat16().view(torch.uint8)
+        found[f"row {number} as bfloat16"] = half.numpy().tobytes()
         found[f"row {number} as text"] = ",".join(str(value) for value in patient.x[:4])
+        for form, text in printed(patient.x[:4]).items():
+            found[f"row {number} as {form}"] = text.encode()
     return found
+
+
+def printed(values: np.ndarray[Any, Any]) -> dict[str, str]:
+    """Return some numbers as CSV, JSON, logs and lists show them, in single and double precision.
+
+    In double precision a number of a float32 row is longer: 17.989999771118164 for 17.99.
+    """
+    between = {"CSV": ",", "list": ", ", "table": " ", "TSV": "\t", "lines": "\n", "CRLF": "\r\n"}
+    digits = {"float32": [str(value) for value in values], "float64": map(str, values.tolist())}
+    return {
+        f"{name} of {precision}": separator.join(numbers)
+        for precision, texts in digits.items()
+        if (numbers := list(texts))
+        for name, separator in between.items()
+    }
 
 
 def attack(name: str, act: Callable[[], object]) -> tuple[str, bool, str]:
@@ -306,10 +326,19 @@ def search(
     """
     finder = CanarySearch(canaries(patients))
     hits = finder.search([out, *watch.outside(out)])
-    planted = f"re: {patients[-1].email.upper()}".encode() + patients[0].x.tobytes()
-    control = {hit.label for hit in finder.search_bytes(planted, name="control")}
-    last = f"e-mail {len(patients) - 1}"
-    return hits, finder.bytes_searched / 1e6, {last, "row 0 as float32"} <= control
+    x = torch.from_numpy(patients[0].x)
+    planted = f"re: {patients[-1].email.upper()} {x.tolist()} {list(map(str, patients[1].x))}"
+    packed = patients[0].x.tobytes() + x.bfloat16().view(torch.uint8).numpy().tobytes()
+    data = planted.replace("'", "").encode() + packed
+    control = {hit.label for hit in finder.search_bytes(data, name="control")}
+    expected = {
+        f"e-mail {len(patients) - 1}",
+        "row 0 as list of float64",
+        "row 1 as list of float32",
+        "row 0 as float32",
+        "row 0 as bfloat16",
+    }
+    return hits, finder.bytes_searched / 1e6, expected <= control
 
 
 # ---------------------------------------------------------------- the job

@@ -34,7 +34,8 @@ class AuditTrail(Callback):
         folder: Where the log lies. Several runs may share it.
 
     Records: ``run.start``, ``key.unwrap`` (also refused ones), ``key.wrap``, ``data.open``,
-    ``checkpoint.save``, ``checkpoint.load``, ``run.end`` and ``run.exception``. They hold ids,
+    ``checkpoint.save``, ``checkpoint.load``, ``run.end`` and ``run.exception``. Of checkpoints in
+    the clear, only those that ``PrivateStrategy`` saves are recorded. They hold ids,
     counts and names of types; never a key, a value of a row or the text of an exception.
 
     From the moment it is made it records every key that this process uses, and a key whose use

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.loggers.sealed import is_sealed
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 __all__ = ["RedactingClient"]
@@ -35,9 +36,9 @@ _WRITES: Final = frozenset(
         "update_run",
     }
 )
+_ID_FIELDS: Final = frozenset({"_run_id", "_model_id"})
 _FILES: Final = frozenset({"log_artifact", "log_artifacts"})
-_IDS: Final = frozenset({"run_id", "experiment_id", "model_id", "dataset_digest", "status"})
-_ENCRYPTED_MAGIC: Final = (b"LSECCKPT", b"LSECSHRD")
+_IDS: Final = frozenset({"run_id", "experiment_id", "model_id"})
 
 
 class RedactingClient:
@@ -91,9 +92,10 @@ class RedactingClient:
         if argument == "value" and method == "log_metric":
             return float(value)
         if argument == "value":
-            return redactor.redact(value, name=str(given["key"]))
-        if argument == "tags" and method == "create_run":
-            return _without_user(redactor.redact(value))
+            return self._stored(value, name=str(given["key"]))
+        if argument == "tags" and isinstance(value, Mapping):
+            tags = {str(key): self._stored(item, name=str(key)) for key, item in value.items()}
+            return _without_user(dict(zip(redactor.redact(tags), tags.values(), strict=True)))
         if argument in ("metrics", "params", "tags") and method == "log_batch":
             return [self._entity(entity) for entity in value]
         redacted = redactor.redact(value)
@@ -105,12 +107,23 @@ class RedactingClient:
         return redacted
 
     def _entity(self, entity: Any) -> Any:
-        """Return a copy of a Metric, Param or RunTag with its key and value redacted."""
+        """Return a copy of a Metric, Param or RunTag with its key, value and other texts clean."""
         clean = copy.copy(entity)
-        clean._key = self._redactor.redact_text(entity.key)
-        if isinstance(entity.value, str):
-            clean._value = self._redactor.redact(entity.value, name=entity.key)
+        number = type(entity).__name__ == "Metric"
+        for field, value in vars(entity).items():
+            if field == "_value":
+                clean._value = float(value) if number else self._stored(value, name=entity.key)
+            elif field not in _ID_FIELDS and not isinstance(value, int | float | None):
+                setattr(clean, field, self._redactor.redact_text(_text(value)))
         return clean
+
+    def _stored(self, value: Any, *, name: str) -> Any:
+        """Return a value as MLflow stores it: as text, of which nothing is left to be taken out.
+
+        MLflow would make text of it by itself, and repeat it in its errors if it cannot.
+        """
+        redacted = self._redactor.redact(value, name=name)
+        return redacted if isinstance(redacted, str) else self._redactor.redact_text(str(redacted))
 
     def _log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
         source = Path(local_path)
@@ -136,7 +149,7 @@ class RedactingClient:
 
     def _copy_checked(self, source: Path, target: Path) -> None:
         data = source.read_bytes()
-        if not data.startswith(_ENCRYPTED_MAGIC):
+        if not is_sealed(data):
             try:
                 text = data.decode()
             except UnicodeDecodeError:
@@ -152,6 +165,10 @@ class RedactingClient:
         while target.exists():  # two names that differed only in what was taken out
             target, number = target.with_name(f"{number}_{target.name}"), number + 1
         target.write_bytes(data)
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _without_user(tags: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ class RedactingMLFlowLogger(MLFlowLogger):
 
     Params, tags, metric names and text artifacts are redacted in what Lightning logs and in what
     the module logs through ``logger.experiment``; the user's login name and the script's folder
-    are left out of MLflow's own tags, and MLflow's telemetry is switched off.
+    are left out of MLflow's own tags, and MLflow's telemetry is switched off for the process,
+    whatever its environment says.
 
     What this does not cover yet: code that talks to MLflow past the logger, with the fluent
     ``mlflow.log_*`` functions or a client of its own. That takes a plugin at MLflow's store.
@@ -71,8 +73,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
         redactor: Redactor | None = None,
         insecure_allow_http: bool = False,
     ) -> None:
-        # Before MLflow is imported: it looks once.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        _switch_telemetry_off()
         uri = tracking_uri or _environments_uri()
         if uri is None:
             folder = Path(save_dir).absolute()
@@ -113,6 +114,18 @@ class RedactingMLFlowLogger(MLFlowLogger):
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         names = self._redactor.redact(dict.fromkeys(numbers))
         super().log_metrics(dict(zip(names, numbers.values(), strict=True)), step)
+
+
+def _switch_telemetry_off() -> None:
+    # MLflow looks once, when it is imported; if it was already, its client is there.
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    telemetry: Any = sys.modules.get("mlflow.telemetry")
+    if telemetry is None:
+        return
+    client = telemetry.get_telemetry_client()
+    telemetry.set_telemetry_client()  # to none, as the environment now says
+    if client is not None:
+        client.flush(terminate=True)  # stops its threads; what waits is not sent
 
 
 def _environments_uri() -> str | None:

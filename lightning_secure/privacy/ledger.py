@@ -32,6 +32,7 @@ __all__ = [
     "Ledger",
     "PublicNumbers",
     "bring_ledger",
+    "drop_ledger",
     "keep_ledger",
     "ledger_of",
     "require_account",
@@ -83,6 +84,8 @@ class Ledger:
             the checkpoint that it was resumed from had not.
         journaled: Whether the run has a journal, without which it cannot be resumed.
         journal_directory: Where the journal lay when it was last open in this process.
+        weights: What the weights of the account were at the end of the last fit in this process,
+            by name, in the strategy's own form.
     """
 
     delta: float
@@ -96,6 +99,7 @@ class Ledger:
     abandoned: int = 0
     journaled: bool = False
     journal_directory: Path | None = None
+    weights: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
     _journal: Journal | None = field(default=None, repr=False, compare=False)
@@ -329,6 +333,11 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
 def keep_ledger(module: object, ledger: Ledger) -> None:
     """Let a module carry the account of its weights, for whoever trains it next."""
     setattr(module, _ATTRIBUTE, ledger)
+
+
+def drop_ledger(module: object) -> None:
+    """Let a module forget an account, because its weights have none."""
+    vars(module).pop(_ATTRIBUTE, None)
 
 
 def bring_ledger(module: object, checkpoint: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import (
@@ -16,6 +16,7 @@ from torch.utils.data import (
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler
+from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
 
 __all__ = ["PrivateDataLoader", "RandomAccess", "require_plain_loader"]
 
@@ -37,6 +38,9 @@ class PrivateDataLoader(DataLoader[Any]):
         steps: Steps an epoch.
         max_physical_batch_size: Most rows of a chunk.
         seed: Makes the draws repeatable, and so not private.
+
+    What dataset and collate function draw at random, for example to augment rows, comes from
+    generators that the operating system has seeded, in this process and in workers.
 
     Draws do not depend on those before them, so a run that resumes in the middle of an epoch just
     goes on drawing: there is no state to restore.
@@ -60,6 +64,8 @@ class PrivateDataLoader(DataLoader[Any]):
                 "persistent_workers": loader.persistent_workers,
             }
         self._user_collate = loader.collate_fn
+        self._randomness = FreshRandomness(seed, stream=2)
+        user_init = loader.worker_init_fn
         super().__init__(
             loader.dataset,
             batch_sampler=PoissonBatchSampler(
@@ -73,9 +79,15 @@ class PrivateDataLoader(DataLoader[Any]):
             ),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=WorkerInit(user_init) if seed is None else user_init,
             **workers,
         )
+
+    def __iter__(self) -> Any:
+        """Begin an epoch."""
+        batches = super().__iter__()
+        # Workers have generators of their own.
+        return batches if self.num_workers else _Apart(batches, self._randomness)
 
     def trial_batch(self, rows: Sequence[int]) -> Any:
         """Return the batch that a collate function of the user's own makes of some rows.
@@ -101,6 +113,21 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take nothing."""
+
+
+class _Apart:
+    """Fetches each batch with fresh generators, and leaves those of the process alone."""
+
+    def __init__(self, batches: Iterator[Any], randomness: FreshRandomness) -> None:
+        self._batches = batches
+        self._randomness = randomness
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._randomness.apart():
+            return next(self._batches)
 
 
 def require_plain_loader(dataloader: object) -> DataLoader[Any]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import (
     DoublePrecision,
@@ -14,6 +20,7 @@ from lightning.pytorch.plugins.precision import (
     MixedPrecision,
     Precision,
 )
+from lightning.pytorch.profilers import PyTorchProfiler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_secure.errors import (
@@ -26,32 +33,58 @@ from lightning_secure.privacy.journal import attach_journal
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.promise import require_same_promise
 
-__all__ = ["carry_ledger", "planned_steps", "require_optimizers", "require_trainer_options"]
+__all__ = [
+    "carry_ledger",
+    "planned_steps",
+    "require_no_accumulation",
+    "require_optimizers",
+    "require_trainer_options",
+]
 
 _JOURNALS: Final = "privacy_journal"
+_INSTEAD_OF_ACCUMULATION: Final = (
+    "Use a larger DPConfig(expected_batch_size=); what does not fit into memory is split by "
+    "DPConfig(max_physical_batch_size=)."
+)
 
 
 def require_trainer_options(
-    trainer: pl.Trainer, module: pl.LightningModule, precision: Precision
+    trainer: pl.Trainer, module: pl.LightningModule, precision: Precision, config: DPConfig
 ) -> None:
     """Refuse what would break the promise.
+
+    Args:
+        trainer: Its options and callbacks are looked at.
+        module: What is to be trained.
+        precision: What Lightning computes with.
+        config: What privacy is asked for.
 
     Raises:
         UnsupportedTrainerOptionError: The message names the option and what to use instead.
         UnsupportedModelError: The module optimises by hand.
     """
-    overfit = getattr(trainer, "overfit_batches", 0)  # set without being declared
+    require_no_accumulation(trainer)
+    options: Any = trainer  # many of them are set without being declared
+    overfit, profiler = options.overfit_batches, options.profiler
     refused: list[tuple[bool, str]] = [
         (
             bool(trainer.gradient_clip_val),
             f"gradient_clip_val={trainer.gradient_clip_val} clips the sum over the batch, which "
             "bounds no single row. Use DPConfig(max_grad_norm=).",
         ),
+        *_refused_callbacks(options.callbacks),
         (
-            trainer.accumulate_grad_batches != 1,
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} would make several draws "
-            "one step. Use a larger DPConfig(expected_batch_size=); what does not fit into memory "
-            "is split by DPConfig(max_physical_batch_size=).",
+            bool(options.fast_dev_run)
+            and config.target_epsilon is not None
+            and config.planned_epochs is None,
+            "fast_dev_run takes real steps, and target_epsilon would be spread over those few: "
+            "their noise would be too small for any run after it. Set DPConfig(planned_epochs=), "
+            "or DPConfig(noise_multiplier=) instead of target_epsilon.",
+        ),
+        (
+            isinstance(profiler, PyTorchProfiler) and _records_sizes(profiler),
+            "PyTorchProfiler with record_shapes or profile_memory writes into its trace how "
+            "many rows each step has drawn. Use it without them, and keep the trace to yourself.",
         ),
         (
             bool(overfit),
@@ -77,6 +110,47 @@ def require_trainer_options(
             "the module optimises by hand (automatic_optimization=False), so its steps cannot be "
             "accounted for. Use automatic optimisation. No step was taken."
         )
+
+
+def require_no_accumulation(trainer: pl.Trainer) -> None:
+    """Refuse that several draws become one step, also if a callback makes them so later.
+
+    Raises:
+        UnsupportedTrainerOptionError: They would.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise UnsupportedTrainerOptionError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} would make several draws "
+            f"one step. {_INSTEAD_OF_ACCUMULATION} No step was taken."
+        )
+
+
+def _refused_callbacks(callbacks: Sequence[pl.Callback]) -> Iterator[tuple[bool, str]]:
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, GradientAccumulationScheduler):
+            yield (
+                callback.going_to_accumulate_grad_batches(),
+                f"{name} would make several draws one step. {_INSTEAD_OF_ACCUMULATION}",
+            )
+        elif isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            yield (
+                True,
+                f"{name}, also as Tuner uses it, takes steps whose losses it looks at without "
+                "noise, and throws their account away with their weights. Try values in private "
+                "runs and compare them on validation data that is none of the rows.",
+            )
+        elif isinstance(callback, SpikeDetection):
+            yield (
+                True,
+                f"{name} decides by the training loss, which is computed without noise and is not "
+                "handed out. Clipping bounds what one row can do; use DPConfig(max_grad_norm=).",
+            )
+
+
+def _records_sizes(profiler: PyTorchProfiler) -> bool:
+    options = profiler._profiler_kwargs
+    return bool(options.get("record_shapes") or options.get("profile_memory"))
 
 
 def require_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -14,7 +14,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -41,19 +40,28 @@ from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
 from lightning_secure.privacy.promise import begin_ledger
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.strategies.account import (
+    account_of,
+    announce_plain,
+    require_same_weights,
+    settle_account,
+)
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
     carry_ledger,
     planned_steps,
+    require_no_accumulation,
     require_optimizers,
     require_trainer_options,
 )
+from lightning_secure.strategies.randomness import FreshRandomness
+from lightning_secure.strategies.single import OneDeviceStrategy
 from lightning_secure.strategies.steps import (
     loss_of,
-    merged,
     required,
     spare_logical_batch,
     stop_before_any_minimum,
+    withheld,
     without_loss,
 )
 from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
@@ -63,7 +71,7 @@ __all__ = ["PrivateStrategy"]
 log = logging.getLogger(__name__)
 
 
-class PrivateStrategy(SingleDeviceStrategy):
+class PrivateStrategy(OneDeviceStrategy):
     """Trains on one device so that the weights reveal at most ``epsilon`` about any one row.
 
     Args:
@@ -125,43 +133,14 @@ class PrivateStrategy(SingleDeviceStrategy):
         self._restored: Ledger | None = None
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed)
+        self._randomness = FreshRandomness(config.insecure_seed, stream=1)
         self._results: GuardedResults | None = None
         self._preflight_due = True
 
     @property
     def ledger(self) -> Ledger | None:
-        """What was spent; None before the first fit."""
+        """What the weights of the module at hand have spent; None before its first fit."""
         return self._ledger
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """None, so that each Trainer hands over the device that it has chosen.
-
-        Without this property the Trainer would leave the strategy on the CPU.
-        """
-        return None
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) != 1:
-            raise UnsupportedTrainerOptionError(
-                f"PrivateStrategy trains on one device and the Trainer has {len(devices)}. Use "
-                "Trainer(devices=1)."
-            )
-        self._root_device = devices[0]
-
-    @property
-    def num_nodes(self) -> int:
-        """One."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, nodes: int) -> None:
-        # Without this property the Trainer would ignore its option.
-        if nodes != 1:
-            raise UnsupportedTrainerOptionError(
-                f"PrivateStrategy trains on one machine and the Trainer has num_nodes={nodes}."
-            )
 
     # Setting up
 
@@ -174,12 +153,13 @@ class PrivateStrategy(SingleDeviceStrategy):
         """Check the Trainer's options, prepare the model, and put the hooks on it."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self._module
+        restored, self._restored = self._restored, None
+        # A module that was trained privately before goes on with its own account.
+        self._ledger = restored or account_of(module)
         if fitting:
-            require_trainer_options(trainer, module, self.precision_plugin)
-            restored, self._restored = self._restored, None
-            # A module that was trained privately before goes on with its own account.
-            self._ledger = restored or ledger_of(module)
+            require_trainer_options(trainer, module, self.precision_plugin, self.config)
             if self._ledger is not None:
+                require_same_weights(module, self._ledger)
                 carry_ledger(trainer, self._ledger, self.config, self._journal)
         super().setup(trainer)
         if not fitting:
@@ -250,8 +230,9 @@ class PrivateStrategy(SingleDeviceStrategy):
         """Run the module's training step and backward on each chunk, and sum clipped gradients.
 
         Returns:
-            The mean loss of the drawn rows, as a dict if there was one chunk and the module
-            returned one. It is not private; Lightning hands it to ``on_train_batch_end``.
+            Not a number: a loss without noise is a release that no account contains, and Lightning
+            hands it to callbacks, ``optimizer_step`` and ``on_before_backward``. With it, entries
+            of the module's dict that ``public_metrics`` names.
         """
         batch, *rest = args
         if not isinstance(batch, LogicalBatch):
@@ -273,9 +254,11 @@ class PrivateStrategy(SingleDeviceStrategy):
                 f"after {ledger.steps} steps, and one more would exceed it. The step was not "
                 "taken; the last checkpoint holds the weights and the account."
             )
+        require_no_accumulation(self._module.trainer)
         engine.begin_step()
-        chunks = ((chunk.size, self._chunk(chunk, rest, kwargs)) for chunk in batch.chunks)
-        return merged(chunks, self.root_device)
+        with self._randomness.apart(self.root_device):
+            outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
+            return withheld(outputs, self.root_device, self._public_metrics)
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine, results = required(self._engine), required(self._results)
@@ -377,9 +360,10 @@ class PrivateStrategy(SingleDeviceStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
         """Write the account into every checkpoint, weights-only ones too."""
-        ledger = self._ledger or ledger_of(self._module)
+        ledger = ledger_of(self._module)
         if ledger is not None:
             checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
+        announce_plain(self.checkpoint_io, str(filepath), int(checkpoint.get("global_step", 0)))
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(
@@ -402,11 +386,11 @@ class PrivateStrategy(SingleDeviceStrategy):
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
-        if self._ledger is not None:
-            self._ledger.close_journal()
-        if self._engine is not None:
-            self._engine.detach()
+        if fitted := self._engine is not None:
+            required(self._engine).detach()
             self._engine = None
+        if self._ledger is not None and self._lightning_module is not None:
+            settle_account(self._lightning_module, self._ledger, fitted=fitted)
         if self._lightning_module is not None:
             vars(self._lightning_module).pop("_on_before_batch_transfer", None)
         super().teardown()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable
+from typing import Any, TypeGuard, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -14,10 +14,10 @@ from lightning_secure.privacy.sampling import LogicalBatch
 
 __all__ = [
     "loss_of",
-    "merged",
     "required",
     "spare_logical_batch",
     "stop_before_any_minimum",
+    "withheld",
     "without_loss",
 ]
 
@@ -40,24 +40,28 @@ def loss_of(output: Any) -> Tensor:
     return loss.reshape(())
 
 
-def merged(outputs: Iterable[tuple[int, Any]], device: torch.device) -> Any:
-    """Return what the steps of all chunks amount to.
+def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str]) -> Any:
+    """Run the steps of all chunks, and return what may be told of them.
 
     Args:
-        outputs: Rows of a chunk, and what its training step returned.
-        device: Where the loss of no rows at all is made.
+        outputs: What the training step of each chunk returned.
+        device: Where the loss is expected.
+        public: Names of entries that do not depend on the rows.
 
     Returns:
-        The mean loss over the rows; a dict with it if there was one chunk that returned a dict.
-        It is not private.
+        Not a number for the loss, which is computed from rows without noise: whoever decides by it
+        fails where it can be seen. A dict with the public entries of the last chunk, if it had any.
     """
-    total, rows, last = torch.zeros((), device=device), 0, None
-    count = 0
-    for size, output in outputs:
-        total = total + loss_of(output).detach() * size
-        rows, count, last = rows + size, count + 1, output
-    mean = total / max(1, rows)
-    return {**last, "loss": mean} if count == 1 and isinstance(last, dict) else mean
+    last = None
+    for output in outputs:
+        last = output
+    loss = torch.full((), float("nan"), device=device)
+    told = {name: value for name, value in last.items() if name in public} if _is_dict(last) else {}
+    return {**told, "loss": loss} if told else loss
+
+
+def _is_dict(output: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(output, dict)
 
 
 def without_loss(closure: Callable[[], Any]) -> Callable[[], Tensor]:

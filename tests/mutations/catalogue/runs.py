@@ -1,0 +1,66 @@
+"""What a whole run offers around its noise and its account."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+RUNS = "tests/attacks/test_runs.py"
+
+CATALOGUE = [
+    Mutation(
+        "masks follow from the user's seed",
+        "strategies/private.py",
+        "        with self._randomness.apart(self.root_device):\n",
+        "        if True:\n",
+        f"{RUNS} -k dropout",
+    ),
+    Mutation(
+        "augmentation in the process follows from the user's seed",
+        "strategies/loader.py",
+        "        with self._randomness.apart():\n",
+        "        if True:\n",
+        f"{RUNS} -k 'augmentation and 0'",
+    ),
+    Mutation(
+        "a worker's own function brings the seed back",
+        "strategies/randomness.py",
+        "            self._user(worker)\n            randomness.seed_all()\n",
+        "            self._user(worker)\n",
+        f"{RUNS} -k workers_own",
+    ),
+    Mutation(
+        "the loss without noise is handed out",
+        "strategies/steps.py",
+        '    loss = torch.full((), float("nan"), device=device)\n',
+        "    loss = loss_of(last).detach()\n",
+        f"{RUNS} -k nobody_is_told",
+    ),
+    Mutation(
+        "a checkpoint gets the account of the last fit",
+        "strategies/private.py",
+        "        self._ledger = restored or account_of(module)\n        if fitting:\n",
+        "        if fitting:\n            self._ledger = restored or account_of(module)\n",
+        f"{RUNS} -k own_weights",
+    ),
+    Mutation(
+        "training without noise in between is not noticed",
+        "strategies/private.py",
+        "                require_same_weights(module, self._ledger)\n",
+        "",
+        f"{RUNS} -k in_between",
+    ),
+    Mutation(
+        "accumulation that begins later passes",
+        "strategies/private.py",
+        "        require_no_accumulation(self._module.trainer)\n",
+        "",
+        f"{RUNS} -k begins_later",
+    ),
+    Mutation(
+        "a file that begins like a sealed one is sent as it is",
+        "loggers/sealed.py",
+        "body is not None and _TEXT.search(body) is None",
+        "True",
+        "tests/loggers/test_client.py -k 'begins_like and data0'",
+    ),
+]
