@@ -83,16 +83,15 @@ CATALOGUE = [
     Mutation(
         "draws follow seed_everything",
         "privacy/sampling.py",
-        "self._rng = np.random.default_rng(seed)",
+        "self._rng = np.random.default_rng(self._seed)",
         "self._rng = np.random.default_rng(np.random.randint(2**31))",
         "tests/privacy/test_sampling.py -k seed",
     ),
     Mutation(
         "empty draws are left out",
         "privacy/sampling.py",
-        "        for _ in range(self._steps):\n            yield "
-        "poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()",
-        "        for _ in range(self._steps):\n            rows = "
+        "            yield poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()",
+        "            rows = "
         "poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()\n            if "
         "rows:\n                yield rows",
         "tests/privacy/test_sampling.py -k empty",
