@@ -62,7 +62,6 @@ from lightning_secure.strategies.steps import (
     spare_logical_batch,
     stop_before_any_minimum,
     withheld,
-    without_loss,
 )
 from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
 
@@ -339,7 +338,7 @@ class PrivateStrategy(OneDeviceStrategy):
         **kwargs: Any,
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
-        result = super().optimizer_step(optimizer, without_loss(closure), model, **kwargs)
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
         ledger = required(self._ledger)
         if not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(

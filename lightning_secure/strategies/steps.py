@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from typing import Any, TypeGuard, TypeVar
 
 import lightning.pytorch as pl
@@ -18,7 +18,6 @@ __all__ = [
     "spare_logical_batch",
     "stop_before_any_minimum",
     "withheld",
-    "without_loss",
 ]
 
 T = TypeVar("T")
@@ -62,20 +61,6 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
 
 def _is_dict(output: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(output, dict)
-
-
-def without_loss(closure: Callable[[], Any]) -> Callable[[], Tensor]:
-    """Return a closure that does the same and tells the optimizer no loss.
-
-    The loss is not private, and an optimizer that chose its step by it would carry it into the
-    weights. Not a number, so that such an optimizer fails where it can be seen.
-    """
-
-    def call() -> Tensor:
-        closure()
-        return torch.tensor(float("nan"))
-
-    return call
 
 
 def spare_logical_batch(module: pl.LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:

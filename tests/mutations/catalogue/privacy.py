@@ -182,13 +182,6 @@ CATALOGUE = [
         f"{STRATEGY} -k 'later or outside'",
     ),
     Mutation(
-        "the optimizer sees the loss",
-        "strategies/private.py",
-        "without_loss(closure)",
-        "closure",
-        f"{STRATEGY} -k told",
-    ),
-    Mutation(
         "un-noised records are in a pickle of the model",
         "privacy/bookkeeping.py",
         "return {**self.__dict__, **nothing}",
