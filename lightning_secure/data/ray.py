@@ -18,6 +18,7 @@ from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry, SplitEntry
 from lightning_secure.data.format import Schema
 from lightning_secure.data.generations import commit_split, open_or_start
+from lightning_secure.data.leftovers import remove_unnamed
 from lightning_secure.data.resume import SealingState
 from lightning_secure.data.room import require_free
 from lightning_secure.data.shard import ShardReader
@@ -173,14 +174,20 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             keys=self._keys,
             replace=self._replace,
         )
-        named = {self._root / shard.file for shard in shards}
-        for path in self._folder.iterdir():  # what tasks left that died
-            if path not in named:
-                path.unlink(missing_ok=True)
+        self._clear()  # what tasks left that died
 
     def on_write_failed(self, error: Exception) -> None:
-        """Remove what was written; it is in no manifest. Called by Ray on the driver."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove what was written, unless a manifest names it; called by Ray on the driver."""
+        # Ray calls this for an error after the commit as well, and then the rows stand.
+        if not self._clear():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _clear(self) -> list[str]:
+        """Remove the files that no manifest names; return those that are still there."""
+        if not self._folder.is_dir():
+            return []
+        files = [f"{self._folder.name}/{path.name}" for path in self._folder.iterdir()]
+        return remove_unnamed(self._root, files, keys=self._keys)
 
     def _check(
         self, parts: list[dict[str, Any]], shards: tuple[ShardEntry, ...], rows: int

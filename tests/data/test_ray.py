@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.data import ray as ray_module
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.ray import EncryptedShardDatasink
 from lightning_secure.errors import (
@@ -261,3 +262,28 @@ def test_without_ray_the_extra_is_named(tmp_path, keys, monkeypatch):
     monkeypatch.setattr("lightning_secure.data.ray._Base", None)  # what a missing package leaves
     with pytest.raises(MissingExtraError, match=r"lightning-secure\[ray\]"):
         sink(tmp_path, keys)
+
+
+def test_an_error_after_the_commit_does_not_take_the_rows_with_it(folder, keys, monkeypatch):
+    """Ray tells a sink of any error of its own hook, also of one that came too late."""
+    write(sink(folder, keys), PARTS)
+    one = sink(folder, keys, replace=True)
+    commit = ray_module.commit_split
+
+    def late(*args, **options):
+        commit(*args, **options)
+        raise OSError("the folder could not be flushed")
+
+    monkeypatch.setattr(ray_module, "commit_split", late)
+    with pytest.raises(OSError, match="flushed"):
+        write(one, [(0, [table(0, 50)])])
+    data = EncryptedShardDataset(folder, split="train", keys=keys)
+    assert [int(y) for y, _ in data.__getitems__(range(len(data)))] == list(range(50))
+
+
+def test_what_cannot_be_removed_does_not_undo_the_commit(folder, keys):
+    one = sink(folder, keys)
+    one.on_write_start()
+    (one._folder / ".nfs0001").mkdir()
+    write(one, PARTS, start=False)
+    assert len(EncryptedShardDataset(folder, split="train", keys=keys)) == 300
