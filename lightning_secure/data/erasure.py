@@ -262,7 +262,7 @@ def _erase(
             signer=(to or keys).signer,
             event=("data.erase", {"split": split, "shards": len(numbers)}),
         )
-        retired = _retired(root, keys, to) if retire_kek and to is not None else None
+        retired = _retired(root, keys, to, before) if retire_kek and to is not None else None
     providers = {(one.name, one.key_id): one for one in (keys, *recipients, *([to] if to else []))}
     return ErasureReport(
         split=split,
@@ -275,14 +275,15 @@ def _erase(
     )
 
 
-def _retired(root: Path, keys: KeyProvider, to: KeyProvider) -> bool:
-    """Destroy the key of ``keys`` if ``to`` was seen to open all that it opened."""
+def _retired(root: Path, keys: KeyProvider, to: KeyProvider, before: Manifest) -> bool:
+    """Destroy the key of ``keys`` if ``to`` was seen to open all that it opened ``before``."""
     try:
         manifest = read_manifest(root, trusted=to.trusted_signers)
         held = [
             name
-            for name, wraps in manifest.partitions.items()
-            if any((key.provider, key.key_id) == (to.name, to.key_id) for key in wraps)
+            for name, wraps in before.partitions.items()
+            if name in manifest.partitions
+            and any((key.provider, key.key_id) == (keys.name, keys.key_id) for key in wraps)
         ]
         for name in held:
             partition = manifest.open_partition(name, to)

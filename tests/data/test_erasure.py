@@ -10,7 +10,12 @@ import pytest
 from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import read_manifest
-from lightning_secure.crypto.providers import LocalKeyProvider
+from lightning_secure.crypto.providers import (
+    HpkeKeyProvider,
+    HpkePrivateKey,
+    LocalKeyProvider,
+    SigningKey,
+)
 from lightning_secure.data import erasure
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.erasure import erase_shard, erase_subject
@@ -453,3 +458,23 @@ def test_a_split_without_subjects_says_so(sealed, old):
     with pytest.raises(ConfigError, match="subject_column"):
         erase_subject(sealed, "train", "patient 4", keys=old)
     assert len(read(sealed, old)) == 100
+
+
+def test_a_key_is_kept_where_the_new_one_is_no_recipient(tmp_path):
+    """A provider can wrap for others and hold a private key that opens none of it."""
+    old = LocalKeyProvider.generate(tmp_path / "keys" / "old.kek")
+    root = tmp_path / "dataset"
+    with EncryptedShardWriter(root, split="train", keys=old, shard_bytes=64, segment_bytes=64) as w:
+        w.write_batch({"x": np.arange(40)})
+    other = HpkePrivateKey.generate(tmp_path / "keys" / "other")
+    HpkePrivateKey.generate(tmp_path / "keys" / "own")
+    SigningKey.generate(tmp_path / "keys" / "signing")
+    new = HpkeKeyProvider(
+        recipients=[other.public.text],
+        private_key=tmp_path / "keys" / "own",
+        signing_key=tmp_path / "keys" / "signing",
+    )
+    report = erase_shard(root, "train", 1, keys=old, rotate_kek_to=new, retire_kek=True)
+    assert report.kek_retired is False
+    assert (tmp_path / "keys" / "old.kek").exists()
+    assert report.recoverable
