@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -90,7 +91,7 @@ class EncryptedShardDataset(Dataset[Any]):
         self._split = split
         self._keys = keys
         self._output: Output = output
-        self._columns = tuple(columns) if columns is not None else None
+        self._columns = _distinct(columns)
         self._threads = threads_to_use(threads)
         self._min_generation = min_generation
         self._manifest_digest = manifest_digest
@@ -108,7 +109,7 @@ class EncryptedShardDataset(Dataset[Any]):
         entry = manifest.splits[self._split]
         self._manifest = manifest
         self._schema = schema_of(entry)
-        self._names = self._columns or self._schema.names
+        self._names = self._schema.names if self._columns is None else self._columns
         if unknown := set(self._names) - set(self._schema.names):
             raise ConfigError(
                 f"split {self._split!r} has no column {sorted(unknown)}; its columns are "
@@ -242,7 +243,11 @@ class EncryptedShardDataset(Dataset[Any]):
                 other.result()
 
     def _rows(self, indices: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        rows = np.asarray(indices, dtype=np.int64)
+        rows = np.asarray(indices)
+        if rows.dtype.kind not in "iu":
+            # Not by numpy, which would take 1.9 and True for row 1.
+            rows = np.asarray([operator.index(_whole(index)) for index in indices], dtype=np.int64)
+        rows = rows.astype(np.int64)
         rows = np.where(rows < 0, rows + len(self), rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"split {self._split!r} has rows 0 to {len(self) - 1}")
@@ -290,6 +295,22 @@ class EncryptedShardDataset(Dataset[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def _distinct(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    if columns is None:
+        return None
+    if isinstance(columns, str) or not columns or len(set(columns)) != len(columns):
+        raise ConfigError(
+            f"columns={columns!r} is not a sequence of different names; leave it out to get all."
+        )
+    return tuple(columns)
+
+
+def _whole(index: Any) -> Any:
+    if isinstance(index, bool | np.bool_):
+        raise TypeError("rows are chosen by whole numbers, not by truth values")
+    return index
 
 
 def check_pins(manifest: Manifest, min_generation: int | None, digest: str | None) -> None:

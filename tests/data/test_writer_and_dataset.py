@@ -455,3 +455,22 @@ def test_half_a_character_leaves_the_rows_before_it(tmp_path, keys):
         assert "Mary" not in str(caught.value)
         assert caught.value.__context__ is None
     assert dataset(tmp_path, keys).__getitems__([0]).batch() == (["fine"],)
+
+
+@pytest.mark.parametrize("index", [1.9, True, [True, False], [0, 1.0]])
+def test_rows_are_chosen_by_whole_numbers(folder, keys, index):
+    with EncryptedShardWriter(folder, split="train", keys=keys) as writer:
+        writer.write_batch({"x": np.arange(4)})
+    data = EncryptedShardDataset(folder, split="train", keys=keys)
+    with pytest.raises(TypeError):
+        data.__getitems__(index) if isinstance(index, list) else data[index]
+    assert int(data[torch.tensor(2)][0]) == 2
+    assert len(data.__getitems__([])) == 0
+
+
+@pytest.mark.parametrize("columns", [(), ("x", "x"), "xy"])
+def test_columns_are_different_names(folder, keys, columns):
+    with EncryptedShardWriter(folder, split="train", keys=keys) as writer:
+        writer.write_batch({"x": np.arange(4), "y": np.arange(4)})
+    with pytest.raises(ConfigError, match="different names"):
+        EncryptedShardDataset(folder, split="train", keys=keys, columns=columns)
