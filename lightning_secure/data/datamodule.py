@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.dataset import EncryptedShardDataset, check_pins
 from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
 from lightning_secure.data.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
@@ -125,10 +125,17 @@ class EncryptedDataModule(pl.LightningDataModule):
 
     def _dataset(self, split: str) -> EncryptedShardDataset:
         if split not in self._datasets:
-            self._datasets[split] = EncryptedShardDataset(
+            dataset = EncryptedShardDataset(
                 self._storage, split=split, keys=self._keys, **self._options
             )
+            self._datasets[split] = dataset
+            self._require_from(dataset.manifest.generation)
         return self._datasets[split]
+
+    def _require_from(self, generation: int) -> None:
+        """Accept no generation older than one that was seen, whatever is opened later."""
+        least = self._options["min_generation"]
+        self._options["min_generation"] = max(least or 0, generation)
 
     def train_dataloader(self) -> EncryptedLoader:
         """Return shuffled batches of ``train``; a private strategy draws its own instead."""
@@ -207,6 +214,11 @@ class EncryptedDataModule(pl.LightningDataModule):
             ManifestMismatchError: The training split holds other rows, or the dataset is older
                 than when the checkpoint was written.
         """
+        for seen in state_dict.values():
+            for dataset in self._datasets.values():
+                if seen.get("dataset") == dataset.manifest.dataset_id.hex():
+                    check_pins(dataset.manifest, seen["generation"], None)
+                    self._require_from(seen["generation"])
         saved = state_dict.get("train")
         if saved is None or "train" not in self._datasets:
             return
@@ -216,11 +228,6 @@ class EncryptedDataModule(pl.LightningDataModule):
                 f"the checkpoint was trained on other rows than {str(self._storage)!r} holds in "
                 "its split 'train' now. Resuming would mix two datasets under one privacy account. "
                 "Nothing was read."
-            )
-        if dataset.manifest.generation < saved["generation"]:
-            raise ManifestMismatchError(
-                f"the dataset is at generation {dataset.manifest.generation} and the checkpoint "
-                f"saw generation {saved['generation']}: it was rolled back. Nothing was read."
             )
         self._resume = saved.get("position")
 

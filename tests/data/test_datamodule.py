@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_secure.data.datamodule import EncryptedDataModule
+from lightning_secure.data.rotation import rotate_partition
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
@@ -147,3 +148,21 @@ def test_pins_are_passed_on(tmp_path, keys):
         module(root, keys, min_generation=9).setup("fit")
     with pytest.raises(ManifestMismatchError, match="pinned"):
         module(root, keys, manifest_digest="00" * 32).setup("fit")
+
+
+def test_a_later_stage_accepts_no_older_generation_than_an_earlier_one(folder, keys):
+    for split in ("train", "val", "test"):
+        with EncryptedShardWriter(folder, split=split, keys=keys) as writer:
+            writer.write_batch({"x": np.arange(8)})
+    old = (folder / "manifest.json").read_bytes()
+    rotate_partition(folder, "train", keys=keys)
+    module = EncryptedDataModule(folder, keys=keys, batch_size=4)
+    module.setup("fit")
+    state = module.state_dict()
+    (folder / "manifest.json").write_bytes(old)
+    with pytest.raises(ManifestMismatchError, match="rolled back"):
+        module.setup("test")
+    fresh = EncryptedDataModule(folder, keys=keys, batch_size=4)
+    fresh.setup("test")
+    with pytest.raises(ManifestMismatchError, match="rolled back"):
+        fresh.load_state_dict(state)
