@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from collections.abc import Sequence
@@ -170,6 +171,7 @@ class EncryptedShardDataset(Dataset[Any]):
         """Return one sample.
 
         Raises:
+            ConfigError: ``index`` is no whole number.
             IndexError: There is no such row.
             ShardCorruptedError: The row's shard or segment was altered.
         """
@@ -246,7 +248,7 @@ class EncryptedShardDataset(Dataset[Any]):
         rows = np.asarray(indices)
         if rows.dtype.kind not in "iu":
             # Not by numpy, which would take 1.9 and True for row 1.
-            rows = np.asarray([operator.index(_whole(index)) for index in indices], dtype=np.int64)
+            rows = np.asarray([_whole(index) for index in indices], dtype=np.int64)
         rows = rows.astype(np.int64)
         rows = np.where(rows < 0, rows + len(self), rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
@@ -307,10 +309,14 @@ def _distinct(columns: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(columns)
 
 
-def _whole(index: Any) -> Any:
-    if isinstance(index, bool | np.bool_):
-        raise TypeError("rows are chosen by whole numbers, not by truth values")
-    return index
+def _whole(index: Any) -> int:
+    number: int | None = None
+    if not isinstance(index, bool | np.bool_):
+        with contextlib.suppress(TypeError):
+            number = operator.index(index)
+    if number is None:
+        raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
+    return number
 
 
 def check_pins(manifest: Manifest, min_generation: int | None, digest: str | None) -> None:

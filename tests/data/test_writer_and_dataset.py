@@ -462,7 +462,7 @@ def test_rows_are_chosen_by_whole_numbers(folder, keys, index):
     with EncryptedShardWriter(folder, split="train", keys=keys) as writer:
         writer.write_batch({"x": np.arange(4)})
     data = EncryptedShardDataset(folder, split="train", keys=keys)
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="whole numbers"):
         data.__getitems__(index) if isinstance(index, list) else data[index]
     assert int(data[torch.tensor(2)][0]) == 2
     assert len(data.__getitems__([])) == 0
