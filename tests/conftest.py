@@ -24,6 +24,16 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for a file that skips itself when it is imported, with all of its tests."""
+    report = yield
+    if report.skipped and os.environ.get(REQUIRE_SERVICES):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped, and {REQUIRE_SERVICES} allows no skip"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _no_listeners() -> Iterator[None]:
     """Leave no audit log listening for the next test."""

@@ -32,3 +32,21 @@ def test_a_skip_is_a_failure_where_everything_must_be_installed(
     counted = result.parseoutcomes()
     assert counted.get("skipped", 0) == outcomes.get("skipped", 0)
     assert bool(counted.get("failed", 0) + counted.get("errors", 0)) == bool(required)
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_a_file_that_skips_itself_is_a_failure_as_well(pytester, monkeypatch, required):
+    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+    pytester.makepyfile(
+        """
+        import pytest
+
+        pytest.importorskip("a_service_that_is_not_there")
+
+        def test_nothing():
+            raise AssertionError
+        """
+    )
+    monkeypatch.setenv("LIGHTNING_SECURE_REQUIRE_SERVICES", required)
+    counted = pytester.runpytest_subprocess("-p", "no:cacheprovider").parseoutcomes()
+    assert counted == ({"errors": 1} if required else {"skipped": 1})
