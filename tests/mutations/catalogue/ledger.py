@@ -52,7 +52,7 @@ CATALOGUE = [
     ),
     Mutation(
         "weights of a refused resume get a fresh account",
-        "strategies/private.py",
+        "strategies/accounted.py",
         "        bring_ledger(self._module, checkpoint)\n",
         "",
         f"{RUNS} -k only_validated",

@@ -37,7 +37,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a metric carries training rows into validation",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "with engine.recording(), metrics_kept_apart(self._module):",
         "with engine.recording():",
         f"{ATTACKS} -k carry_training_rows",

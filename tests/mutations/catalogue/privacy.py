@@ -105,14 +105,14 @@ CATALOGUE = [
     ),
     Mutation(
         "steps are not accounted for",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "        ledger.record()\n",
         "",
         f"{STRATEGY} -k 'boring or calibrated'",
     ),
     Mutation(
         "the sum is divided by what was drawn",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "expected_batch_size=ledger.public.expected_batch_size,",
         "expected_batch_size=self._drawn,",
         f"{STRATEGY} -k by_hand",
@@ -120,7 +120,7 @@ CATALOGUE = [
     ),
     Mutation(
         "hooks see gradients before the noise",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "        self.precision_plugin.pre_backward(closure_loss, self._module)\n",
         "        self.precision_plugin.post_backward(closure_loss, self._module)\n",
         f"{STRATEGY} -k no_hook",
@@ -134,7 +134,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a run resumes without its account",
-        "strategies/private.py",
+        "strategies/accounted.py",
         "            self._restored = require_account(checkpoint)\n",
         "            self._restored = None\n",
         f"{STRATEGY} -k 'goes_on_with or without_an_account'",
@@ -148,7 +148,7 @@ CATALOGUE = [
     ),
     Mutation(
         "checkpoints have no account",
-        "strategies/private.py",
+        "strategies/accounted.py",
         "        if ledger is not None:\n            checkpoint[",
         "        if False:\n            checkpoint[",
         f"{STRATEGY} -k every_checkpoint",
@@ -162,7 +162,7 @@ CATALOGUE = [
     ),
     Mutation(
         "nothing is checked before the first step",
-        "strategies/private.py",
+        "strategies/training.py",
         "        self._preflight_due = True\n        self._results =",
         "        self._preflight_due = False\n        self._results =",
         f"{STRATEGY} -k preflight",

@@ -9,7 +9,7 @@ RUNS = "tests/attacks/test_runs.py"
 CATALOGUE = [
     Mutation(
         "masks follow from the user's seed",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "        with self._randomness.apart(self.root_device):\n",
         "        if True:\n",
         f"{RUNS} -k dropout",
@@ -37,21 +37,21 @@ CATALOGUE = [
     ),
     Mutation(
         "a checkpoint gets the account of the last fit",
-        "strategies/private.py",
+        "strategies/training.py",
         "        self._ledger = restored or account_of(module)\n        if fitting:\n",
         "        if fitting:\n            self._ledger = restored or account_of(module)\n",
         f"{RUNS} -k own_weights",
     ),
     Mutation(
         "training without noise in between is not noticed",
-        "strategies/private.py",
+        "strategies/training.py",
         "                require_same_weights(module, self._ledger)\n",
         "",
         f"{RUNS} -k in_between",
     ),
     Mutation(
         "accumulation that begins later passes",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "        require_no_accumulation(self._module.trainer)\n",
         "",
         f"{RUNS} -k begins_later",

@@ -73,7 +73,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the transfer hooks mix rows",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "                loss,\n                chunk.data,\n",
         "                lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)),\n"
         "                self._on_device(chunk.data),\n",
@@ -102,7 +102,7 @@ CATALOGUE = [
     ),
     Mutation(
         "two releases are taken from one draw",
-        "strategies/private.py",
+        "strategies/stepping.py",
         "        batch.spent = True\n",
         "",
         f"{PRIVACY} -k one_draw",

@@ -1,0 +1,96 @@
+"""A strategy whose weights have an account: it is read, written and kept with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.ledger import (
+    CHECKPOINT_KEY,
+    Ledger,
+    bring_ledger,
+    ledger_of,
+    require_account,
+)
+from lightning_secure.strategies.account import announce_plain
+from lightning_secure.strategies.steps import required, stop_before_any_minimum
+
+__all__ = ["AccountedStrategy"]
+
+
+class AccountedStrategy(Strategy):
+    """Carries the account of a module's weights through fits and checkpoints.
+
+    Args:
+        config: What the promise depends on.
+        journal: Directory of the run's journal; None for the default.
+        options: For Lightning's own strategy, which comes after this one among the bases.
+
+    Raises:
+        LedgerError: A checkpoint is resumed without its ledger.
+
+    Guarantees:
+        Every checkpoint holds the account of the weights in it, weights-only ones too.
+    """
+
+    def __init__(
+        self, config: DPConfig, *, journal: str | Path | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.config = config
+        self._journal = journal
+        self._ledger: Ledger | None = None
+        self._restored: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What the weights of the module at hand have spent; None before its first fit."""
+        return self._ledger
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take a model, and forget what an earlier attempt may have left behind."""
+        self._restored = None
+        super().connect(model)
+
+    def stop_training(self) -> None:
+        """Make the Trainer take no further step; its ``min_epochs`` and ``min_steps`` give way."""
+        stop_before_any_minimum(self._module.trainer)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write the account into every checkpoint, weights-only ones too."""
+        ledger = ledger_of(self._module)
+        if ledger is not None:
+            checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
+        announce_plain(self.checkpoint_io, str(filepath), int(checkpoint.get("global_step", 0)))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, and the account with it if the run is to go on.
+
+        Raises:
+            LedgerError: It is to be trained further and has no account.
+        """
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            self._restored = require_account(checkpoint)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take over weights and their account together, also where the run is then refused."""
+        bring_ledger(self._module, checkpoint)
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return required(self.lightning_module)

@@ -1,0 +1,193 @@
+"""One private step: clipped sums over chunks, the account, the noise, the optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_secure.errors import (
+    BudgetExhaustedError,
+    UnsupportedModelError,
+    UnsupportedTrainerOptionError,
+)
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.metrics import metrics_kept_apart
+from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
+from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.strategies.accounted import AccountedStrategy
+from lightning_secure.strategies.options import require_no_accumulation
+from lightning_secure.strategies.randomness import FreshRandomness
+from lightning_secure.strategies.steps import loss_of, required, withheld
+from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
+
+__all__ = ["SteppingStrategy"]
+
+log = logging.getLogger(__name__)
+
+
+class SteppingStrategy(AccountedStrategy):
+    """Takes the steps of DP-SGD where Lightning takes ordinary ones.
+
+    Args:
+        config: What the promise depends on.
+        public_metrics: Names of metrics, logged while training, that do not depend on the rows.
+        options: For the bases.
+
+    Raises:
+        UnsupportedModelError: Something about the model or its loss cannot be made private.
+        UnsupportedTrainerOptionError: Something would take a step that no account covers.
+        BudgetExhaustedError: The next step would exceed ``target_epsilon``.
+    """
+
+    def __init__(
+        self, config: DPConfig, *, public_metrics: Iterable[str] = (), **options: Any
+    ) -> None:
+        super().__init__(config, **options)
+        self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
+        self._engine: GradientEngine | None = None
+        self._noise = GaussianNoise(config.insecure_seed)
+        self._randomness = FreshRandomness(config.insecure_seed, stream=1)
+        self._results: GuardedResults | None = None
+        self._preflight_due = True
+
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Leave a logical batch where it is; its chunks are moved one at a time."""
+        if isinstance(batch, LogicalBatch):
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step and backward on each chunk, and sum clipped gradients.
+
+        Returns:
+            Not a number: a loss without noise is a release that no account contains, and Lightning
+            hands it to callbacks, ``optimizer_step`` and ``on_before_backward``. With it, entries
+            of the module's dict that ``public_metrics`` names.
+        """
+        batch, *rest = args
+        if not isinstance(batch, LogicalBatch):
+            raise UnsupportedModelError(
+                "training_step does not get a batch of this strategy's own sampling: it takes a "
+                "dataloader_iter, or a hook exchanged the batch. No step was taken."
+            )
+        if batch.spent:
+            raise UnsupportedTrainerOptionError(
+                "the closure was evaluated twice on one batch, by the optimizer or by an "
+                "optimizer_step of the module's own, and each evaluation is a release of its own. "
+                "Use an optimizer that does so once. The second was not released."
+            )
+        batch.spent = True
+        ledger, engine = required(self._ledger), required(self._engine)
+        if not ledger.affords_a_step(self.config.target_epsilon):
+            raise BudgetExhaustedError(
+                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
+                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
+                "taken; the last checkpoint holds the weights and the account."
+            )
+        require_no_accumulation(self._module.trainer)
+        engine.begin_step()
+        with self._randomness.apart(self.root_device):
+            outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
+            return withheld(outputs, self.root_device, self._public_metrics)
+
+    def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        engine, results = required(self._engine), required(self._results)
+        if self._preflight_due:
+            self._preflight(chunk, rest, kwargs)
+            self._preflight_due = False
+        data = self._on_device(chunk.data)
+        results.batch, results.batch_size = data, None
+        with engine.recording(), metrics_kept_apart(self._module):
+            output = super().training_step(data, *rest, **kwargs)
+            self._backward(loss_of(output))
+        engine.add_chunk(chunk.size)
+        return output
+
+    def _backward(self, loss: Tensor) -> None:
+        self.precision_plugin.backward(loss, self._module, self.optimizers[0])
+
+    def _on_device(self, data: Any) -> Any:
+        module = self._module
+        data = self.precision_plugin.convert_input(data)
+        data = pl.LightningModule._on_before_batch_transfer(module, data, dataloader_idx=0)
+        return super().batch_to_device(data)
+
+    def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        engine, results = required(self._engine), required(self._results)
+
+        def loss(batch: Any) -> Tensor:
+            # From before the transfer hooks, which can mix rows as well. Without autocast:
+            # rounding to 8 bits would hide what is looked for.
+            data = self._on_device(batch)
+            return loss_of(self._module.training_step(data, *rest, **kwargs))
+
+        trainer = self._module.trainer
+        results.muted = True
+        try:
+            loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
+            require_rows_kept_apart(
+                loader.trial_batch, engine, self._module, loss, backward=self._backward
+            )
+            preflight(
+                engine,
+                self._module,
+                loss,
+                chunk.data,
+                size=chunk.size,
+                backward=self._backward,
+                checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
+                stateful=(*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)),
+            )
+        finally:
+            results.muted = False
+
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Account for the step, then release its noised gradient into ``.grad``.
+
+        The chunks went backward already; this is where Lightning expects gradients to appear.
+        """
+        ledger, engine = required(self._ledger), required(self._engine)
+        self.precision_plugin.pre_backward(closure_loss, self._module)
+        engine.require_covered(self._module.named_parameters())
+        groups = self.optimizers[0].param_groups
+        engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
+        ledger.record()
+        engine.release(
+            self._noise,
+            noise_multiplier=ledger.noise_multiplier,
+            expected_batch_size=ledger.public.expected_batch_size,
+        )
+        return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Take the step, and ask the Trainer to stop if the budget allows no other."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        ledger = required(self._ledger)
+        if not ledger.affords_a_step(self.config.target_epsilon):
+            log.warning(
+                "the privacy budget of epsilon %g is spent after %d steps: training stops here",
+                self.config.target_epsilon,
+                ledger.steps,
+            )
+            self.stop_training()
+        return result

@@ -1,0 +1,116 @@
+"""What every private strategy does around its steps: options, loader, hooks, account."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+
+from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.privacy.promise import begin_ledger
+from lightning_secure.strategies.account import account_of, require_same_weights, settle_account
+from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
+from lightning_secure.strategies.options import (
+    carry_ledger,
+    planned_steps,
+    require_optimizers,
+    require_trainer_options,
+)
+from lightning_secure.strategies.stepping import SteppingStrategy
+from lightning_secure.strategies.steps import required, spare_logical_batch
+from lightning_secure.strategies.telemetry import GuardedResults
+
+__all__ = ["PrivateTraining"]
+
+
+class PrivateTraining(SteppingStrategy):
+    """DP-SGD for a strategy of Lightning's, which comes after this one among the bases.
+
+    Raises:
+        UnsupportedTrainerOptionError: A Trainer option would break the promise.
+        LedgerError: A run goes on without its account or its journal, or under another promise.
+    """
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Check the Trainer's options, prepare the model, and put the hooks on it."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        module = self._module
+        restored, self._restored = self._restored, None
+        # A module that was trained privately before goes on with its own account.
+        self._ledger = restored or account_of(module)
+        if fitting:
+            require_trainer_options(trainer, module, self.precision_plugin, self.config)
+            if self._ledger is not None:
+                require_same_weights(module, self._ledger)
+                carry_ledger(trainer, self._ledger, self.config, self._journal)
+        super().setup(trainer)
+        if not fitting:
+            return
+        require_optimizers(self.optimizers)
+        self._engine = GradientEngine(module, max_grad_norm=self.config.max_grad_norm)
+        self._engine.attach()
+        self._preflight_due = True
+        self._results = GuardedResults(self._public_metrics)
+        trainer.fit_loop.epoch_loop._results = self._results
+        selector = trainer._data_connector._datahook_selector
+        assert selector is not None  # noqa: S101 # set by the Trainer before any strategy's setup
+        if is_overridden(
+            "on_before_batch_transfer", selector.get_instance("on_before_batch_transfer")
+        ):
+            # Lightning calls this hook once a batch, and here it is due once a chunk.
+            vars(module)["_on_before_batch_transfer"] = partial(spare_logical_batch, module)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Exchange the training loader for one that draws by Poisson sampling."""
+        trainer = self._module.trainer
+        if not trainer.training:
+            return dataloader
+        loader = require_plain_loader(dataloader)
+        ledger = self._open_ledger(trainer, loader)
+        public = ledger.public
+        return PrivateDataLoader(
+            loader,
+            sample_rate=public.sample_rate,
+            steps=public.steps_per_epoch,
+            max_physical_batch_size=self.config.max_physical_batch_size
+            or public.expected_batch_size + 4 * int(public.expected_batch_size**0.5 + 1),
+            seed=self.config.insecure_seed,
+        )
+
+    def on_train_start(self) -> None:
+        """Make sure that the rows come from the one loader that this strategy has put in place."""
+        loader = self._module.trainer.fit_loop._combined_loader
+        if loader is None or [type(item) for item in loader.flattened] != [PrivateDataLoader]:
+            raise UnsupportedTrainerOptionError(
+                "private training takes its rows from one training DataLoader, and there are "
+                "several, or something exchanged it. No step was taken."
+            )
+
+    def _open_ledger(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Ledger:
+        """Return the account, begun with the first fit's public numbers."""
+        if self._ledger is None:
+            self._ledger = begin_ledger(
+                self.config,
+                rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
+                batch_size=loader.batch_size or 1,
+                planned_steps=partial(planned_steps, trainer, self.config),
+            )
+            carry_ledger(trainer, self._ledger, self.config, self._journal)
+        return self._ledger
+
+    def teardown(self) -> None:
+        """Take the hooks off the model again, and settle the journal."""
+        if fitted := self._engine is not None:
+            required(self._engine).detach()
+            self._engine = None
+        if self._ledger is not None and self._lightning_module is not None:
+            settle_account(self._lightning_module, self._ledger, fitted=fitted)
+        if self._lightning_module is not None:
+            vars(self._lightning_module).pop("_on_before_batch_transfer", None)
+        super().teardown()
