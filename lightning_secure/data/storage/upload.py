@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
+import functools
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,14 +20,19 @@ from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
     PAYLOAD_TYPE,
     Manifest,
+    ShardEntry,
     read_manifest,
 )
+from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
-from lightning_secure.data.room import require_free
+from lightning_secure.data.pins import Pins
+from lightning_secure.data.room import NewSplit, require_free, with_split
 from lightning_secure.data.storage.base import Storage
+from lightning_secure.data.storage.local import LocalStorage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
-from lightning_secure.errors import ConfigError, IntegrityError, StorageError
+from lightning_secure.data.verification import verify_shard
+from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
 from lightning_secure.files import as_path, atomic_writer
 
 __all__ = ["Spool", "open_spool", "upload_split"]
@@ -42,6 +47,8 @@ def upload_split(
     split: str,
     keys: KeyProvider,
     replace: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
     storage_options: Options | None = None,
 ) -> Manifest:
     """Copy a sealed split of a folder to a remote storage.
@@ -53,20 +60,30 @@ def upload_split(
         split: Name of the split.
         keys: Checks both manifests, and signs the next.
         replace: Whether a split of this name may be replaced there.
+        min_generation: The oldest generation that is accepted there. It is compared with each
+            manifest that the next one is made of, and that alone is replaced, see below.
+        manifest_digest: The only manifest that is accepted there, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
 
     Returns:
-        The manifest that is now in place there.
+        The manifest that is now in place there. If the very same split was there already, as after
+        an answer that got lost, that is the one that was there.
 
     Raises:
-        ConfigError: There is no such split here, it exists there, a key name of its belongs to
-            another split there, or another dataset lies there.
-        IntegrityError: A manifest is not this provider's.
+        ConfigError: There is no such split here, another one exists there, a key name of its
+            belongs to another split there, or another dataset lies there.
+        ShardCorruptedError: A shard of this folder is not what its manifest was signed for. Nothing
+            was sent.
+        ManifestMismatchError: A manifest is not this provider's, or the one there is not what was
+            pinned. It was left as it is.
         StorageError: The storage did not answer, refused, or others changed the manifest each
             time. What was sent is in no manifest, unless the last answer got lost.
 
     All groups of columns go together, with the keys of their partitions as they are wrapped here.
-    Each shard is sent whole, and the manifest after them, so a reader sees the split as it was or
+    Before anything is sent, size, header and all tags of each shard are compared with the manifest;
+    ciphertext that was damaged under an intact tag shows to whoever has the key. A shard that is
+    there already, and passes the same comparison, is left as it is: it is read instead of written.
+    Each other is sent whole, and the manifest after them, so a reader sees the split as it was or
     as it is. The manifest is replaced only if it is still the one that was read; where the storage
     offers no such condition, or ignores it, two writers at once can lose one's split, see
     :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and nobody
@@ -76,47 +93,90 @@ def upload_split(
     if not isinstance(storage, RemoteStorage):
         raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
     here = as_path(source, what="source")
-    sealed = read_manifest(here, trusted=keys.trusted_signers)
-    if split not in sealed.splits:
-        raise ConfigError(f"{str(source)!r} has no split {split!r}. Nothing was sent.")
-    entry = sealed.splits[split]
-    partitions = {name: sealed.partitions[name] for name in entry.partitions}
-    older: frozenset[str] = frozenset()
+    pins = Pins(min_generation, manifest_digest)
+    return _upload(here, storage, [split], keys=keys, replace=replace, pins=pins)
 
-    def require_room(current: Manifest) -> None:
-        _require_same_dataset(current, sealed, storage)
-        require_free(current, storage, split, replace=replace, partitions=partitions)
+
+def _upload(
+    here: Path,
+    storage: RemoteStorage,
+    names: Sequence[str],
+    *,
+    keys: KeyProvider,
+    replace: bool,
+    pins: Pins,
+) -> Manifest:
+    """Send splits, and put them into the manifest there in one generation."""
+    sealed = read_manifest(here, trusted=keys.trusted_signers)
+    if missing := [name for name in names if name not in sealed.splits]:
+        raise ConfigError(f"{str(here)!r} has no split {missing[0]!r}. Nothing was sent.")
+    splits = [
+        NewSplit(
+            name=name,
+            entry=sealed.splits[name],
+            partitions={part: sealed.partitions[part] for part in sealed.splits[name].partitions},
+        )
+        for name in names
+    ]
+    older: frozenset[str] = frozenset()
 
     def join(current: Manifest | None) -> Manifest:
         nonlocal older
+        pins.check(current, storage)
         if current is None:
-            return dataclasses.replace(sealed, splits={split: entry}, partitions=partitions)
-        require_room(current)
-        replaced = current.splits.get(split)
-        gone = replaced.partitions if replaced else ()
-        older = frozenset(replaced.files) if replaced else frozenset()
-        others = {name: keys_ for name, keys_ in current.partitions.items() if name not in gone}
-        return dataclasses.replace(
-            current,
-            generation=current.generation + 1,
-            previous=current.digest,
-            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            splits={**current.splits, split: entry},
-            partitions={**others, **partitions},
-        )
+            first = dataclasses.replace(sealed, splits={}, partitions={})
+            return functools.reduce(with_split, splits, first)
+        joined = current
+        _require_same_dataset(current, sealed, storage)
+        for new in splits:
+            if not _same_split(current, sealed, new.name):
+                require_free(
+                    joined, storage, new.name, replace=replace, partitions=new.partitions.keys()
+                )
+                joined = with_split(joined, new)
+        if joined is current:
+            return current
+        older |= current.files - joined.files
+        return successor(current, joined)
 
-    if (current := _current(storage, keys)[0]) is not None:
-        require_room(current)
-    for file in entry.files:
-        storage.upload(here / file, file)
+    join(_current(storage, keys)[0])  # whether it can be, before anything is sent
+    older = frozenset()
+    entries = [entry for new in splits for group in new.entry.all_groups for entry in group.shards]
+    for entry in entries:
+        _require_intact(here, entry)
+    sent = []
+    for entry in entries:
+        if not _is_there(storage, entry):
+            storage.upload(here / entry.file, entry.file)
+            sent.append(entry.file)
     try:
-        manifest = _change(storage, keys, join, split=split)
+        manifest = _change(storage, keys, join, names)
     except ConfigError:  # another writer was first
-        _remove_unnamed(storage, keys, entry.files)
+        _remove_unnamed(storage, keys, sent)
         raise
     # By their names: where only keys were exchanged, the new manifest has the same files.
     _remove(storage, older - manifest.files)
     return manifest
+
+
+def _require_intact(here: Path, entry: ShardEntry) -> None:
+    reason = ""
+    try:
+        verify_shard(LocalStorage(here), entry)
+    except OSError as error:
+        reason = f"shard {entry.file!r} cannot be opened ({error.strerror})."
+    except ShardCorruptedError as error:
+        reason = str(error)
+    if reason:
+        raise ShardCorruptedError(f"{reason} It is damaged in {str(here)!r}; nothing was sent.")
+
+
+def _is_there(storage: RemoteStorage, entry: ShardEntry) -> bool:
+    """Return whether the shard lies there already, as the manifest has it."""
+    with contextlib.suppress(FileNotFoundError, ShardCorruptedError):
+        verify_shard(storage, entry)
+        return True
+    return False
 
 
 class Spool:
@@ -128,12 +188,13 @@ class Spool:
         keys: Checks the storage's manifest.
         replace: Whether a split of this name may be replaced there.
         resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
+        pins: What the storage's manifest is compared with, now and when it is replaced.
         folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
             storage will hold, encrypted.
 
     Raises:
         ConfigError: The split exists there, or the folder holds another dataset than the storage.
-        IntegrityError: The storage's manifest is not this provider's.
+        IntegrityError: The storage's manifest is not this provider's, or not what was pinned.
         StorageError: The storage did not answer, or refused.
     """
 
@@ -144,6 +205,7 @@ class Spool:
         split: str,
         keys: KeyProvider,
         replace: bool,
+        pins: Pins,
         resume: bool = False,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -151,7 +213,9 @@ class Spool:
         self._split = split
         self._keys = keys
         self._replace = replace
+        self._pins = pins
         current, _, data = _current(storage, keys)
+        pins.check(current, storage)
         self._there = current
         if not resume:
             self.require_free()
@@ -182,13 +246,22 @@ class Spool:
                 partitions=partitions,
             )
 
-    def send(self) -> None:
-        """Send the sealed split if it is not there; raises as :func:`upload_split` does."""
+    def send(self, splits: Sequence[str]) -> Manifest:
+        """Send sealed splits that are not there, and return the manifest that then is.
+
+        Raises as :func:`upload_split` does.
+        """
         sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
-        if self._there is not None and _same_split(self._there, sealed, self._split):
-            return
-        upload_split(
-            self.folder, self._storage, split=self._split, keys=self._keys, replace=self._replace
+        there = self._there
+        if there is not None and all(_same_split(there, sealed, name) for name in splits):
+            return there
+        return _upload(
+            self.folder,
+            self._storage,
+            splits,
+            keys=self._keys,
+            replace=self._replace,
+            pins=self._pins,
         )
 
     def close(self) -> None:
@@ -204,6 +277,7 @@ def open_spool(
     keys: KeyProvider,
     replace: bool,
     resume: bool,
+    pins: Pins,
     storage_options: Options | None,
     folder: str | os.PathLike[str] | None,
 ) -> tuple[Path, Spool | None]:
@@ -216,7 +290,13 @@ def open_spool(
     storage = open_storage(root, storage_options=storage_options)
     if isinstance(storage, RemoteStorage):
         spool = Spool(
-            storage, split=split, keys=keys, replace=replace, resume=resume, folder=folder
+            storage,
+            split=split,
+            keys=keys,
+            replace=replace,
+            resume=resume,
+            pins=pins,
+            folder=folder,
         )
         return spool.folder, spool
     path = local_root(storage)
@@ -258,21 +338,23 @@ def _change(
     storage: RemoteStorage,
     keys: KeyProvider,
     make: Callable[[Manifest | None], Manifest],
-    *,
-    split: str,
+    splits: Sequence[str],
 ) -> Manifest:
     for _ in range(_TRIES):
         current, etag, _ = _current(storage, keys)
         manifest = make(current)
-        events.announce(
-            "data.upload",
-            {
-                "dataset": manifest.dataset_id.hex(),
-                "split": split,
-                "generation": manifest.generation,
-                "manifest": manifest.digest,
-            },
-        )
+        if manifest is current:
+            return manifest  # also by an earlier try of ours, whose answer got lost
+        for split in splits:
+            events.announce(
+                "data.upload",
+                {
+                    "dataset": manifest.dataset_id.hex(),
+                    "split": split,
+                    "generation": manifest.generation,
+                    "manifest": manifest.digest,
+                },
+            )
         payload = canonical_json(manifest.to_json())
         data = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=keys.signer)
         if storage.put(MANIFEST_NAME, data, replacing=etag):
