@@ -154,11 +154,12 @@ def _secret(value: Any, what: str) -> SecretSource:
     if value == "prompt":
         text: str = click.prompt(what.rpartition(" ")[2].capitalize(), hide_input=True, err=True)
         return lambda: text
-    sources = {"env": EnvironmentSecret, "file": FileSecret}
     if isinstance(value, dict) and len(value) == 1:
         ((where, name),) = value.items()
-        if where in sources and isinstance(name, str):
-            return sources[where](name)
+        if where == "env" and isinstance(name, str):
+            return EnvironmentSecret(name)
+        if where == "file" and isinstance(name, str):
+            return FileSecret(name)
     raise ConfigError(
         f"{what} takes {{env: NAME}}, {{file: PATH}} or prompt, and never the secret itself, which "
         "would stay in the file. What stands there was not used; if it is the secret, change it."

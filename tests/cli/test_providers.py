@@ -20,6 +20,7 @@ from lightning_secure.crypto.providers import (
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.errors import ConfigError, KeyAccessError, KeyUnavailableError
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "seal.yaml"
 PASSPHRASE = "correct horse battery staple"
 
 
@@ -47,25 +48,31 @@ def write(name, text):
     return name
 
 
-@pytest.mark.parametrize("how", ["{env: LSEC_TEST_X}", "{file: secret}", "prompt"])
-def test_a_key_under_a_passphrase_seals_rotates_and_erases(here, how):
-    keys = LocalKeyProvider.generate("p.kek", passphrase=EnvironmentSecret("LSEC_TEST_X"))
+@pytest.fixture
+def protected(here):
+    """A key under a passphrase, which the environment, a file and somebody at a terminal know."""
     Path("secret").write_text(PASSPHRASE)
     Path("secret").chmod(0o600)
-    config = write("seal.yaml", f"keys: {{kind: passphrase, path: p.kek, passphrase: {how}}}\n")
-    stdin = f"{PASSPHRASE}\n" if how == "prompt" else None
+    return LocalKeyProvider.generate("p.kek", passphrase=EnvironmentSecret("LSEC_TEST_X"))
+
+
+def named(how):
+    return write("seal.yaml", f"keys: {{kind: passphrase, path: p.kek, passphrase: {how}}}\n")
+
+
+@pytest.mark.parametrize("how", ["{file: secret}", "prompt"])
+def test_a_passphrase_comes_from_a_file_or_is_asked_for(protected, how):
+    config, stdin = named(how), f"{PASSPHRASE}\n" if how == "prompt" else None
     assert "generation 2" in run("seal", "t.csv", "d", "--config", config, stdin=stdin)
-    assert rows(keys) == 20
-    # The same file is what the other commands take.
-    shown = run("rotate", "partition", "d", "train", "--key-file", config, stdin=stdin)
-    assert "generation 3" in shown
-    assert keys.key_id in run("keys", "show", config, stdin=stdin)
-    assert f"train: local {keys.key_id}" in run(
-        "keys", "recipients", "list", "d", "--key-file", config, stdin=stdin
-    )
-    erased = run(
-        "erase", "shard", "d", "train", "0", "--yes", "--key-file", config, status=3, stdin=stdin
-    )
+    assert rows(protected) == 20
+
+
+def test_one_file_names_the_provider_for_every_command(protected):
+    config = named("{env: LSEC_TEST_X}")
+    run("seal", "t.csv", "d", "--config", config)
+    assert "generation 3" in run("rotate", "partition", "d", "train", "--key-file", config)
+    assert protected.key_id in run("keys", "show", config)
+    erased = run("erase", "shard", "d", "train", "0", "--yes", "--key-file", config, status=3)
     assert "20 rows" in erased
 
 
@@ -153,6 +160,20 @@ def test_no_command_writes_to_a_dataset_that_was_rolled_back(here):
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_the_example_names_every_other_kind_rightly(here):
+    """They fail for want of a file, a secret or a server, and not for how they are written."""
+    lines = EXAMPLE.read_text().splitlines()
+    named = [line.removeprefix("#   ") for line in lines if line.startswith("#   {kind:")]
+    assert {line.partition(",")[0] for line in named} == {
+        f"{{kind: {kind}" for kind in ("passphrase", "hpke", "pkcs11", "vault", "aws-kms")
+    }
+    for line in named:
+        path = Path(write("k.yaml", line.replace("prompt", "{env: NONE}")))
+        with pytest.raises(KeyAccessError):
+            provider_in(path).derive("anything")
+
 
 SECRET = "hunter2"
 

@@ -136,7 +136,7 @@ def _upload(
                 joined = with_split(joined, new)
         if joined is current:
             return current
-        older |= current.files - joined.files
+        older |= current.files
         return successor(current, joined)
 
     join(_current(storage, keys)[0])  # whether it can be, before anything is sent
