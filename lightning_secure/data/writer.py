@@ -20,7 +20,7 @@ from lightning_secure.data.room import NewSplit, require_free
 from lightning_secure.data.sealing import ShardPool, ShardQueue
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.storage.upload import open_spool
+from lightning_secure.data.storage.spool import open_spool
 from lightning_secure.errors import ConfigError, DataError, LightningSecureError
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 

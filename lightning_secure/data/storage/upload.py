@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,15 +24,20 @@ from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.data.pins import Pins
 from lightning_secure.data.room import NewSplit, require_free, with_split
-from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.local import LocalStorage
-from lightning_secure.data.storage.opening import local_root, open_storage
+from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.data.verification import verify_shard
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
-from lightning_secure.files import as_path, atomic_writer
+from lightning_secure.files import as_path
 
-__all__ = ["Spool", "open_spool", "upload_split"]
+__all__ = [
+    "current_manifest",
+    "require_same_dataset",
+    "same_split",
+    "upload_split",
+    "upload_splits",
+]
 
 _TRIES: Final = 10
 
@@ -79,7 +81,9 @@ def upload_split(
         StorageError: The storage did not answer, refused, or others changed the manifest each
             time. What was sent is in no manifest, unless the last answer got lost.
 
-    All groups of columns go together, with the keys of their partitions as they are wrapped here.
+    The pins are of what lies there; the folder here is taken as it is, so look at its generation
+    first where somebody else may write to it. All groups of columns go together, with the keys of
+    their partitions as they are wrapped here.
     Before anything is sent, size, header and all tags of each shard are compared with the manifest;
     ciphertext that was damaged under an intact tag shows to whoever has the key. A shard that is
     there already, and passes the same comparison, is left as it is: it is read instead of written.
@@ -94,10 +98,10 @@ def upload_split(
         raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
     here = as_path(source, what="source")
     pins = Pins(min_generation, manifest_digest)
-    return _upload(here, storage, [split], keys=keys, replace=replace, pins=pins)
+    return upload_splits(here, storage, [split], keys=keys, replace=replace, pins=pins)
 
 
-def _upload(
+def upload_splits(
     here: Path,
     storage: RemoteStorage,
     names: Sequence[str],
@@ -106,7 +110,7 @@ def _upload(
     replace: bool,
     pins: Pins,
 ) -> Manifest:
-    """Send splits, and put them into the manifest there in one generation."""
+    """Send splits, and put them into the manifest there in one generation, see `upload_split`."""
     sealed = read_manifest(here, trusted=keys.trusted_signers)
     if missing := [name for name in names if name not in sealed.splits]:
         raise ConfigError(f"{str(here)!r} has no split {missing[0]!r}. Nothing was sent.")
@@ -127,9 +131,9 @@ def _upload(
             first = dataclasses.replace(sealed, splits={}, partitions={})
             return functools.reduce(with_split, splits, first)
         joined = current
-        _require_same_dataset(current, sealed, storage)
+        require_same_dataset(current, sealed, storage)
         for new in splits:
-            if not _same_split(current, sealed, new.name):
+            if not same_split(current, sealed, new.name):
                 require_free(
                     joined, storage, new.name, replace=replace, partitions=new.partitions.keys()
                 )
@@ -139,7 +143,7 @@ def _upload(
         older |= current.files
         return successor(current, joined)
 
-    join(_current(storage, keys)[0])  # whether it can be, before anything is sent
+    join(current_manifest(storage, keys)[0])  # whether it can be, before anything is sent
     older = frozenset()
     entries = [entry for new in splits for group in new.entry.all_groups for entry in group.shards]
     for entry in entries:
@@ -179,135 +183,7 @@ def _is_there(storage: RemoteStorage, entry: ShardEntry) -> bool:
     return False
 
 
-class Spool:
-    """The folder of this machine in which a split is sealed before it is sent.
-
-    Args:
-        storage: Where it is sent.
-        split: Name of the split.
-        keys: Checks the storage's manifest.
-        replace: Whether a split of this name may be replaced there.
-        resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
-        pins: What the storage's manifest is compared with, now and when it is replaced.
-        folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
-            storage will hold, encrypted.
-
-    Raises:
-        ConfigError: The split exists there, or the folder holds another dataset than the storage.
-        IntegrityError: The storage's manifest is not this provider's, or not what was pinned.
-        StorageError: The storage did not answer, or refused.
-    """
-
-    def __init__(
-        self,
-        storage: RemoteStorage,
-        *,
-        split: str,
-        keys: KeyProvider,
-        replace: bool,
-        pins: Pins,
-        resume: bool = False,
-        folder: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._storage = storage
-        self._split = split
-        self._keys = keys
-        self._replace = replace
-        self._pins = pins
-        current, _, data = _current(storage, keys)
-        pins.check(current, storage)
-        self._there = current
-        if not resume:
-            self.require_free()
-        if folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="lightning-secure-"))
-        else:
-            self.folder = as_path(folder, what="spool")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if folder is None:
-            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        path = self.folder / MANIFEST_NAME
-        if path.exists():
-            here = read_manifest(self.folder, trusted=keys.trusted_signers)
-            if current is not None:
-                _require_same_dataset(current, here, storage)
-        elif current is not None:
-            with atomic_writer(path) as file:  # so that it is sealed as a split of this dataset
-                file.write(data)
-
-    def require_free(self, partitions: Collection[str] = ()) -> None:
-        """Raise ConfigError if the split, or a partition, was there and may not be replaced."""
-        if self._there is not None:
-            require_free(
-                self._there,
-                self._storage,
-                self._split,
-                replace=self._replace,
-                partitions=partitions,
-            )
-
-    def send(self, splits: Sequence[str]) -> Manifest:
-        """Send sealed splits that are not there, and return the manifest that then is.
-
-        Raises as :func:`upload_split` does.
-        """
-        sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
-        there = self._there
-        if there is not None and all(_same_split(there, sealed, name) for name in splits):
-            return there
-        return _upload(
-            self.folder,
-            self._storage,
-            splits,
-            keys=self._keys,
-            replace=self._replace,
-            pins=self._pins,
-        )
-
-    def close(self) -> None:
-        """Remove the folder if it is temporary."""
-        if hasattr(self, "_finalizer"):
-            self._finalizer()
-
-
-def open_spool(
-    root: str | os.PathLike[str] | Storage,
-    *,
-    split: str,
-    keys: KeyProvider,
-    replace: bool,
-    resume: bool,
-    pins: Pins,
-    storage_options: Options | None,
-    folder: str | os.PathLike[str] | None,
-) -> tuple[Path, Spool | None]:
-    """Return the folder to seal a split in and, if that is not its place yet, the way there.
-
-    Raises:
-        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
-            as for :class:`Spool`.
-    """
-    storage = open_storage(root, storage_options=storage_options)
-    if isinstance(storage, RemoteStorage):
-        spool = Spool(
-            storage,
-            split=split,
-            keys=keys,
-            replace=replace,
-            resume=resume,
-            pins=pins,
-            folder=folder,
-        )
-        return spool.folder, spool
-    path = local_root(storage)
-    if folder is not None or path is None:
-        raise ConfigError(
-            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
-        )
-    return path, None
-
-
-def _current(
+def current_manifest(
     storage: RemoteStorage, keys: KeyProvider
 ) -> tuple[Manifest | None, str | None, bytes]:
     """Return the manifest in place, its ETag and its bytes."""
@@ -341,7 +217,7 @@ def _change(
     splits: Sequence[str],
 ) -> Manifest:
     for _ in range(_TRIES):
-        current, etag, _ = _current(storage, keys)
+        current, etag, _ = current_manifest(storage, keys)
         manifest = make(current)
         if manifest is current:
             return manifest  # also by an earlier try of ours, whose answer got lost
@@ -369,14 +245,16 @@ def _change(
     )
 
 
-def _require_same_dataset(current: Manifest, sealed: Manifest, storage: RemoteStorage) -> None:
+def require_same_dataset(current: Manifest, sealed: Manifest, storage: RemoteStorage) -> None:
+    """Raise ConfigError if what lies there is not the dataset that was sealed here."""
     if current.dataset_id != sealed.dataset_id:
         raise ConfigError(
             f"another dataset lies at {str(storage)!r}; it was left as it is. Choose another place."
         )
 
 
-def _same_split(one: Manifest, other: Manifest, split: str) -> bool:
+def same_split(one: Manifest, other: Manifest, split: str) -> bool:
+    """Return whether both have a split of this name, with the same shards and wrapped keys."""
     entry = one.splits.get(split)
     return (
         one.dataset_id == other.dataset_id
@@ -389,7 +267,7 @@ def _same_split(one: Manifest, other: Manifest, split: str) -> bool:
 def _remove_unnamed(storage: RemoteStorage, keys: KeyProvider, files: Iterable[str]) -> None:
     """Remove what the manifest in place does not name; nothing, if that cannot be told."""
     with contextlib.suppress(IntegrityError, StorageError, OSError):
-        current = _current(storage, keys)[0]
+        current = current_manifest(storage, keys)[0]
         _remove(storage, set(files) - (current.files if current else frozenset()))
 
 

@@ -11,8 +11,8 @@ CATALOGUE = [
     Mutation(
         "a split is committed to a dataset that was rolled back while it was sealed",
         "data/generations.py",
-        "        current = read_manifest(root, trusted=keys.trusted_signers)\n        pins.check(",
-        "        current = read_manifest(root, trusted=keys.trusted_signers)\n        str(",
+        "        pins.check(current, root)\n        joined = current",
+        "        joined = current",
         f"{ROLLBACK} -k 'while_rows_are_sealed and not remote'",
     ),
     Mutation(
