@@ -6,8 +6,10 @@ complete state back, signed by the right key. Readers and writers compare it wit
 
 from __future__ import annotations
 
+import re
+
 from lightning_secure.crypto.manifest import Manifest
-from lightning_secure.errors import ManifestMismatchError
+from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["Pins", "check_pins"]
 
@@ -20,6 +22,9 @@ class Pins:
             generation counts as 0.
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
 
+    Raises:
+        ConfigError: One of them is neither that nor None.
+
     A change is made of the manifest that is in place at that moment, so each is checked right where
     it is read for the change, under the lock or with the condition that goes with it. Pinned or
     not, no manifest is accepted that is older than one that was seen here, nor another dataset's.
@@ -28,6 +33,12 @@ class Pins:
     def __init__(
         self, min_generation: int | None = None, manifest_digest: str | None = None
     ) -> None:
+        if not (min_generation is None or (type(min_generation) is int and min_generation >= 0)):
+            raise ConfigError("min_generation must be a whole number from 0. Nothing was changed.")
+        if not (manifest_digest is None or re.fullmatch("[0-9a-f]{64}", str(manifest_digest))):
+            raise ConfigError(
+                "manifest_digest must be 64 hexadecimal digits in lower case. Nothing was changed."
+            )
         self._least = min_generation or 0
         self._digest = manifest_digest
         self._dataset: bytes | None = None

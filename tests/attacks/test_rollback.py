@@ -206,6 +206,21 @@ def test_no_dataset_is_begun_where_one_was_pinned(tmp_path, keys, pins):
     write(tmp_path / "d", keys, min_generation=0)
 
 
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"min_generation": "3"},
+        {"min_generation": True},
+        {"min_generation": -1},
+        {"manifest_digest": "a3"},
+        {"manifest_digest": "A" * 64},
+    ],
+)
+def test_what_pins_nothing_is_refused(current, keys, pins):
+    with pytest.raises(ConfigError, match=next(iter(pins))):
+        rotate_data(current, "train", keys=keys, **pins)
+
+
 def test_shards_that_only_the_newest_manifest_names_are_not_garbage(states, current, keys):
     pin = manifest_of(current, keys).generation
     files = manifest_of(current, keys).files

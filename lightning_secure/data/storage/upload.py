@@ -151,7 +151,7 @@ def upload_splits(
     sent = []
     for entry in entries:
         if not _is_there(storage, entry):
-            storage.upload(here / entry.file, entry.file)
+            storage.upload(here / entry.file, entry.file, size=entry.size)
             sent.append(entry.file)
     try:
         manifest = _change(storage, keys, join, names)

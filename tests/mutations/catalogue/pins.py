@@ -35,7 +35,7 @@ CATALOGUE = [
         "data/storage/upload.py",
         "        pins.check(current, storage)\n        if current is None:",
         "        if current is None:",
-        f"{ROLLBACK} -k 'remote_roll_back or to_a_remote'",
+        f"{ROLLBACK} -k remote_roll_back",
     ),
     Mutation(
         "a dataset is begun where another was pinned",
