@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightning_secure.cli.local import failures, key_file, provider, recipient_files
+from lightning_secure.cli.local import failures, key_file, pins, provider, recipient_files
 
 if TYPE_CHECKING:
     from lightning_secure.data.erasure import ErasureReport
@@ -26,8 +26,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--retire-kek", is_flag=True, help="Destroy --key-file when all is done."),
         click.option(
             "--rotate-kek-to", type=click.Path(path_type=Path),
-            help="The key file that takes the place of --key-file.",
+            help="The key file, or .yaml, that takes the place of --key-file.",
         ),
+        pins,
         recipient_files,
         key_file,
         click.argument("split"),
@@ -101,6 +102,8 @@ def _keys(options: dict[str, Any]) -> dict[str, Any]:
         "recipients": [provider(path) for path in options["recipients"]],
         "rotate_kek_to": provider(to) if to else None,
         "retire_kek": options["retire_kek"],
+        "min_generation": options["min_generation"],
+        "manifest_digest": options["manifest_digest"],
     }
 
 

@@ -1,4 +1,4 @@
-"""``lightning-secure keys``: make key files, and show what may be shown of them."""
+"""``lightning-secure keys``: make keys, show what may be shown of them, say who may open what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import click
 
+from lightning_secure.cli.providers import provider_in
+from lightning_secure.cli.recipients import recipients
 from lightning_secure.crypto.encoding import b64encode
+from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.providers import (
     EnvironmentSecret,
     HpkePrivateKey,
@@ -23,7 +26,7 @@ from lightning_secure.crypto.providers.identity import public_text, read_public,
 from lightning_secure.crypto.providers.keyfiles import read_file
 from lightning_secure.crypto.providers.local import TYPE as LOCAL_TYPE
 from lightning_secure.crypto.providers.secret_sources import SecretSource
-from lightning_secure.errors import LightningSecureError
+from lightning_secure.errors import KeyUnavailableError, LightningSecureError
 
 __all__ = ["keys"]
 
@@ -36,7 +39,10 @@ _passphrase_env = click.option(
 
 @click.group()
 def keys() -> None:
-    """Make keys, and show their ids and public halves."""
+    """Make keys, show their ids and public halves, and say who may open a dataset."""
+
+
+keys.add_command(recipients)
 
 
 @keys.group()
@@ -88,8 +94,14 @@ def signing(path: Path) -> None:
 @_path
 @_passphrase_env
 def show(path: Path, passphrase_env: str | None) -> None:
-    """Show the ids and public keys of a key file; nothing secret is printed."""
+    """Show the ids and public keys of a key file; nothing secret is printed.
+
+    PATH may also be a .yaml file that names a provider, as keys: does in the configuration of seal.
+    """
     with _reported():
+        if path.suffix in (".yaml", ".yml"):
+            _show_provider(provider_in(path))
+            return
         kind, protected = _kind(path)
         if kind == LOCAL_TYPE:
             source: SecretSource | None = None
@@ -123,6 +135,13 @@ def _kind(path: Path) -> tuple[str, bool]:
 def _show_local(provider: LocalKeyProvider) -> None:
     click.echo(f"local key   {provider.key_id}")
     _show_signer(public_text(provider.signer))
+
+
+def _show_provider(provider: KeyProvider) -> None:
+    for key_id in provider.recipients:
+        click.echo(f"{provider.name:<11} {key_id}")
+    with contextlib.suppress(KeyUnavailableError):  # one that only reads has no signing key
+        _show_signer(public_text(provider.signer))
 
 
 def _show_recipient(key: HpkePublicKey) -> None:

@@ -18,9 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.cli.configuration import known, parsed, typed
+from lightning_secure.cli.local import pins
+from lightning_secure.cli.providers import provider_of
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.files import as_path
 from lightning_secure.redaction.anonymize import (
     AnonymizationPlan,
     Generalize,
@@ -61,12 +62,13 @@ _PLAIN: Final[Mapping[str, type]] = {
     is_flag=True,
     help="Start anew. Without it, a sealing that was interrupted goes on where it got to.",
 )
-def seal(source: Path, destination: str, config_path: Path, restart: bool) -> None:
+@pins
+def seal(source: Path, destination: str, config_path: Path, restart: bool, **pinned: Any) -> None:
     """Seal SOURCE (.csv, .parquet, or a folder) into the dataset DESTINATION, a folder or a URL.
 
     Exit status: 0 sealed; 2 the arguments or the configuration are wrong; 1 anything else was
     refused or failed; 130 interrupted. Unless it is 0, no split of this call that was not there
-    before is in the dataset, but for those that are named as sealed.
+    before is in the dataset.
     """
     from lightning_secure.data.seal import seal as run
 
@@ -88,6 +90,7 @@ def seal(source: Path, destination: str, config_path: Path, restart: bool) -> No
                 destination,
                 resume=not restart,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
+                **pinned,
                 **options,
             )
     except ConfigError as error:
@@ -104,6 +107,7 @@ def seal(source: Path, destination: str, config_path: Path, restart: bool) -> No
         before = result.resumed[name]
         note = f" ({before} of them before this call)" if before else ""
         click.echo(f"{name}: {rows} rows sealed{note}")
+    click.echo(f"generation {result.generation}, manifest {result.manifest_digest}")
 
 
 def _fail(console: Console, error: Exception, status: int) -> None:
@@ -117,78 +121,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or has a key that is not known.
+        MissingExtraError: The provider that it names needs a package that is not installed.
         KeyAccessError: The key that it names cannot be used.
     """
-    config = _parsed(path)
-    _known(config, {*_PLAIN, "split", "keys", "stack", "nulls", "anonymize", "size"}, "the file")
+    config = parsed(path)
+    known(config, {*_PLAIN, "split", "keys", "stack", "nulls", "anonymize", "size"}, "the file")
     if "keys" not in config:
         raise ConfigError("the configuration names no keys: to whom would the rows be sealed?")
     options: dict[str, Any] = {
-        name: _typed(config[name], kind, name) for name, kind in _PLAIN.items() if name in config
+        name: typed(config[name], kind, name) for name, kind in _PLAIN.items() if name in config
     }
     readers: dict[str, Callable[[Any], Any]] = {
         "split": _split,
         "stack": _stack,
         "nulls": _nulls,
         "anonymize": _plan,
-        "size": lambda value: tuple(_typed(value, list, "size")),
-        "keys": _keys,
+        "size": lambda value: tuple(typed(value, list, "size")),
+        "keys": lambda value: provider_of(value, path),
     }
     options |= {name: read(config[name]) for name, read in readers.items() if name in config}
     return options
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    import yaml
-
-    where = reason = None
-    config: Any = None
-    data = b""
-    try:
-        data = as_path(path, what="the configuration").read_bytes()
-    except OSError as error:
-        reason = error.strerror
-    try:
-        config = yaml.load(data, _loader())  # noqa: S506 # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        where = error.problem_mark.line + 1 if error.problem_mark else 1
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        where = 1
-    # Outside the handlers: a YAML error repeats the line, which may hold a secret.
-    if reason is not None:
-        raise ConfigError(f"configuration {str(path)!r} cannot be read ({reason}).")
-    if where is not None:
-        raise ConfigError(f"configuration {str(path)!r} is not valid YAML in line {where}.")
-    return _typed(config, dict, "the configuration")  # type: ignore[no-any-return]
-
-
-def _loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc] # ships no types
-        """YAML in which a key stands once."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        pairs = loader.construct_pairs(node, deep=True)
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ConfigError(
-                f"the configuration has a key twice, in the part from line "
-                f"{node.start_mark.line + 1} on."
-            )
-        return result
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return Loader
-
-
-def _keys(value: Any) -> KeyProvider:
-    from lightning_secure.crypto.providers import LocalKeyProvider
-
-    fields = _known(value, {"kind", "path"}, "keys")
-    if fields.get("kind") != "local" or not isinstance(fields.get("path"), str):
-        raise ConfigError("keys: needs kind: local, and path: the key file.")
-    return LocalKeyProvider(fields["path"])
 
 
 def _split(value: Any) -> Any:
@@ -196,14 +148,14 @@ def _split(value: Any) -> Any:
 
     if isinstance(value, str):
         return value
-    fields = _known(value, {"ratio", "seed", "group", "column"}, "split")
+    fields = known(value, {"ratio", "seed", "group", "column"}, "split")
     if fields.keys() == {"column"}:
-        return SplitByColumn(column=_typed(fields["column"], str, "split: column"))
+        return SplitByColumn(column=typed(fields["column"], str, "split: column"))
     if "column" in fields or not {"ratio", "seed"} <= fields.keys():
         raise ConfigError("split: takes a name, or column, or ratio and seed (and group).")
     return SplitByRatio(
-        ratios=_typed(fields["ratio"], dict, "split: ratio"),
-        seed=_typed(fields["seed"], int, "split: seed"),
+        ratios=typed(fields["ratio"], dict, "split: ratio"),
+        seed=typed(fields["seed"], int, "split: seed"),
         group=fields.get("group"),
     )
 
@@ -212,9 +164,9 @@ def _stack(value: Any) -> Any:
     from lightning_secure.data.sources.arrow import Stack
 
     result = {}
-    for name, entry in _typed(value, dict, "stack").items():
-        fields = _known(entry, {"columns", "dtype"}, f"stack: {name}")
-        columns = tuple(_typed(fields.get("columns"), list, f"stack: {name}: columns"))
+    for name, entry in typed(value, dict, "stack").items():
+        fields = known(entry, {"columns", "dtype"}, f"stack: {name}")
+        columns = tuple(typed(fields.get("columns"), list, f"stack: {name}: columns"))
         result[name] = Stack(columns=columns, dtype=fields.get("dtype", "float32"))
     return result
 
@@ -223,7 +175,7 @@ def _nulls(value: Any) -> Any:
     from lightning_secure.data.sources.arrow import Fill
 
     result: dict[str, Any] = {}
-    for name, rule in _typed(value, dict, "nulls").items():
+    for name, rule in typed(value, dict, "nulls").items():
         if rule == "drop":
             result[name] = rule
         elif isinstance(rule, dict) and rule.keys() == {"fill"}:
@@ -235,7 +187,7 @@ def _nulls(value: Any) -> Any:
 
 def _plan(value: Any) -> AnonymizationPlan:
     return AnonymizationPlan(
-        {name: _operator(name, rule) for name, rule in _typed(value, dict, "anonymize").items()}
+        {name: _operator(name, rule) for name, rule in typed(value, dict, "anonymize").items()}
     )
 
 
@@ -244,26 +196,10 @@ def _operator(name: str, rule: Any) -> Operator:
         return Keep()
     if rule == "suppress":
         return Suppress()
-    fields = _known(rule, {"pseudonymize", "generalize"}, f"anonymize: {name}")
+    fields = known(rule, {"pseudonymize", "generalize"}, f"anonymize: {name}")
     if fields.keys() == {"pseudonymize"}:
-        return Pseudonymize(domain=_typed(fields["pseudonymize"], str, f"{name}: pseudonymize"))
+        return Pseudonymize(domain=typed(fields["pseudonymize"], str, f"{name}: pseudonymize"))
     if fields.keys() == {"generalize"}:
         what = f"anonymize: {name}: generalize"
-        return Generalize(**_known(fields["generalize"], {"date", "prefix", "width"}, what))
+        return Generalize(**known(fields["generalize"], {"date", "prefix", "width"}, what))
     raise ConfigError(f"anonymize: {name}: takes one of keep, suppress, pseudonymize, generalize.")
-
-
-def _known(value: Any, names: set[str], what: str) -> dict[str, Any]:
-    fields = _typed(value, dict, what)
-    if unknown := [str(name) for name in fields if name not in names]:
-        raise ConfigError(
-            f"{what} has the unknown key {', '.join(map(repr, unknown))}; known are "
-            f"{', '.join(sorted(names))}. Nothing was sealed."
-        )
-    return fields  # type: ignore[no-any-return]
-
-
-def _typed(value: Any, kind: type, what: str) -> Any:
-    if type(value) is not kind:
-        raise ConfigError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}.")
-    return value

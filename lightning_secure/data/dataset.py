@@ -21,13 +21,14 @@ from lightning_secure.data.buffers import Buffers, Ints, Rows
 from lightning_secure.data.filling import Filler
 from lightning_secure.data.format import ColumnData, Schema
 from lightning_secure.data.groups import OpenGroups, schema_of
+from lightning_secure.data.pins import check_pins
 from lightning_secure.data.samples import Output, Samples
 from lightning_secure.data.shard import Scratch
 from lightning_secure.data.shards import ShardSet
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.threads import threads_to_use
-from lightning_secure.errors import ConfigError, ManifestMismatchError
+from lightning_secure.errors import ConfigError
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
@@ -317,21 +318,3 @@ def _whole(index: Any) -> int:
     if number is None:
         raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
     return number
-
-
-def check_pins(manifest: Manifest, min_generation: int | None, digest: str | None) -> None:
-    """Compare a manifest with what was pinned outside of the storage.
-
-    Raises:
-        ManifestMismatchError: It is older than ``min_generation``, or not the one with ``digest``.
-    """
-    if min_generation is not None and manifest.generation < min_generation:
-        raise ManifestMismatchError(
-            f"the dataset is at generation {manifest.generation} and generation {min_generation} "
-            "or later was pinned: it was rolled back to an older state. Nothing was read."
-        )
-    if digest is not None and manifest.digest != digest:
-        raise ManifestMismatchError(
-            f"the manifest has digest {manifest.digest} and {digest} was pinned: the dataset was "
-            "changed or rolled back. Nothing was read."
-        )

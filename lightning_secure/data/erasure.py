@@ -31,6 +31,7 @@ from lightning_secure.crypto.manifest import (
 )
 from lightning_secure.crypto.segments import SUITE_AES256GCM_SHA256, SegmentKeys
 from lightning_secure.data.leftovers import Journal
+from lightning_secure.data.pins import Pins
 from lightning_secure.data.rotation import commit, rotating
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.subjects import SubjectPseudonyms
@@ -114,6 +115,8 @@ def erase_shard(
     recipients: Sequence[KeyProvider] = (),
     rotate_kek_to: KeyProvider | None = None,
     retire_kek: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> ErasureReport:
     """Erase whole shards: their keys, then their files; and try to get them back.
 
@@ -127,6 +130,9 @@ def erase_shard(
         retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can,
             and only once ``rotate_kek_to`` was seen to open the new manifest. Everything else
             under the key, other datasets and checkpoints too, is lost.
+        min_generation: The oldest generation that is erased from. If somebody put an older one in
+            its place, nothing is erased.
+        manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Returns:
         What was done, and whether an old copy of the manifest still opens.
@@ -135,6 +141,7 @@ def erase_shard(
         ConfigError: There is no such split or shard, a recipient was forgotten, or ``retire_kek``
             is given without ``rotate_kek_to``. Nothing was erased.
         WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
+        ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
         AuditWriteError: A listener could not record it. If the manifest was replaced already, the
             erasure stands, and the old key was not destroyed.
 
@@ -152,8 +159,9 @@ def erase_shard(
             )
         return wanted
 
+    pins = Pins(min_generation, manifest_digest)
     return _erase(
-        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
     )
 
 
@@ -166,6 +174,8 @@ def erase_subject(
     recipients: Sequence[KeyProvider] = (),
     rotate_kek_to: KeyProvider | None = None,
     retire_kek: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> ErasureReport:
     """Erase all rows of one subject of a split that was sealed with ``subject_column=``.
 
@@ -177,6 +187,8 @@ def erase_subject(
         recipients: See there.
         rotate_kek_to: See there.
         retire_kek: See there.
+        min_generation: See there.
+        manifest_digest: See there.
 
     Raises:
         ConfigError: See there; or the split was not sealed by subject.
@@ -199,8 +211,9 @@ def erase_subject(
             raise DataError(f"split {split!r} has no rows of this subject. Nothing was erased.")
         return numbers
 
+    pins = Pins(min_generation, manifest_digest)
     return _erase(
-        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, retire_kek=retire_kek
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
     )
 
 
@@ -211,6 +224,7 @@ def _erase(
     keys: KeyProvider,
     recipients: Sequence[KeyProvider],
     to: KeyProvider | None,
+    pins: Pins,
     *,
     retire_kek: bool,
 ) -> ErasureReport:
@@ -219,8 +233,9 @@ def _erase(
             "retire_kek=True needs rotate_kek_to=: destroying the only key would lose the whole "
             "dataset. Nothing was erased."
         )
-    with rotating(root, keys=keys):
+    with rotating(root, keys=keys, pins=pins):
         before = read_manifest(root, trusted=keys.trusted_signers)
+        pins.check(before, root)
         old_copy = (root / MANIFEST_NAME).read_bytes()
         entry = before.splits.get(split)
         if entry is None:
@@ -261,6 +276,7 @@ def _erase(
             keys=keys,
             signer=(to or keys).signer,
             event=("data.erase", {"split": split, "shards": len(numbers)}),
+            pins=pins,
         )
         retired = _retired(root, keys, to, before) if retire_kek and to is not None else None
     providers = {(one.name, one.key_id): one for one in (keys, *recipients, *([to] if to else []))}

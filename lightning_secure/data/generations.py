@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_secure import events
@@ -17,15 +16,19 @@ from lightning_secure.crypto.manifest import (
     read_manifest,
     write_manifest,
 )
+from lightning_secure.crypto.rotation import successor
 from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
-from lightning_secure.data.room import require_free
+from lightning_secure.data.pins import Pins
+from lightning_secure.data.room import NewSplit, require_free, with_split
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import exclusive_lock
 
-__all__ = ["commit_split", "open_or_start"]
+__all__ = ["commit_split", "commit_splits", "open_or_start"]
 
 
-def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
+def open_or_start(
+    root: Path, split: str, keys: KeyProvider, *, pins: Pins | None = None
+) -> Manifest:
     """Return a dataset's manifest, after starting an empty dataset if there is none.
 
     The folder of ``split`` is made too.
@@ -33,14 +36,21 @@ def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
     Raises:
         ConfigError: There is no folder and none can be made, or it cannot be written.
         KeyUnavailableError: The provider has no signing key.
-        IntegrityError: The folder holds a manifest that is not this provider's.
+        IntegrityError: The folder holds a manifest that is not this provider's, or it is not what
+            was pinned, or there is none where one was.
     """
+    pins = pins or Pins()
     reason, signer = None, keys.signer  # whoever may only read is refused before a row is taken
     try:
+        if not (root / MANIFEST_NAME).exists():
+            pins.check(None, root)  # before a folder is made there
         (root / split).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(root / LOCK_NAME):
             if (root / MANIFEST_NAME).exists():
-                return read_manifest(root, trusted=keys.trusted_signers)
+                manifest = read_manifest(root, trusted=keys.trusted_signers)
+                pins.check(manifest, root)
+                return manifest
+            pins.check(None, root)
             manifest = Manifest(
                 dataset_id=secrets.token_bytes(16),
                 generation=1,
@@ -50,6 +60,7 @@ def open_or_start(root: Path, split: str, keys: KeyProvider) -> Manifest:
                 partitions={},
             )
             write_manifest(root, manifest, signer=signer)
+            pins.check(manifest, root)
             return manifest
     except OSError as error:
         reason = error.strerror
@@ -67,52 +78,56 @@ def commit_split(
     partitions: Mapping[str, tuple[WrappedKey, ...]],
     keys: KeyProvider,
     replace: bool,
+    pins: Pins | None = None,
 ) -> Manifest:
-    """Put a split into the manifest, and remove the files of the one that it replaces.
+    """Put one split into the manifest, see :func:`commit_splits`."""
+    new = NewSplit(name=split, entry=entry, partitions=partitions)
+    return commit_splits(root, [new], keys=keys, replace=replace, pins=pins or Pins())
+
+
+def commit_splits(
+    root: Path, splits: Sequence[NewSplit], *, keys: KeyProvider, replace: bool, pins: Pins
+) -> Manifest:
+    """Put splits into the manifest, all in one generation, and remove files of replaced ones.
 
     Args:
         root: The dataset's folder.
-        split: Name of the split.
-        entry: Its shards, all of them on the disk.
-        partitions: Wrapped forms of the keys that the shards' keys are wrapped under.
+        splits: What was sealed.
         keys: Signs the manifest.
-        replace: Whether a split of this name may be replaced.
+        replace: Whether splits of these names may be replaced.
+        pins: What the manifest in place is compared with, under the lock.
 
     Raises:
-        ConfigError: The split exists by now and may not be replaced. It stands.
+        ConfigError: One of them exists by now and may not be replaced. All is as it was.
+        ManifestMismatchError: The manifest in place is not what was pinned, or is older than one
+            that was seen. It is as it was.
         AuditWriteError: A listener could not record it. The dataset is as it was.
     """
     with exclusive_lock(root / LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)
-        require_free(current, root, split, replace=replace, partitions=partitions.keys())
-        replaced = current.splits.get(split)
-        gone = replaced.partitions if replaced else ()
-        manifest = dataclasses.replace(
-            current,
-            generation=current.generation + 1,
-            previous=current.digest,
-            created=_now(),
-            splits={**current.splits, split: entry},
-            partitions={
-                **{name: keys_ for name, keys_ in current.partitions.items() if name not in gone},
-                **partitions,
-            },
-        )
-        events.announce(
-            "data.seal",
-            {
-                "dataset": manifest.dataset_id.hex(),
-                "split": split,
-                "generation": manifest.generation,
-                "records": entry.records,
-                "shards": len(entry.shards),
-                "manifest": manifest.digest,
-            },
-        )
-        require_files(root, entry.files)
+        pins.check(current, root)
+        joined = current
+        for new in splits:
+            require_free(joined, root, new.name, replace=replace, partitions=new.partitions.keys())
+            joined = with_split(joined, new)
+        manifest = successor(current, joined)
+        for new in splits:
+            events.announce(
+                "data.seal",
+                {
+                    "dataset": manifest.dataset_id.hex(),
+                    "split": new.name,
+                    "generation": manifest.generation,
+                    "records": new.entry.records,
+                    "shards": len(new.entry.shards),
+                    "manifest": manifest.digest,
+                },
+            )
+        for new in splits:
+            require_files(root, new.entry.files)
         write_manifest(root, manifest, signer=keys.signer)
     # From here on the new manifest stands, whatever happens; old files go last.
-    remove_unnamed(root, replaced.files if replaced else (), keys=keys)
+    remove_unnamed(root, current.files - manifest.files, keys=keys)
     return manifest
 
 

@@ -17,6 +17,7 @@ from typing import Final
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
+from lightning_secure.data.pins import Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.files import exclusive_lock, sync_directory
@@ -130,7 +131,12 @@ class Journal:
 
 
 def collect_garbage(
-    root: str | os.PathLike[str], *, keys: KeyProvider, min_age_s: float = 7 * 86400.0
+    root: str | os.PathLike[str],
+    *,
+    keys: KeyProvider,
+    min_age_s: float = 7 * 86400.0,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> list[str]:
     """Remove what crashed sealings and rotations left in a dataset's folder.
 
@@ -142,13 +148,17 @@ def collect_garbage(
             longest one takes. What a rotation left is known and removed at any age. A folder in
             which an interrupted sealing waits to be resumed is left alone: go on with it, or start
             anew with ``resume=False``.
+        min_generation: The oldest generation that says which files are named. If somebody put an
+            older one in its place, the shards that only the newer ones name are left alone.
+        manifest_digest: The only manifest that does, as SHA-256 in hexadecimal.
 
     Returns:
         The removed files, as paths below ``root``.
 
     Raises:
         ConfigError: ``min_age_s`` is negative.
-        ManifestMismatchError: There is no manifest by a trusted signer; nothing was removed.
+        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned;
+            nothing was removed.
     """
     if not min_age_s >= 0:
         raise ConfigError("min_age_s must not be negative.")
@@ -158,6 +168,7 @@ def collect_garbage(
         before = set(_candidates(folder))
         with exclusive_lock(folder / LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
+            Pins(min_generation, manifest_digest).check(manifest, folder)
             Journal(folder).sweep(manifest)
             oldest = time.time() - min_age_s
             for name in before - manifest.files:

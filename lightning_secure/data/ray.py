@@ -19,6 +19,7 @@ from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry,
 from lightning_secure.data.format import Schema
 from lightning_secure.data.generations import commit_split, open_or_start
 from lightning_secure.data.leftovers import remove_unnamed
+from lightning_secure.data.pins import Pins
 from lightning_secure.data.resume import SealingState
 from lightning_secure.data.room import require_free
 from lightning_secure.data.shard import ShardReader
@@ -64,6 +65,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         anonymize: See there; applied on the workers, before a row is encrypted.
         allow_nonfinite: See there.
         replace: See there.
+        min_generation: See there; the driver checks, at the start and under the lock at the end.
+        manifest_digest: See there.
         columns: See :class:`~lightning_secure.data.sources.tables.TableSource`.
         types: See there.
         stack: See there.
@@ -72,7 +75,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
     Raises:
         ConfigError: An argument is wrong, the split exists, or the folder cannot be written.
         MissingExtraError: Ray is not installed.
-        IntegrityError: The folder holds a manifest that is not this provider's.
+        IntegrityError: The folder holds a manifest that is not this provider's, or not what was
+            pinned.
 
     Guarantees:
         The split is in the manifest with every row of the dataset once, or not at all. A task that
@@ -96,6 +100,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         anonymize: AnonymizationPlan | None = None,
         allow_nonfinite: bool = False,
         replace: bool = False,
+        min_generation: int | None = None,
+        manifest_digest: str | None = None,
         columns: list[str] | None = None,
         types: Mapping[str, str] | None = None,
         stack: Mapping[str, Stack] | None = None,
@@ -123,11 +129,18 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "stack": stack,
             "nulls": nulls,
         }
+        self._pins = Pins(min_generation, manifest_digest)
         # A writer knows which arguments are wrong; this one seals nothing.
         EncryptedShardWriter(
-            self._root, split=split, keys=keys, replace=replace, **self._writing
+            self._root,
+            split=split,
+            keys=keys,
+            replace=replace,
+            min_generation=min_generation,
+            manifest_digest=manifest_digest,
+            **self._writing,
         ).abort()
-        self._dataset = open_or_start(self._root, split, keys)
+        self._dataset = open_or_start(self._root, split, keys, pins=self._pins)
         _, self._wrapped = PartitionKey.create(self._dataset.dataset_id, split, keys)
         # A folder of its own: whatever a dead task left there is not another sealing's.
         self._folder = self._root / f"{split[:40]}.{secrets.token_hex(8)}"
@@ -173,6 +186,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             partitions={self._split: self._wrapped},
             keys=self._keys,
             replace=self._replace,
+            pins=self._pins,
         )
         self._clear()  # what tasks left that died
 
@@ -267,7 +281,7 @@ class _Part(EncryptedShardWriter):
         else:
             self.abort()
 
-    def _commit(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
+    def _new_split(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
         if len(shards) > _SHARDS_PER_TASK:
             raise DataError(
                 f"a task sealed more than {_SHARDS_PER_TASK} shards. Choose larger shards or "

@@ -1,13 +1,31 @@
-"""Whether a manifest has room for a split and its keys."""
+"""Whether a manifest has room for a split and its keys, and the manifest with them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from lightning_secure.crypto.manifest import Manifest
+from lightning_secure.crypto.keys import WrappedKey
+from lightning_secure.crypto.manifest import Manifest, SplitEntry
 from lightning_secure.errors import ConfigError
 
-__all__ = ["require_free"]
+__all__ = ["NewSplit", "require_free", "with_split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSplit:
+    """A sealed split on its way into the manifest.
+
+    Attributes:
+        name: Its name.
+        entry: Its shards, all of them on the disk.
+        partitions: Wrapped forms of the keys that the shards' keys are wrapped under.
+    """
+
+    name: str
+    entry: SplitEntry
+    partitions: Mapping[str, tuple[WrappedKey, ...]]
 
 
 def require_free(
@@ -38,3 +56,15 @@ def require_free(
                 f"the key names {sorted(shared)} belong to split {name!r}. Choose others in "
                 "column_keys, or another name for the split. Nothing was changed."
             )
+
+
+def with_split(manifest: Manifest, new: NewSplit) -> Manifest:
+    """Return a manifest with a split in place of the one of its name, and with its keys."""
+    replaced = manifest.splits.get(new.name)
+    gone = replaced.partitions if replaced else ()
+    others = {name: keys for name, keys in manifest.partitions.items() if name not in gone}
+    return dataclasses.replace(
+        manifest,
+        splits={**manifest.splits, new.name: new.entry},
+        partitions={**others, **new.partitions},
+    )

@@ -37,6 +37,7 @@ from lightning_secure.data.leftovers import (
     Journal,
     require_files,
 )
+from lightning_secure.data.pins import Pins
 from lightning_secure.data.shard import Scratch, ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
@@ -47,7 +48,13 @@ __all__ = ["add_recipient", "remove_recipient", "rotate_data", "rotate_kek", "ro
 
 
 def add_recipient(
-    root: str | os.PathLike[str], partition: str, *, keys: KeyProvider, recipient: KeyProvider
+    root: str | os.PathLike[str],
+    partition: str,
+    *,
+    keys: KeyProvider,
+    recipient: KeyProvider,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> Manifest:
     """Let another provider's key open a partition.
 
@@ -56,16 +63,21 @@ def add_recipient(
         partition: Name of the partition: that of the split, or ``SPLIT.KEY``.
         keys: Opens it, and signs the new manifest.
         recipient: Is asked to wrap the partition's key.
+        min_generation: The oldest generation that is changed. Each change is made of the manifest
+            that is in place under the lock; if somebody put an older one there, it is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: There is no such partition.
         WrongKeyError: ``keys`` cannot open it.
-        ManifestMismatchError: There is no manifest by a trusted signer.
+        ManifestMismatchError: There is no manifest by a trusted signer, or it is not what was
+            pinned. It was left as it is, as for the other functions here.
     """
     return changed(
         folder_of(root),
         lambda current: rotation.with_recipient(current, partition, keys=keys, recipient=recipient),
         keys=keys,
+        pins=Pins(min_generation, manifest_digest),
         event=("data.recipient.add", {"partition": partition, "recipient": recipient.key_id}),
     )
 
@@ -77,6 +89,8 @@ def remove_recipient(
     keys: KeyProvider,
     key_id: str,
     recipients: Sequence[KeyProvider] = (),
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> Manifest:
     """Take a partition from a recipient, by a new partition key that it is not given.
 
@@ -86,6 +100,8 @@ def remove_recipient(
         keys: Opens it, stays a recipient, and signs the new manifest.
         key_id: Id of the key that loses access.
         recipients: The other recipients that keep it.
+        min_generation: See :func:`add_recipient`.
+        manifest_digest: See there.
 
     Raises:
         ConfigError: There is no such partition or recipient, or one was forgotten.
@@ -100,6 +116,7 @@ def remove_recipient(
             current, partition, keys=keys, key_id=key_id, recipients=recipients
         ),
         keys=keys,
+        pins=Pins(min_generation, manifest_digest),
         event=("data.recipient.remove", {"partition": partition, "recipient": key_id}),
     )
 
@@ -110,6 +127,8 @@ def rotate_kek(
     keys: KeyProvider,
     to: KeyProvider,
     signer: Signer | None = None,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> Manifest:
     """Put one provider's key in the place of another's, in every partition that it opens.
 
@@ -118,6 +137,8 @@ def rotate_kek(
         keys: The present recipient.
         to: The one that takes its place.
         signer: Signs the new manifest; ``to``'s by default. Every reader has to trust it.
+        min_generation: See :func:`add_recipient`.
+        manifest_digest: See there.
 
     Raises:
         ConfigError: ``keys`` opens nothing here, or ``to`` is the same key.
@@ -131,6 +152,7 @@ def rotate_kek(
         lambda current: rotation.with_kek(current, keys=keys, to=to),
         keys=keys,
         signer=signer or to.signer,
+        pins=Pins(min_generation, manifest_digest),
         event=("data.rotate.kek", {"from": keys.key_id, "to": to.key_id}),
     )
 
@@ -141,6 +163,8 @@ def rotate_partition(
     *,
     keys: KeyProvider,
     recipients: Sequence[KeyProvider] = (),
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
 ) -> Manifest:
     """Give a partition a new key and wrap every shard's key under it, about 10 µs a shard.
 
@@ -149,6 +173,8 @@ def rotate_partition(
         partition: Name of the partition.
         keys: Opens it, and signs the new manifest.
         recipients: All its other recipients.
+        min_generation: See :func:`add_recipient`.
+        manifest_digest: See there.
 
     Raises:
         ConfigError: There is no such partition, or a recipient was forgotten.
@@ -158,17 +184,27 @@ def rotate_partition(
         folder_of(root),
         lambda current: rotation.rekeyed(current, partition, keys=keys, recipients=recipients),
         keys=keys,
+        pins=Pins(min_generation, manifest_digest),
         event=("data.rotate.partition", {"partition": partition}),
     )
 
 
-def rotate_data(root: str | os.PathLike[str], split: str, *, keys: KeyProvider) -> Manifest:
+def rotate_data(
+    root: str | os.PathLike[str],
+    split: str,
+    *,
+    keys: KeyProvider,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
+) -> Manifest:
     """Encrypt a split's rows anew, each shard under a fresh key and in a new file.
 
     Args:
         root: The dataset's folder.
         split: Name of the split.
         keys: Opens all its partitions, and signs the new manifest.
+        min_generation: See :func:`add_recipient`.
+        manifest_digest: See there.
 
     Raises:
         ConfigError: There is no such split, or it was replaced meanwhile; that state stands.
@@ -180,9 +216,10 @@ def rotate_data(root: str | os.PathLike[str], split: str, *, keys: KeyProvider) 
     in place. Each new shard is read back and compared before that. The content digest stays, so a
     run that trained on the split resumes on it.
     """
-    folder = folder_of(root)
-    with rotating(folder, keys=keys):
+    folder, pins = folder_of(root), Pins(min_generation, manifest_digest)
+    with rotating(folder, keys=keys, pins=pins):
         before = read_manifest(folder, trusted=keys.trusted_signers)
+        pins.check(before, folder)
         entry = before.splits.get(split)
         if entry is None:
             raise ConfigError(
@@ -220,6 +257,7 @@ def rotate_data(root: str | os.PathLike[str], split: str, *, keys: KeyProvider) 
             exchange,
             keys=keys,
             signer=keys.signer,
+            pins=pins,
             event=("data.rotate.data", {"split": split, "shards": len(list(after.files))}),
         )
 
@@ -230,35 +268,41 @@ def changed(
     *,
     keys: KeyProvider,
     event: tuple[str, Mapping[str, str | int]],
+    pins: Pins,
     signer: Signer | None = None,
 ) -> Manifest:
     """Put the next generation of a manifest in place, alone among rotations and writers."""
-    with rotating(root, keys=keys):
-        return commit(root, change, keys=keys, signer=signer or keys.signer, event=event)
+    signer = signer or keys.signer
+    with rotating(root, keys=keys, pins=pins):
+        return commit(root, change, keys=keys, signer=signer, event=event, pins=pins)
 
 
 @contextlib.contextmanager
-def rotating(root: Path, *, keys: KeyProvider) -> Iterator[None]:
+def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
     """Hold the rotation lock; clear leftovers away before and after.
 
     Raises:
-        ManifestMismatchError: There is no manifest by a trusted signer.
+        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned.
     """
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
     with exclusive_lock(root / ROTATION_LOCK_NAME):
-        _sweep(root, keys)
+        # Before anything is cleared away that an older manifest does not name.
+        pins.check(read_manifest(root, trusted=keys.trusted_signers), root)
+        _sweep(root, keys, pins)
         try:
             yield
         finally:
-            _sweep(root, keys)
+            _sweep(root, keys, pins)
 
 
-def _sweep(root: Path, keys: KeyProvider) -> None:
-    # Where the manifest in place cannot be verified, nothing is removed.
+def _sweep(root: Path, keys: KeyProvider, pins: Pins) -> None:
+    # Where the manifest in place cannot be verified, or is an older one, nothing is removed.
     with contextlib.suppress(IntegrityError):
         if journal := Journal(root):
-            journal.sweep(read_manifest(root, trusted=keys.trusted_signers))
+            manifest = read_manifest(root, trusted=keys.trusted_signers)
+            pins.check(manifest, root)
+            journal.sweep(manifest)
 
 
 def commit(
@@ -268,15 +312,19 @@ def commit(
     keys: KeyProvider,
     signer: Signer,
     event: tuple[str, Mapping[str, str | int]],
+    pins: Pins,
 ) -> Manifest:
     """Sign what ``change`` makes of the manifest in place, and replace that, atomically.
 
     Raises:
+        ManifestMismatchError: The manifest in place is not what was pinned, or older than one that
+            was seen; it is as it was.
         AuditWriteError: A listener could not record it; the manifest is as it was.
         DataError: A file that the new manifest names is gone; the manifest is as it was.
     """
     with exclusive_lock(root / LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)
+        pins.check(current, root)
         manifest = rotation.successor(current, change(current))
         action, details = event
         events.announce(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.data.closing import close_together
 from lightning_secure.data.columns import Ragged, count_rows
 from lightning_secure.data.format import Schema
 from lightning_secure.data.sealing import DEFAULT_THREADS, ShardPool
@@ -39,10 +40,14 @@ class Sealed:
     Attributes:
         rows: Rows in each split.
         resumed: How many of these an interrupted sealing had sealed before.
+        generation: Of the manifest that is in place with them, to be pinned.
+        manifest_digest: Of the same.
     """
 
     rows: Mapping[str, int]
     resumed: Mapping[str, int]
+    generation: int
+    manifest_digest: str
 
 
 def seal(
@@ -61,6 +66,8 @@ def seal(
     resume: bool = False,
     source_id: str | None = None,
     progress: Progress | None = None,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
     storage_options: Options | None = None,
     spool: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -85,6 +92,8 @@ def seal(
         source_id: Names the state of the source where it cannot be told from the source itself,
             which is so for iterators and torch datasets; without it these cannot be resumed.
         progress: Called after each batch with the rows taken so far, and of how many.
+        min_generation: See :class:`EncryptedShardWriter`.
+        manifest_digest: See there.
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the splits are sealed in before they are sent. It is kept,
             and a sealing to a URL can be resumed from it only; a temporary one, the default, is
@@ -95,14 +104,16 @@ def seal(
         ConfigError: An argument is wrong, a split exists, or what would be resumed had another
             source or other arguments.
         DataError: A row cannot be sealed, or a split got no rows.
-        IntegrityError: The folder or what would be resumed was altered.
+        IntegrityError: The folder or what would be resumed was altered, or the manifest in place
+            is not what was pinned.
         MissingExtraError: The source, or the URL, needs a package that is not installed.
         StorageError: A remote storage did not answer, or refused.
 
     Guarantees:
         Rows keep their order within a split. A split is in the manifest with all of its rows, or
-        not at all; several splits appear one after another. After an interruption, a call with
-        ``resume=True`` yields the rows that one without interruption would have yielded, each once.
+        not at all; several splits appear together, in one generation. After an interruption, a
+        call with ``resume=True`` yields the rows that one without interruption would have yielded,
+        each once.
     """
     opened = open_source(source, **options).planned(anonymize)
     identity = _identity(opened, split, source_id)
@@ -132,6 +143,8 @@ def seal(
                     source_id=identity,
                     resume=resume,
                     remarks=opened.remarks,
+                    min_generation=min_generation,
+                    manifest_digest=manifest_digest,
                     storage_options=storage_options,
                     spool=spool,
                 )
@@ -149,9 +162,13 @@ def seal(
                 f"the source has no rows for split {', '.join(map(repr, empty)) or '(any)'}, and "
                 "an empty split is most often a mistake upstream. The dataset was left as it was."
             )
-        for one in writers.values():
-            one.close()
-        return Sealed(rows={name: one.records for name, one in writers.items()}, resumed=resumed)
+        manifest = close_together(list(writers.values()))
+        return Sealed(
+            rows={name: one.records for name, one in writers.items()},
+            resumed=resumed,
+            generation=manifest.generation,
+            manifest_digest=manifest.digest,
+        )
 
 
 def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | None) -> None:

@@ -31,6 +31,7 @@ from lightning_secure.data.format import (
 )
 from lightning_secure.data.segmentation import plan_segments
 from lightning_secure.data.storage import Storage
+from lightning_secure.data.verification import read_tags, tags_root
 from lightning_secure.errors import IntegrityError, ShardCorruptedError
 from lightning_secure.files import atomic_writer
 
@@ -273,8 +274,8 @@ class ShardReader:
             raise self.corrupted("its key commitment does not match the manifest's key")
         self._cipher = SegmentCipher(keys, header_digest=entry.header_sha256)
         self._size = entry.size
-        self._tags = self._read_tags(entry.size)
-        if merkle_root(_chunks(self._tags)) != entry.merkle_root:
+        self._tags = read_tags(self._file, self.header, entry.size)
+        if tags_root(self._tags) != entry.merkle_root:
             raise self.corrupted("its segments are not the ones that the manifest was signed for")
 
     def _verify(self, entry: ShardEntry, dataset_id: bytes) -> Header:
@@ -308,18 +309,6 @@ class ShardReader:
         ):
             raise self.corrupted("its header and the manifest contradict each other")
         return header
-
-    def _read_tags(self, size: int) -> bytes:
-        header, read = self.header, self._file.read_into
-        stride = header.segment_bytes + TAG_BYTES
-        tags = bytearray(header.segments * TAG_BYTES)
-        with memoryview(tags) as view:
-            offset = HEADER_BYTES + header.segment_bytes
-            for start in range(0, len(tags) - TAG_BYTES, TAG_BYTES):
-                read(offset, view[start : start + TAG_BYTES])
-                offset += stride
-            read(size - TAG_BYTES, view[-TAG_BYTES:])
-        return bytes(tags)
 
     def decrypt(self, index: int, scratch: Scratch, out: memoryview | None = None) -> memoryview:
         """Return the plaintext of one segment.
@@ -387,7 +376,3 @@ class ShardReader:
 
 def _rows(columns: Mapping[str, ColumnData], start: int, stop: int) -> dict[str, ColumnData]:
     return {name: values[start:stop] for name, values in columns.items()}
-
-
-def _chunks(data: bytes) -> Iterator[bytes]:
-    return (data[start : start + TAG_BYTES] for start in range(0, len(data), TAG_BYTES))

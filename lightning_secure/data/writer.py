@@ -8,17 +8,19 @@ from typing import Any, Self
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry
+from lightning_secure.data.closing import close_together
 from lightning_secure.data.format import ColumnData, Schema
-from lightning_secure.data.generations import commit_split, open_or_start
+from lightning_secure.data.generations import open_or_start
 from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.leftovers import remove_unnamed
 from lightning_secure.data.pending import PendingRows
+from lightning_secure.data.pins import Pins
 from lightning_secure.data.resume import SealingState
-from lightning_secure.data.room import require_free
+from lightning_secure.data.room import NewSplit, require_free
 from lightning_secure.data.sealing import ShardPool, ShardQueue
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.storage.upload import open_spool
+from lightning_secure.data.storage.spool import open_spool
 from lightning_secure.errors import ConfigError, DataError, LightningSecureError
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
@@ -59,6 +61,10 @@ class EncryptedShardWriter:
             says how many rows are sealed already: the caller goes on with the next. If there is
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
+        min_generation: The oldest generation of the dataset that is built on. One that somebody
+            put an older state in place of is refused, when the sealing begins and again, under the
+            lock, when the split is put into the manifest.
+        manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the split is sealed in before it is sent, see
             :func:`upload_split`. It is kept; a temporary one, the default, is not.
@@ -66,6 +72,7 @@ class EncryptedShardWriter:
     Raises:
         ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
             would be resumed was sealed from another source or with other arguments.
+        ManifestMismatchError: The manifest in place is not what was pinned.
         KeyUnavailableError: The provider has no signing key, so it cannot seal.
         IntegrityError: The folder holds a manifest that is not this provider's, or what would be
             resumed is not what this provider's holder left.
@@ -101,6 +108,8 @@ class EncryptedShardWriter:
         source_id: str | None = None,
         resume: bool = False,
         remarks: Mapping[str, str] | None = None,
+        min_generation: int | None = None,
+        manifest_digest: str | None = None,
         storage_options: Options | None = None,
         spool: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -129,15 +138,18 @@ class EncryptedShardWriter:
             anonymize=anonymize,
             allow_nonfinite=allow_nonfinite,
         )
+        pins = Pins(min_generation, manifest_digest)
         self._root, self._spool = open_spool(
             root,
             split=split,
             keys=keys,
             replace=replace,
             resume=resume,
+            pins=pins,
             storage_options=storage_options,
             folder=spool,
         )
+        self._pins = pins if self._spool is None else Pins()  # a spool has generations of its own
         self._split = split
         self._keys = keys
         self._segment_bytes = segment_bytes
@@ -167,7 +179,7 @@ class EncryptedShardWriter:
         self._closed = self._over = False
 
     def _start(self, source_id: str | None, *, resume: bool) -> None:
-        dataset = self._open_dataset()
+        dataset = self._dataset = self._open_dataset()
         if not resume:
             self._require_free(dataset)
         self._state = self._begin(dataset, source_id, resume=resume)
@@ -236,26 +248,15 @@ class EncryptedShardWriter:
         Raises:
             DataError: There is no row. The dataset is as it was.
             ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
+            ManifestMismatchError: The manifest in place is not what was pinned, or an older one
+                than this writer has seen. It was left as it is.
             StorageError: A remote storage did not answer, or refused, see :func:`upload_split`.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if not self.complete:
-                self._finish()
-        except BaseException as error:
-            self._leave(type(error))
-            raise
-        # From here on the manifest names the shards: they are no longer this writer's to remove.
-        self._over = True
-        try:
-            if self._spool:
-                self._spool.send()
-        finally:
-            self._release(keep=False)
+        if not self._closed:
+            close_together([self])
 
-    def _finish(self) -> None:
+    def _ended(self) -> NewSplit | None:
+        """Seal the remaining rows, and return what the manifest is to say of all of them."""
         if self._pending.schema is None or self.records == 0:
             raise DataError(
                 f"split {self._split!r} got no rows, and an empty split is most often a mistake "
@@ -263,7 +264,7 @@ class EncryptedShardWriter:
             )
         if self._pending.rows:
             self._seal_pending(last=True)
-        self._commit(self._pending.schema, self._queue.finish())
+        return self._new_split(self._pending.schema, self._queue.finish())
 
     def abort(self) -> None:
         """Give up: remove what was written. The dataset is as it was before this writer.
@@ -322,7 +323,7 @@ class EncryptedShardWriter:
         self._begun_rows += records
 
     def _open_dataset(self) -> Manifest:
-        return open_or_start(self._root, self._split, self._keys)
+        return open_or_start(self._root, self._split, self._keys, pins=self._pins)
 
     def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
         if source_id is None:
@@ -348,18 +349,11 @@ class EncryptedShardWriter:
             partitions=self._layout.partitions,
         )
 
-    def _commit(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> None:
+    def _new_split(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> NewSplit | None:
         entry = self._layout.split_entry(
             schema, shards, {**self._remarks, **self._state.attributes}
         )
-        commit_split(
-            self._root,
-            self._split,
-            entry,
-            partitions=self._layout.wrapped,
-            keys=self._keys,
-            replace=self._replace,
-        )
+        return NewSplit(name=self._split, entry=entry, partitions=self._layout.wrapped)
 
     def _end(self, *, keep: bool) -> None:
         self._closed = True

@@ -13,11 +13,13 @@ from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data import ray as ray_module
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.ray import EncryptedShardDatasink
+from lightning_secure.data.rotation import rotate_partition
 from lightning_secure.errors import (
     ConfigError,
     DataError,
     IntegrityError,
     LightningSecureError,
+    ManifestMismatchError,
     MissingExtraError,
     ShardCorruptedError,
 )
@@ -279,6 +281,27 @@ def test_an_error_after_the_commit_does_not_take_the_rows_with_it(folder, keys, 
         write(one, [(0, [table(0, 50)])])
     data = EncryptedShardDataset(folder, split="train", keys=keys)
     assert [int(y) for y, _ in data.__getitems__(range(len(data)))] == list(range(50))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_nothing_is_signed_over_a_dataset_that_was_rolled_back(folder, keys, pinned):
+    """Before the tasks begin, and while they run; that the driver sees without a pin too."""
+    write(sink(folder, keys), PARTS)
+    old = (folder / "manifest.json").read_bytes()
+    rotate_partition(folder, "train", keys=keys)
+    newest = read_manifest(folder, trusted=keys.trusted_signers)
+    pin = {"min_generation": newest.generation} if pinned else {}
+    one = sink(folder, keys, replace=True, **pin)
+    one.on_write_start()
+    (folder / "manifest.json").write_bytes(old)
+    with pytest.raises(ManifestMismatchError, match="rolled back"):
+        write(one, [(0, [table(0, 50)])], start=False)
+    assert (folder / "manifest.json").read_bytes() == old
+    assert len(EncryptedShardDataset(folder, split="train", keys=keys)) == 300
+    if pinned:
+        for pins in (pin, {"manifest_digest": newest.digest}):
+            with pytest.raises(ManifestMismatchError, match="rolled back"):
+                sink(folder, keys, replace=True, **pins)
 
 
 def test_what_cannot_be_removed_does_not_undo_the_commit(folder, keys):

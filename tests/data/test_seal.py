@@ -323,7 +323,7 @@ def test_if_one_split_is_empty_none_is_sealed(tmp_path, keys):
         read(tmp_path, keys)
 
 
-def test_a_split_that_is_in_the_manifest_survives_the_failure_of_the_next(tmp_path, keys):
+def test_if_one_split_cannot_be_recorded_none_is_sealed(tmp_path, keys):
     def refuse(event):
         if event.action == "data.seal" and event.details["split"] == "val":
             raise AuditWriteError("full")
@@ -332,8 +332,13 @@ def test_a_split_that_is_in_the_manifest_survives_the_failure_of_the_next(tmp_pa
     rule = SplitByRatio(ratios={"train": 0.5, "val": 0.5}, seed=1)
     with pytest.raises(AuditWriteError):
         seal({"y": Y}, tmp_path, keys=keys, split=rule)
-    assert len(rows(tmp_path, keys)[0]) > 0
+    with pytest.raises(ConfigError, match="none yet"):
+        read(tmp_path, keys)
+    assert not list(tmp_path.rglob("*.lsec"))
     events.unsubscribe("refuse")
+
+
+def test_a_closed_writer_takes_nothing_back(tmp_path, keys):
     with EncryptedShardWriter(tmp_path, split="one", keys=keys) as one:
         one.write({"y": 1})
         one.close()

@@ -72,7 +72,18 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         trusted: Sequence[PathLike] = (),
         derivation_key: PathLike | None = None,
     ) -> None:
-        super().__init__(signing_key=signing_key, trusted=trusted, derivation_key=derivation_key)
+        super().__init__(
+            signing_key=signing_key,
+            trusted=trusted,
+            derivation_key=derivation_key,
+            own={
+                "key_arn": key_arn,
+                "profile": profile,
+                "endpoint_url": endpoint_url,
+                "timeout": timeout,
+                "insecure_allow_http": insecure_allow_http,
+            },
+        )
         if not _ARN.fullmatch(key_arn):
             raise ConfigError(
                 f"key_arn={key_arn!r} is not the ARN of a KMS key "
@@ -81,16 +92,6 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
             )
         positive(timeout=timeout)
         import_extra("boto3", extra="aws", user="AwsKmsKeyProvider")
-        self._arguments = {
-            "key_arn": key_arn,
-            "profile": profile,
-            "endpoint_url": endpoint_url,
-            "timeout": timeout,
-            "insecure_allow_http": insecure_allow_http,
-            "signing_key": signing_key,
-            "trusted": trusted,
-            "derivation_key": derivation_key,
-        }
         self._lock = threading.Lock()
         self._clients: dict[int, Any] = {}
         self._client()

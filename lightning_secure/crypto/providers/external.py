@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -25,6 +25,7 @@ from lightning_secure.crypto.keys import (
 )
 from lightning_secure.crypto.providers.identity import SigningKey, trusted_keys
 from lightning_secure.crypto.providers.keyfiles import damaged, read_record, write_record
+from lightning_secure.crypto.providers.secret_sources import require_portable, require_source
 from lightning_secure.crypto.signing import Signer
 from lightning_secure.errors import (
     ConfigError,
@@ -59,10 +60,15 @@ class ExternalKeyProvider(KeyProvider):
             (``ed25519:...``) or files with it.
         derivation_key: File made by :meth:`create_derivation_key`, from which :meth:`derive` takes
             its keys. The KEK cannot be used for it where it does not leave its place.
+        own: The subclass' other arguments. All together are kept in ``_arguments``; the object
+            pickles as these, and asks again for what it needs.
 
-    Subclasses keep their constructor's arguments in ``_arguments``; the object pickles as these,
-    and asks again for what it needs.
+    Raises:
+        ConfigError: The argument that ``_secret`` names is a secret, and not a source of one.
     """
+
+    #: Name of the argument that is a source of a secret, and what its errors call that.
+    _secret: ClassVar[tuple[str, str] | None] = None
 
     def __init__(
         self,
@@ -70,14 +76,22 @@ class ExternalKeyProvider(KeyProvider):
         signing_key: PathLike | None,
         trusted: Sequence[PathLike],
         derivation_key: PathLike | None,
+        own: Mapping[str, Any],
     ) -> None:
+        if self._secret is not None:
+            require_source(self._secret[0], own[self._secret[0]])
         self._signing = SigningKey(signing_key) if signing_key is not None else None
         self._trusted = trusted_keys(trusted)
         if self._signing is not None:
             self._trusted[self._signing.key_id] = self._signing.signer.public_key
         self._derivation_path = Path(derivation_key) if derivation_key is not None else None
         self._derivation: DataKey | None = None
-        self._arguments: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {
+            **own,
+            "signing_key": signing_key,
+            "trusted": trusted,
+            "derivation_key": derivation_key,
+        }
 
     @property
     def signer(self) -> Signer:
@@ -141,11 +155,10 @@ class ExternalKeyProvider(KeyProvider):
         return f"{type(self).__name__}(key_id={self.key_id!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self._portable_config()))
-
-    def _portable_config(self) -> dict[str, Any]:
-        """Return the arguments, after making sure that no secret would be pickled with them."""
-        return self._arguments
+        if self._secret is not None:
+            name, what = self._secret
+            require_portable(self._arguments[name], what=what)
+        return (_rebuild, (type(self), self._arguments))
 
 
 def _rebuild(kind: type[ExternalKeyProvider], config: dict[str, Any]) -> ExternalKeyProvider:

@@ -195,14 +195,15 @@ class HpkeKeyProvider(ExternalKeyProvider):
     ) -> None:
         if isinstance(recipients, str | os.PathLike):
             raise ConfigError("recipients must be a list of public keys, not one of them.")
-        super().__init__(signing_key=signing_key, trusted=trusted, derivation_key=derivation_key)
-        self._arguments = {
-            "recipients": recipients,
-            "private_key": private_key,
-            "signing_key": signing_key,
-            "trusted": trusted,
-            "derivation_key": derivation_key,
-        }
+        super().__init__(
+            signing_key=signing_key,
+            trusted=trusted,
+            derivation_key=derivation_key,
+            own={
+                "recipients": recipients,
+                "private_key": private_key,
+            },
+        )
         self._private = HpkePrivateKey(private_key) if private_key is not None else None
         keys = [HpkePublicKey.read(item) for item in recipients]
         if not keys and self._private is not None:

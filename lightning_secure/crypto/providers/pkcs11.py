@@ -21,7 +21,6 @@ from lightning_secure.crypto.providers.secret_sources import (
     EnvironmentSecret,
     SecretSource,
     read_secret,
-    require_portable,
     require_source,
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
@@ -64,6 +63,8 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
     A process that was forked after the provider was made cannot use it, by PKCS#11's own rules.
     """
 
+    _secret = ("pin", "the PIN")
+
     def __init__(
         self,
         *,
@@ -75,18 +76,18 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
         trusted: Sequence[PathLike] = (),
         derivation_key: PathLike | None = None,
     ) -> None:
-        super().__init__(signing_key=signing_key, trusted=trusted, derivation_key=derivation_key)
-        require_source("pin", pin)
+        super().__init__(
+            signing_key=signing_key,
+            trusted=trusted,
+            derivation_key=derivation_key,
+            own={
+                "module": os.fspath(module),
+                "token": token,
+                "key": key,
+                "pin": pin,
+            },
+        )
         self._pkcs11 = import_extra("pkcs11", extra="pkcs11", user="Pkcs11KeyProvider")
-        self._arguments = {
-            "module": os.fspath(module),
-            "token": token,
-            "key": key,
-            "pin": pin,
-            "signing_key": signing_key,
-            "trusted": trusted,
-            "derivation_key": derivation_key,
-        }
         self._pid = os.getpid()
         with self._key() as found:
             self._key_id = bytes(found[self._pkcs11.Attribute.ID]).hex()
@@ -154,10 +155,6 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
     def key_id(self) -> str:
         """The key's CKA_ID in hexadecimal."""
         return self._key_id
-
-    def _portable_config(self) -> dict[str, Any]:
-        require_portable(self._arguments["pin"], what="the PIN")
-        return self._arguments
 
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

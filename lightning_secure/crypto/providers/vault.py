@@ -25,8 +25,6 @@ from lightning_secure.crypto.providers.secret_sources import (
     EnvironmentSecret,
     SecretSource,
     read_secret,
-    require_portable,
-    require_source,
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
 from lightning_secure.validate import positive
@@ -85,6 +83,8 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
     followed: the token would go along.
     """
 
+    _secret = ("token", "the token")
+
     def __init__(
         self,
         *,
@@ -100,9 +100,22 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         trusted: Sequence[PathLike] = (),
         derivation_key: PathLike | None = None,
     ) -> None:
-        super().__init__(signing_key=signing_key, trusted=trusted, derivation_key=derivation_key)
+        super().__init__(
+            signing_key=signing_key,
+            trusted=trusted,
+            derivation_key=derivation_key,
+            own={
+                "url": url,
+                "key": key,
+                "mount": mount,
+                "token": token,
+                "namespace": namespace,
+                "ca_file": os.fspath(ca_file) if ca_file is not None else None,
+                "timeout": timeout,
+                "insecure_allow_http": insecure_allow_http,
+            },
+        )
         require_safe_url(url, name="url", insecure_allow_http=insecure_allow_http)
-        require_source("token", token)
         positive(timeout=timeout)
         if not _NAME.fullmatch(key):
             raise ConfigError(f"key={key!r} is not the name of a transit key.")
@@ -110,19 +123,6 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
             if path is not None and not _PATH.fullmatch(path):
                 raise ConfigError(f"{name}={path!r} is not a path of a Vault server.")
         self._hvac = import_extra("hvac", extra="vault", user="VaultTransitKeyProvider")
-        self._arguments = {
-            "url": url,
-            "key": key,
-            "mount": mount,
-            "token": token,
-            "namespace": namespace,
-            "ca_file": os.fspath(ca_file) if ca_file is not None else None,
-            "timeout": timeout,
-            "insecure_allow_http": insecure_allow_http,
-            "signing_key": signing_key,
-            "trusted": trusted,
-            "derivation_key": derivation_key,
-        }
         self._key_id = "/".join(part for part in (namespace, mount, key) if part)
 
     @property
@@ -134,10 +134,6 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
     def key_id(self) -> str:
         """Namespace, mount and name of the key. Its version is part of each wrapped key."""
         return self._key_id
-
-    def _portable_config(self) -> dict[str, Any]:
-        require_portable(self._arguments["token"], what="the token")
-        return self._arguments
 
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
         answer = self._call(

@@ -201,13 +201,17 @@ class RemoteStorage:
         """Whether an object can be replaced only if it is still the one that was read."""
         return self.protocol in S3
 
-    def upload(self, path: Path, name: str) -> None:
+    def upload(self, path: Path, name: str, *, size: int) -> None:
         """Write a file of this machine to an object, whole or not at all.
 
+        Args:
+            path: The file.
+            name: Path below the root.
+            size: Length in bytes that the object must have then.
+
         Raises:
-            StorageError: The storage did not answer, refused, or holds something shorter.
+            StorageError: The storage did not answer, refused, or holds something else.
         """
-        size = path.stat().st_size
         self._ask("put_file", name, local=path)
         if self.size(name) != size:
             raise StorageError(f"{name!r} did not arrive whole at {self._url!r}.")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
+import functools
 import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,17 +17,27 @@ from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
     PAYLOAD_TYPE,
     Manifest,
+    ShardEntry,
     read_manifest,
 )
+from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
-from lightning_secure.data.room import require_free
-from lightning_secure.data.storage.base import Storage
-from lightning_secure.data.storage.opening import local_root, open_storage
+from lightning_secure.data.pins import Pins
+from lightning_secure.data.room import NewSplit, require_free, with_split
+from lightning_secure.data.storage.local import LocalStorage
+from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
-from lightning_secure.errors import ConfigError, IntegrityError, StorageError
-from lightning_secure.files import as_path, atomic_writer
+from lightning_secure.data.verification import verify_shard
+from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
+from lightning_secure.files import as_path
 
-__all__ = ["Spool", "open_spool", "upload_split"]
+__all__ = [
+    "current_manifest",
+    "require_same_dataset",
+    "same_split",
+    "upload_split",
+    "upload_splits",
+]
 
 _TRIES: Final = 10
 
@@ -42,6 +49,8 @@ def upload_split(
     split: str,
     keys: KeyProvider,
     replace: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
     storage_options: Options | None = None,
 ) -> Manifest:
     """Copy a sealed split of a folder to a remote storage.
@@ -53,20 +62,32 @@ def upload_split(
         split: Name of the split.
         keys: Checks both manifests, and signs the next.
         replace: Whether a split of this name may be replaced there.
+        min_generation: The oldest generation that is accepted there. It is compared with each
+            manifest that the next one is made of, and that alone is replaced, see below.
+        manifest_digest: The only manifest that is accepted there, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
 
     Returns:
-        The manifest that is now in place there.
+        The manifest that is now in place there. If the very same split was there already, as after
+        an answer that got lost, that is the one that was there.
 
     Raises:
-        ConfigError: There is no such split here, it exists there, a key name of its belongs to
-            another split there, or another dataset lies there.
-        IntegrityError: A manifest is not this provider's.
+        ConfigError: There is no such split here, another one exists there, a key name of its
+            belongs to another split there, or another dataset lies there.
+        ShardCorruptedError: A shard of this folder is not what its manifest was signed for. Nothing
+            was sent.
+        ManifestMismatchError: A manifest is not this provider's, or the one there is not what was
+            pinned. It was left as it is.
         StorageError: The storage did not answer, refused, or others changed the manifest each
             time. What was sent is in no manifest, unless the last answer got lost.
 
-    All groups of columns go together, with the keys of their partitions as they are wrapped here.
-    Each shard is sent whole, and the manifest after them, so a reader sees the split as it was or
+    The pins are of what lies there; the folder here is taken as it is, so look at its generation
+    first where somebody else may write to it. All groups of columns go together, with the keys of
+    their partitions as they are wrapped here.
+    Before anything is sent, size, header and all tags of each shard are compared with the manifest;
+    ciphertext that was damaged under an intact tag shows to whoever has the key. A shard that is
+    there already, and passes the same comparison, is left as it is: it is read instead of written.
+    Each other is sent whole, and the manifest after them, so a reader sees the split as it was or
     as it is. The manifest is replaced only if it is still the one that was read; where the storage
     offers no such condition, or ignores it, two writers at once can lose one's split, see
     :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and nobody
@@ -76,158 +97,93 @@ def upload_split(
     if not isinstance(storage, RemoteStorage):
         raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
     here = as_path(source, what="source")
-    sealed = read_manifest(here, trusted=keys.trusted_signers)
-    if split not in sealed.splits:
-        raise ConfigError(f"{str(source)!r} has no split {split!r}. Nothing was sent.")
-    entry = sealed.splits[split]
-    partitions = {name: sealed.partitions[name] for name in entry.partitions}
-    older: frozenset[str] = frozenset()
+    pins = Pins(min_generation, manifest_digest)
+    return upload_splits(here, storage, [split], keys=keys, replace=replace, pins=pins)
 
-    def require_room(current: Manifest) -> None:
-        _require_same_dataset(current, sealed, storage)
-        require_free(current, storage, split, replace=replace, partitions=partitions)
+
+def upload_splits(
+    here: Path,
+    storage: RemoteStorage,
+    names: Sequence[str],
+    *,
+    keys: KeyProvider,
+    replace: bool,
+    pins: Pins,
+) -> Manifest:
+    """Send splits, and put them into the manifest there in one generation, see `upload_split`."""
+    sealed = read_manifest(here, trusted=keys.trusted_signers)
+    if missing := [name for name in names if name not in sealed.splits]:
+        raise ConfigError(f"{str(here)!r} has no split {missing[0]!r}. Nothing was sent.")
+    splits = [
+        NewSplit(
+            name=name,
+            entry=sealed.splits[name],
+            partitions={part: sealed.partitions[part] for part in sealed.splits[name].partitions},
+        )
+        for name in names
+    ]
+    older: frozenset[str] = frozenset()
 
     def join(current: Manifest | None) -> Manifest:
         nonlocal older
+        pins.check(current, storage)
         if current is None:
-            return dataclasses.replace(sealed, splits={split: entry}, partitions=partitions)
-        require_room(current)
-        replaced = current.splits.get(split)
-        gone = replaced.partitions if replaced else ()
-        older = frozenset(replaced.files) if replaced else frozenset()
-        others = {name: keys_ for name, keys_ in current.partitions.items() if name not in gone}
-        return dataclasses.replace(
-            current,
-            generation=current.generation + 1,
-            previous=current.digest,
-            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            splits={**current.splits, split: entry},
-            partitions={**others, **partitions},
-        )
+            first = dataclasses.replace(sealed, splits={}, partitions={})
+            return functools.reduce(with_split, splits, first)
+        joined = current
+        require_same_dataset(current, sealed, storage)
+        for new in splits:
+            if not same_split(current, sealed, new.name):
+                require_free(
+                    joined, storage, new.name, replace=replace, partitions=new.partitions.keys()
+                )
+                joined = with_split(joined, new)
+        if joined is current:
+            return current
+        older |= current.files
+        return successor(current, joined)
 
-    if (current := _current(storage, keys)[0]) is not None:
-        require_room(current)
-    for file in entry.files:
-        storage.upload(here / file, file)
+    join(current_manifest(storage, keys)[0])  # whether it can be, before anything is sent
+    older = frozenset()
+    entries = [entry for new in splits for group in new.entry.all_groups for entry in group.shards]
+    for entry in entries:
+        _require_intact(here, entry)
+    sent = []
+    for entry in entries:
+        if not _is_there(storage, entry):
+            storage.upload(here / entry.file, entry.file, size=entry.size)
+            sent.append(entry.file)
     try:
-        manifest = _change(storage, keys, join, split=split)
+        manifest = _change(storage, keys, join, names)
     except ConfigError:  # another writer was first
-        _remove_unnamed(storage, keys, entry.files)
+        _remove_unnamed(storage, keys, sent)
         raise
     # By their names: where only keys were exchanged, the new manifest has the same files.
     _remove(storage, older - manifest.files)
     return manifest
 
 
-class Spool:
-    """The folder of this machine in which a split is sealed before it is sent.
-
-    Args:
-        storage: Where it is sent.
-        split: Name of the split.
-        keys: Checks the storage's manifest.
-        replace: Whether a split of this name may be replaced there.
-        resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
-        folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
-            storage will hold, encrypted.
-
-    Raises:
-        ConfigError: The split exists there, or the folder holds another dataset than the storage.
-        IntegrityError: The storage's manifest is not this provider's.
-        StorageError: The storage did not answer, or refused.
-    """
-
-    def __init__(
-        self,
-        storage: RemoteStorage,
-        *,
-        split: str,
-        keys: KeyProvider,
-        replace: bool,
-        resume: bool = False,
-        folder: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._storage = storage
-        self._split = split
-        self._keys = keys
-        self._replace = replace
-        current, _, data = _current(storage, keys)
-        self._there = current
-        if not resume:
-            self.require_free()
-        if folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="lightning-secure-"))
-        else:
-            self.folder = as_path(folder, what="spool")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if folder is None:
-            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        path = self.folder / MANIFEST_NAME
-        if path.exists():
-            here = read_manifest(self.folder, trusted=keys.trusted_signers)
-            if current is not None:
-                _require_same_dataset(current, here, storage)
-        elif current is not None:
-            with atomic_writer(path) as file:  # so that it is sealed as a split of this dataset
-                file.write(data)
-
-    def require_free(self, partitions: Collection[str] = ()) -> None:
-        """Raise ConfigError if the split, or a partition, was there and may not be replaced."""
-        if self._there is not None:
-            require_free(
-                self._there,
-                self._storage,
-                self._split,
-                replace=self._replace,
-                partitions=partitions,
-            )
-
-    def send(self) -> None:
-        """Send the sealed split if it is not there; raises as :func:`upload_split` does."""
-        sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
-        if self._there is not None and _same_split(self._there, sealed, self._split):
-            return
-        upload_split(
-            self.folder, self._storage, split=self._split, keys=self._keys, replace=self._replace
-        )
-
-    def close(self) -> None:
-        """Remove the folder if it is temporary."""
-        if hasattr(self, "_finalizer"):
-            self._finalizer()
+def _require_intact(here: Path, entry: ShardEntry) -> None:
+    reason = ""
+    try:
+        verify_shard(LocalStorage(here), entry)
+    except OSError as error:
+        reason = f"shard {entry.file!r} cannot be opened ({error.strerror})."
+    except ShardCorruptedError as error:
+        reason = str(error)
+    if reason:
+        raise ShardCorruptedError(f"{reason} It is damaged in {str(here)!r}; nothing was sent.")
 
 
-def open_spool(
-    root: str | os.PathLike[str] | Storage,
-    *,
-    split: str,
-    keys: KeyProvider,
-    replace: bool,
-    resume: bool,
-    storage_options: Options | None,
-    folder: str | os.PathLike[str] | None,
-) -> tuple[Path, Spool | None]:
-    """Return the folder to seal a split in and, if that is not its place yet, the way there.
-
-    Raises:
-        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
-            as for :class:`Spool`.
-    """
-    storage = open_storage(root, storage_options=storage_options)
-    if isinstance(storage, RemoteStorage):
-        spool = Spool(
-            storage, split=split, keys=keys, replace=replace, resume=resume, folder=folder
-        )
-        return spool.folder, spool
-    path = local_root(storage)
-    if folder is not None or path is None:
-        raise ConfigError(
-            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
-        )
-    return path, None
+def _is_there(storage: RemoteStorage, entry: ShardEntry) -> bool:
+    """Return whether the shard lies there already, as the manifest has it."""
+    with contextlib.suppress(FileNotFoundError, ShardCorruptedError):
+        verify_shard(storage, entry)
+        return True
+    return False
 
 
-def _current(
+def current_manifest(
     storage: RemoteStorage, keys: KeyProvider
 ) -> tuple[Manifest | None, str | None, bytes]:
     """Return the manifest in place, its ETag and its bytes."""
@@ -258,21 +214,23 @@ def _change(
     storage: RemoteStorage,
     keys: KeyProvider,
     make: Callable[[Manifest | None], Manifest],
-    *,
-    split: str,
+    splits: Sequence[str],
 ) -> Manifest:
     for _ in range(_TRIES):
-        current, etag, _ = _current(storage, keys)
+        current, etag, _ = current_manifest(storage, keys)
         manifest = make(current)
-        events.announce(
-            "data.upload",
-            {
-                "dataset": manifest.dataset_id.hex(),
-                "split": split,
-                "generation": manifest.generation,
-                "manifest": manifest.digest,
-            },
-        )
+        if manifest is current:
+            return manifest  # also by an earlier try of ours, whose answer got lost
+        for split in splits:
+            events.announce(
+                "data.upload",
+                {
+                    "dataset": manifest.dataset_id.hex(),
+                    "split": split,
+                    "generation": manifest.generation,
+                    "manifest": manifest.digest,
+                },
+            )
         payload = canonical_json(manifest.to_json())
         data = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=keys.signer)
         if storage.put(MANIFEST_NAME, data, replacing=etag):
@@ -287,14 +245,16 @@ def _change(
     )
 
 
-def _require_same_dataset(current: Manifest, sealed: Manifest, storage: RemoteStorage) -> None:
+def require_same_dataset(current: Manifest, sealed: Manifest, storage: RemoteStorage) -> None:
+    """Raise ConfigError if what lies there is not the dataset that was sealed here."""
     if current.dataset_id != sealed.dataset_id:
         raise ConfigError(
             f"another dataset lies at {str(storage)!r}; it was left as it is. Choose another place."
         )
 
 
-def _same_split(one: Manifest, other: Manifest, split: str) -> bool:
+def same_split(one: Manifest, other: Manifest, split: str) -> bool:
+    """Return whether both have a split of this name, with the same shards and wrapped keys."""
     entry = one.splits.get(split)
     return (
         one.dataset_id == other.dataset_id
@@ -307,7 +267,7 @@ def _same_split(one: Manifest, other: Manifest, split: str) -> bool:
 def _remove_unnamed(storage: RemoteStorage, keys: KeyProvider, files: Iterable[str]) -> None:
     """Remove what the manifest in place does not name; nothing, if that cannot be told."""
     with contextlib.suppress(IntegrityError, StorageError, OSError):
-        current = _current(storage, keys)[0]
+        current = current_manifest(storage, keys)[0]
         _remove(storage, set(files) - (current.files if current else frozenset()))
 
 

@@ -71,6 +71,11 @@ def remote_names(url):
     return sorted(path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(url[8:]))
 
 
+def remote_contents(url):
+    memory = fsspec.filesystem("memory")
+    return {path: memory.cat_file(path) for path in memory.find(url[8:])}
+
+
 def test_splits_are_sealed_one_after_another(url, seal, read, keys, spools):
     seal(url)
     seal(url, rows=OTHER, split="val")
@@ -242,6 +247,53 @@ def test_an_answer_that_got_lost_is_not_taken_for_a_conflict(s3, seal, read):
     assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
 
 
+def test_an_answer_that_got_lost_is_not_taken_for_a_conflict_after_another_writer(
+    s3, seal, read, keys, tmp_path
+):
+    """Before the client asks again, somebody builds on its manifest: the split there is its own."""
+    here = seal(tmp_path / "d")
+
+    def lose(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT" and MANIFEST_NAME in environ["PATH_INFO"]:
+            s3.line.disturb = None
+            _, head, body = s3.line.passed_on(environ)
+            seal(s3.root, rows=OTHER, split="val", storage_options=s3.options)
+            start_response("503 Slow Down", head)
+            return [body]
+        return None
+
+    s3.line.disturb = lose
+    manifest = upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    assert manifest.splits.keys() == {"train", "val"}
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+    assert np.array_equal(read(s3.root, split="val", storage_options=s3.options), OTHER)
+    assert len(s3.names()) == 1 + 2 * 2
+
+
+def test_an_upload_of_which_every_answer_got_lost_is_called_again(s3, seal, read, keys, tmp_path):
+    here = seal(tmp_path / "d")
+
+    def lose(environ, start_response):
+        if MANIFEST_NAME not in environ["PATH_INFO"]:
+            return None
+        if environ["REQUEST_METHOD"] == "PUT":
+            s3.line.passed_on(environ)
+        elif MANIFEST_NAME not in s3.names():
+            return None
+        start_response("503 Slow Down", [("Content-Length", "0")])
+        return []
+
+    s3.line.disturb = lose
+    with pytest.raises(StorageError):
+        upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    s3.line.disturb = None
+    s3.line.requests.clear()
+    manifest = upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    assert manifest.generation == read_manifest(here, trusted=keys.trusted_signers).generation
+    assert "PUT" not in [method for method, _, _ in s3.line.requests]
+    assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
+
+
 def test_a_manifest_that_changes_each_time_is_given_up(s3, seal, keys, monkeypatch):
     monkeypatch.setattr("lightning_secure.data.storage.upload._TRIES", 2)
     seal(s3.root, storage_options=s3.options)
@@ -260,6 +312,65 @@ def test_a_manifest_that_changes_each_time_is_given_up(s3, seal, keys, monkeypat
     s3.line.disturb = None
     storage = RemoteStorage(s3.root, storage_options=s3.options)
     assert "val" not in read_manifest(storage, trusted=keys.trusted_signers).splits
+
+
+# ---------------------------------------------------------------- damaged here, or there already
+
+
+def flip(data, place):
+    return bytes(byte ^ (index == place % len(data)) for index, byte in enumerate(data))
+
+
+DAMAGE = {
+    "cut": lambda data: data[:-1],
+    "extended": lambda data: data + b"x",
+    "empty": lambda data: b"",
+    "header": lambda data: flip(data, 20),
+    "first tag": lambda data: flip(data, 4096 + 160),
+    "last tag": lambda data: flip(data, -1),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "gone", "another"])
+def test_a_damaged_shard_replaces_nothing(url, seal, read, keys, tmp_path, damage):
+    here = seal(tmp_path / "d")
+    upload_split(here, url, split="train", keys=keys)
+    before = remote_contents(url)
+    rotate_partition(here, "train", keys=keys)  # to send the same shards with another manifest
+    first, last = sorted((here / "train").glob("*.lsec"))
+    if damage == "gone":
+        last.unlink()
+    else:
+        make = DAMAGE.get(damage, lambda _: first.read_bytes())
+        last.write_bytes(make(last.read_bytes()))
+    with pytest.raises(ShardCorruptedError, match=rf"{last.name}.* nothing was sent"):
+        upload_split(here, url, split="train", keys=keys, replace=True)
+    assert remote_contents(url) == before
+    with pytest.raises(ShardCorruptedError, match="nothing was sent"):
+        upload_split(here, f"{url}/new", split="train", keys=keys)
+    assert remote_contents(url) == before
+    assert np.array_equal(read(url), ROWS)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_shard_that_is_there_is_left_and_a_damaged_one_is_sent(
+    url, seal, read, keys, tmp_path, damage, monkeypatch
+):
+    here = seal(tmp_path / "d")
+    upload_split(here, url, split="train", keys=keys)
+    rotate_partition(here, "train", keys=keys)
+    memory = fsspec.filesystem("memory")
+    name = next(name for name in memory.find(url[8:]) if name.endswith(".lsec"))
+    memory.pipe_file(name, DAMAGE[damage](memory.cat_file(name)))
+    sent, put = [], type(memory).put_file
+    monkeypatch.setattr(
+        type(memory),
+        "put_file",
+        lambda self, here, there, **rest: (sent.append(there), put(self, here, there, **rest))[1],
+    )
+    upload_split(here, url, split="train", keys=keys, replace=True)
+    assert sent == [name]
+    assert np.array_equal(read(url), ROWS)
 
 
 def test_what_does_not_arrive_whole_is_noticed(url, local, keys, monkeypatch):
@@ -430,8 +541,8 @@ def test_whoever_was_second_keeps_what_the_first_named(s3, seal, read, keys, tmp
         return None
 
     s3.line.disturb = other_first
-    with pytest.raises(ConfigError, match="exists, with 400"):
-        upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    found = upload_split(here, s3.root, split="train", keys=keys, storage_options=s3.options)
+    assert found.splits.keys() == {"train", "val"}  # the other's manifest says all that is to say
     assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
 
 

@@ -72,8 +72,8 @@ CATALOGUE = [
     Mutation(
         "an upload leaves columns under other keys behind",
         "data/storage/upload.py",
-        "    for file in entry.files:\n",
-        "    for file in (shard.file for shard in entry.shards):\n",
+        "for group in new.entry.all_groups for entry in group.shards]",
+        "for group in [new.entry] for entry in group.shards]",
         f"{STORAGE}/test_upload.py -k all_groups",
     ),
     Mutation(

@@ -31,7 +31,7 @@ CATALOGUE = [
     Mutation(
         "a reader can rewrite rows before the shard is opened",
         "data/shard.py",
-        "if merkle_root(_chunks(self._tags)) != entry.merkle_root:",
+        "if tags_root(self._tags) != entry.merkle_root:",
         "if False:",
         f"{STORAGE} -k rewrites",
     ),

@@ -1,0 +1,79 @@
+"""Files that configure a command: strict YAML, and errors that repeat none of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_secure.errors import ConfigError
+from lightning_secure.files import as_path
+
+__all__ = ["known", "parsed", "typed"]
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """Return what a YAML file says.
+
+    Raises:
+        ConfigError: It cannot be read, is not YAML of plain values, has a key twice, or is no
+            mapping. The message holds nothing of it but a line's number.
+    """
+    import yaml
+
+    where = reason = None
+    config: Any = None
+    data = b""
+    try:
+        data = as_path(path, what="the configuration").read_bytes()
+    except OSError as error:
+        reason = error.strerror
+    try:
+        config = yaml.load(data, _loader())  # noqa: S506 # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        where = error.problem_mark.line + 1 if error.problem_mark else 1
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        where = 1
+    # Outside the handlers: a YAML error repeats the line, which may hold a secret.
+    if reason is not None:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read ({reason}).")
+    if where is not None:
+        raise ConfigError(f"configuration {str(path)!r} is not valid YAML in line {where}.")
+    return typed(config, dict, "the configuration")  # type: ignore[no-any-return]
+
+
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc] # ships no types
+        """YAML in which a key stands once."""
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        pairs = loader.construct_pairs(node, deep=True)
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ConfigError(
+                f"the configuration has a key twice, in the part from line "
+                f"{node.start_mark.line + 1} on."
+            )
+        return result
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
+
+
+def known(value: Any, names: set[str], what: str) -> dict[str, Any]:
+    """Return a mapping that has no other keys than these; raises ConfigError for any other."""
+    fields = typed(value, dict, what)
+    if unknown := [str(name) for name in fields if name not in names]:
+        raise ConfigError(
+            f"{what} has the unknown key {', '.join(map(repr, unknown))}; known are "
+            f"{', '.join(sorted(names))}. Nothing was sealed."
+        )
+    return fields  # type: ignore[no-any-return]
+
+
+def typed(value: Any, kind: type, what: str) -> Any:
+    """Return a value of exactly this type; raises ConfigError for any other."""
+    if type(value) is not kind:
+        raise ConfigError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}.")
+    return value

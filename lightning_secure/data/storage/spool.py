@@ -1,0 +1,156 @@
+"""The folder of this machine in which splits for a remote storage are sealed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_secure.data.pins import Pins
+from lightning_secure.data.room import require_free
+from lightning_secure.data.storage.base import Storage
+from lightning_secure.data.storage.opening import local_root, open_storage
+from lightning_secure.data.storage.remote import Options, RemoteStorage
+from lightning_secure.data.storage.upload import (
+    current_manifest,
+    require_same_dataset,
+    same_split,
+    upload_splits,
+)
+from lightning_secure.errors import ConfigError
+from lightning_secure.files import as_path, atomic_writer
+
+__all__ = ["Spool", "open_spool"]
+
+
+class Spool:
+    """The folder of this machine in which a split is sealed before it is sent.
+
+    Args:
+        storage: Where it is sent.
+        split: Name of the split.
+        keys: Checks the storage's manifest.
+        replace: Whether a split of this name may be replaced there.
+        resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
+        pins: What the storage's manifest is compared with, now and when it is replaced.
+        folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
+            storage will hold, encrypted.
+
+    Raises:
+        ConfigError: The split exists there, or the folder holds another dataset than the storage.
+        IntegrityError: The storage's manifest is not this provider's, or not what was pinned.
+        StorageError: The storage did not answer, or refused.
+    """
+
+    def __init__(
+        self,
+        storage: RemoteStorage,
+        *,
+        split: str,
+        keys: KeyProvider,
+        replace: bool,
+        pins: Pins,
+        resume: bool = False,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._storage = storage
+        self._split = split
+        self._keys = keys
+        self._replace = replace
+        self._pins = pins
+        current, _, data = current_manifest(storage, keys)
+        pins.check(current, storage)
+        self._there = current
+        if not resume:
+            self.require_free()
+        if folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="lightning-secure-"))
+        else:
+            self.folder = as_path(folder, what="spool")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        path = self.folder / MANIFEST_NAME
+        if path.exists():
+            here = read_manifest(self.folder, trusted=keys.trusted_signers)
+            if current is not None:
+                require_same_dataset(current, here, storage)
+        elif current is not None:
+            with atomic_writer(path) as file:  # so that it is sealed as a split of this dataset
+                file.write(data)
+
+    def require_free(self, partitions: Collection[str] = ()) -> None:
+        """Raise ConfigError if the split, or a partition, was there and may not be replaced."""
+        if self._there is not None:
+            require_free(
+                self._there,
+                self._storage,
+                self._split,
+                replace=self._replace,
+                partitions=partitions,
+            )
+
+    def send(self, splits: Sequence[str]) -> Manifest:
+        """Send sealed splits that are not there, and return the manifest that then is.
+
+        Raises as :func:`upload_split` does.
+        """
+        sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
+        there = self._there
+        if there is not None and all(same_split(there, sealed, name) for name in splits):
+            return there
+        return upload_splits(
+            self.folder,
+            self._storage,
+            splits,
+            keys=self._keys,
+            replace=self._replace,
+            pins=self._pins,
+        )
+
+    def close(self) -> None:
+        """Remove the folder if it is temporary."""
+        if hasattr(self, "_finalizer"):
+            self._finalizer()
+
+
+def open_spool(
+    root: str | os.PathLike[str] | Storage,
+    *,
+    split: str,
+    keys: KeyProvider,
+    replace: bool,
+    resume: bool,
+    pins: Pins,
+    storage_options: Options | None,
+    folder: str | os.PathLike[str] | None,
+) -> tuple[Path, Spool | None]:
+    """Return the folder to seal a split in and, if that is not its place yet, the way there.
+
+    Raises:
+        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
+            as for :class:`Spool`.
+    """
+    storage = open_storage(root, storage_options=storage_options)
+    if isinstance(storage, RemoteStorage):
+        spool = Spool(
+            storage,
+            split=split,
+            keys=keys,
+            replace=replace,
+            resume=resume,
+            pins=pins,
+            folder=folder,
+        )
+        return spool.folder, spool
+    path = local_root(storage)
+    if folder is not None or path is None:
+        raise ConfigError(
+            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
+        )
+    return path, None

@@ -1,0 +1,68 @@
+"""Writers and what is pinned, uploads of damaged shards, and providers named in files."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+ROLLBACK = "tests/attacks/test_rollback.py"
+UPLOAD = "tests/data/storage/test_upload.py"
+
+CATALOGUE = [
+    Mutation(
+        "a split is committed to a dataset that was rolled back while it was sealed",
+        "data/generations.py",
+        "        pins.check(current, root)\n        joined = current",
+        "        joined = current",
+        f"{ROLLBACK} -k 'while_rows_are_sealed and not remote'",
+    ),
+    Mutation(
+        "a pin counts at the start of a rotation only",
+        "data/rotation.py",
+        "        pins.check(current, root)\n        manifest = rotation.successor",
+        "        manifest = rotation.successor",
+        f"{ROLLBACK} -k while_data_is_rotated",
+    ),
+    Mutation(
+        "leftovers of a newer generation are cleared away from an older one",
+        "data/rotation.py",
+        "        pins.check(read_manifest(root, trusted=keys.trusted_signers), root)\n"
+        "        _sweep(root, keys, pins)",
+        "        Journal(root).sweep(read_manifest(root, trusted=keys.trusted_signers))",
+        f"{ROLLBACK} -k not_garbage",
+    ),
+    Mutation(
+        "a remote manifest is replaced whatever was pinned",
+        "data/storage/upload.py",
+        "        pins.check(current, storage)\n        if current is None:",
+        "        if current is None:",
+        f"{ROLLBACK} -k remote_roll_back",
+    ),
+    Mutation(
+        "a dataset is begun where another was pinned",
+        "data/pins.py",
+        "if self._least > 0 or self._digest is not None:",
+        "if False:",
+        f"{ROLLBACK} -k begun_where",
+    ),
+    Mutation(
+        "shards are sent unseen",
+        "data/storage/upload.py",
+        "        verify_shard(LocalStorage(here), entry)\n",
+        "        pass\n",
+        f"{UPLOAD} -k 'replaces_nothing'",
+    ),
+    Mutation(
+        "the tags of a shard are not compared before it is sent",
+        "data/verification.py",
+        "if tags_root(read_tags(file, header, entry.size)) != entry.merkle_root:",
+        "if False:",
+        f"{UPLOAD} -k 'replaces_nothing and tag'",
+    ),
+    Mutation(
+        "a secret that stands in a configuration is repeated in the error",
+        "cli/providers.py",
+        'f"{what} takes {{env: NAME}}, {{file: PATH}} or prompt',
+        'f"{what}: {value} takes {{env: NAME}}, {{file: PATH}} or prompt',
+        "tests/cli/test_providers.py -k without_repeating",
+    ),
+]
