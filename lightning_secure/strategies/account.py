@@ -11,9 +11,18 @@ from torch.nn import Module
 
 from lightning_secure import events
 from lightning_secure.errors import LedgerError
+from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
+from lightning_secure.privacy.released.sums import ChargesAccount
 
-__all__ = ["account_of", "announce_plain", "note_weights", "require_same_weights", "settle_account"]
+__all__ = [
+    "account_of",
+    "announce_plain",
+    "lend_account",
+    "note_weights",
+    "require_same_weights",
+    "settle_account",
+]
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,6 +34,20 @@ def account_of(module: Module) -> Ledger | None:
         drop_ledger(module)
         return None
     return ledger
+
+
+def lend_account(module: Module, ledger: Ledger, config: DPConfig) -> None:
+    """Let the metrics of a module that release something of its rows charge its account.
+
+    Args:
+        module: Its metrics are those among its modules.
+        ledger: The account.
+        config: Has the budget that none of them may exceed.
+    """
+    ledger.budget = config.target_epsilon
+    for metric in module.modules():
+        if isinstance(metric, ChargesAccount):
+            metric.charge_to(ledger)
 
 
 def settle_account(module: Module, ledger: Ledger, *, fitted: bool) -> None:

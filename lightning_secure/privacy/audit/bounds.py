@@ -16,8 +16,8 @@ import numpy.typing as npt
 __all__ = [
     "best_threshold",
     "epsilon_gaussian",
-    "epsilon_one_run",
     "epsilon_of_rates",
+    "epsilon_one_run",
     "mu_of_rates",
     "p_value_one_run",
     "rates",
@@ -141,7 +141,9 @@ def above(scores: Floats, thresholds: Any) -> Any:
     return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="left")
 
 
-def p_value_one_run(*, canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+def p_value_one_run(
+    *, canaries: int, guesses: int, right: int, epsilon: float, delta: float
+) -> float:
     """Return how probable so many right guesses about one run are, if it is private.
 
     Args:

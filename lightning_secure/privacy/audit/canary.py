@@ -99,6 +99,10 @@ class CanaryRun:
         )
         self.ledger = self._opened()
 
+    def epsilon(self) -> float:
+        """Return what the last run's account says that it has spent."""
+        return self.ledger.epsilon()
+
     def _opened(self) -> Ledger:
         return Ledger(public=self._public, **self._settings)
 
@@ -117,7 +121,8 @@ class CanaryRun:
         try:
             for draw in self._draws:
                 engine.begin_step()
-                for size, tokens in collate(np.array(draw, int)[included[draw]]).chunks:
+                drawn: Any = np.array(draw, int)[included[draw]]  # collate only slices it
+                for size, tokens in collate(drawn).chunks:
                     with engine.recording():
                         model(tokens).mean().backward()
                     engine.add_chunk(size)
@@ -183,7 +188,7 @@ def canary_audit(
         ConfigError: A number is out of range.
 
     >>> run = CanaryRun(20_000, noise_multiplier=1.0, delta=1e-5, insecure_seed=1)
-    >>> settings = {"canaries": 20_000, "claimed": run.ledger.epsilon, "delta": 1e-5}
+    >>> settings = {"canaries": 20_000, "claimed": run.epsilon, "delta": 1e-5}
     >>> report = canary_audit(run, **settings, gaussian=True)
     >>> round(report.claimed, 4), report.holds, 4.0 < report.lower_bound_gaussian < 4.3772
     (4.3772, True, True)

@@ -177,7 +177,8 @@ class _Joined(Dataset[Any]):
         wanted = [index for index in indices if index < own]
         together: Callable[[list[int]], list[Any]] | None
         together = getattr(self._rows, "__getitems__", None)
-        found: Iterator[Any] = iter(together(wanted) if together else map(self._rows.__getitem__, wanted))
+        own_rows = together(wanted) if together else [self._rows[index] for index in wanted]
+        found: Iterator[Any] = iter(own_rows)
         return [next(found) if i < own else self._chosen[i - own] for i in indices]
 
 
