@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
+from lightning_secure.errors import ConfigError, LedgerError, PrivacyError
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, Chargeable, PrivateSum
 
@@ -73,8 +73,10 @@ class _ReleasedMean(Metric):
             )
         try:
             return self._sum.released(self.total, self.count, account=account, noise=self._noise)
-        except BudgetExhaustedError as error:
-            # Known without looking at the rows, and no reason to lose a run.
+        except LedgerError:
+            raise
+        except PrivacyError as error:
+            # The budget, or a trial: known without the rows, and no reason to lose a run.
             log.warning("%s is not a number: %s", type(self).__name__, error)
             return torch.full_like(self.total, torch.nan)
 
@@ -117,8 +119,8 @@ class PrivateMean(_ReleasedMean):
     Guarantees:
         What is computed is (epsilon, delta)-differentially private, for rows added or removed one
         at a time, and the account contains it. It is computed once: until the next update or reset
-        the same value is returned, at no further cost. Where the budget does not allow it, it is
-        NaN, and says so in a warning.
+        the same value is returned, at no further cost. Where the budget does not allow it, and
+        in the Trainer's sanity check, it is NaN, and a warning says so.
 
     The sums, without noise, are in the metric's state; do not make it persistent.
     """

@@ -64,6 +64,7 @@ def begin_ledger(
         insecure=config.insecure,
         accountant=config.accountant,
         beside=tuple(beside),
+        budget=config.target_epsilon,
     )
     if config.noise_multiplier is None and config.target_epsilon is not None:
         steps = planned_steps(public.steps_per_epoch)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from torch.nn import Module
 
 from lightning_secure import events
-from lightning_secure.errors import LedgerError
-from lightning_secure.privacy.config import DPConfig
+from lightning_secure.errors import LedgerError, PrivacyError
+from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
-from lightning_secure.privacy.released.sums import ChargesAccount
+from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 
 __all__ = [
+    "RunAccount",
     "account_of",
     "announce_plain",
     "lend_account",
@@ -36,18 +39,48 @@ def account_of(module: Module) -> Ledger | None:
     return ledger
 
 
-def lend_account(module: Module, ledger: Ledger, config: DPConfig) -> None:
-    """Let the metrics of a module that release something of its rows charge its account.
+class RunAccount:
+    """What metrics and other single releases of a module charge.
 
     Args:
-        module: Its metrics are those among its modules.
-        ledger: The account.
-        config: Has the budget that none of them may exceed.
+        module: Whose Trainer may be trying it out.
+        ledger: Returns the account of its weights, once there is one.
+        charged: Is called after each release: it may have left nothing for another step.
     """
-    ledger.budget = config.target_epsilon
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        *,
+        ledger: Callable[[], Ledger | None],
+        charged: Callable[[], None],
+    ) -> None:
+        self._module = module
+        self._ledger = ledger
+        self._charged = charged
+
+    def charge(self, release: Release) -> None:
+        """Enter a release that is about to happen.
+
+        Raises:
+            PrivacyError: The Trainer only tries out whether validation works.
+            BudgetExhaustedError: It would exceed the budget.
+            LedgerError: There is no account, or it cannot be charged.
+        """
+        if self._module.trainer.sanity_checking:
+            raise PrivacyError("what the sanity check sees is not released.")
+        ledger = self._ledger()
+        if ledger is None:
+            raise LedgerError("there is no account before the first fit. Nothing was released.")
+        ledger.charge(release)
+        self._charged()
+
+
+def lend_account(module: Module, account: Chargeable) -> None:
+    """Let the metrics among a module's modules that release something of the rows charge this."""
     for metric in module.modules():
         if isinstance(metric, ChargesAccount):
-            metric.charge_to(ledger)
+            metric.charge_to(account)
 
 
 def settle_account(module: Module, ledger: Ledger, *, fitted: bool) -> None:

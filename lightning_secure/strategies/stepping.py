@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -33,6 +34,7 @@ from lightning_secure.privacy.released.steps import (
 )
 from lightning_secure.privacy.released.sums import PrivateSum
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
 from lightning_secure.strategies.options import require_no_accumulation
 from lightning_secure.strategies.randomness import FreshRandomness
@@ -239,10 +241,8 @@ class SteppingStrategy(AccountedStrategy):
             LedgerError: There is no account yet, or it cannot be charged. Nothing was released.
         """
         metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
-        if self._ledger is None:
-            raise LedgerError("there is no account before the first fit. Nothing was released.")
         total, count = metric.summed(values)
-        return float(metric.released(total, count, account=self._ledger, noise=self._noise))
+        return float(metric.released(total, count, account=self._account(), noise=self._noise))
 
     def optimizer_step(
         self,
@@ -253,12 +253,20 @@ class SteppingStrategy(AccountedStrategy):
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._stop_if_spent()
+        return result
+
+    def _stop_if_spent(self) -> None:
         ledger = required(self._ledger)
-        if not ledger.affords_a_step(self.config.target_epsilon):
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
                 self.config.target_epsilon,
                 ledger.steps,
             )
             self.stop_training()
-        return result
+
+    def _account(self) -> RunAccount:
+        """Return what single releases of the rows charge."""
+        return RunAccount(self._module, ledger=lambda: self._ledger, charged=self._stop_if_spent)

@@ -50,7 +50,8 @@ class PrivateTraining(SteppingStrategy):
         # A module that was trained privately before goes on with its own account.
         self._ledger = restored or account_of(module)
         if self._ledger is not None:
-            lend_account(module, self._ledger, self.config)
+            self._ledger.budget = self.config.target_epsilon
+        lend_account(module, self._account())
         if fitting:
             require_trainer_options(trainer, module, self.precision_plugin, self.config)
             if self._ledger is not None:
@@ -110,7 +111,6 @@ class PrivateTraining(SteppingStrategy):
                 planned_steps=partial(planned_steps, trainer, self.config),
                 beside=self._released.noise_multipliers,
             )
-            lend_account(self._module, self._ledger, self.config)
             carry_ledger(trainer, self._ledger, self.config, self._journal)
         return self._ledger
 
