@@ -99,9 +99,9 @@ class PrivateMean(_ReleasedMean):
             mean of n rows has noise of ``noise_multiplier * (high - low) / (2 * n)``.
         public_rows: Number of rows, if it is public. Otherwise it is released with noise of its
             own, and both are charged, as one release with ``noise_multiplier / sqrt(2)``.
-        account: What pays for each release: a run's ledger, or an
-            :class:`~lightning_secure.privacy.released.sums.Account` of other rows. By default the
-            ledger of the private strategy that trains the module that this metric is part of.
+        account: What pays for each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
+            By default the ledger of the private strategy that trains the module that this metric is
+            part of.
         insecure_seed: Makes the noise repeatable, and so not private.
 
     :meth:`update` takes values of shape ``(rows,)``; :meth:`compute` returns shape ``()``, in the

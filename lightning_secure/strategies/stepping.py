@@ -209,10 +209,11 @@ class SteppingStrategy(AccountedStrategy):
                 "the account of this run does not cover the metrics that are to be released with "
                 "each step. They were not released."
             )
+        sums, public = self._released.take(self.root_device), ledger.public
         metrics = self._released.release(
-            self._released.take(self.root_device),
+            sums,
             self._noise,
-            expected_batch_size=ledger.public.expected_batch_size,
+            expected_batch_size=public.expected_batch_size,
             on=ledger.noise_multiplier > 0,
         )
         required(self._results).publish(metrics)

@@ -49,15 +49,15 @@ class PrivateTraining(SteppingStrategy):
         restored, self._restored = self._restored, None
         # A module that was trained privately before goes on with its own account.
         self._ledger = restored or account_of(module)
-        if self._ledger is not None:
-            self._ledger.budget = self.config.target_epsilon
-        lend_account(module, self._account())
         if fitting:
             require_trainer_options(trainer, module, self.precision_plugin, self.config)
             if self._ledger is not None:
                 require_same_weights(module, self._ledger)
                 self._ledger.release_beside(self._released.noise_multipliers)
                 carry_ledger(trainer, self._ledger, self.config, self._journal)
+        if self._ledger is not None:
+            self._ledger.budget = self.config.target_epsilon
+        lend_account(module, self._account())
         super().setup(trainer)
         if not fitting:
             return

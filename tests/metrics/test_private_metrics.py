@@ -1,25 +1,31 @@
 from __future__ import annotations
 
+import ast
 import copy
 import logging
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import lightning_secure
 from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
 from lightning_secure.metrics import PrivateAccuracy, PrivateMean
 from lightning_secure.privacy.accounting import Release, epsilon_pld
 from lightning_secure.privacy.metrics import metrics_kept_apart
-from lightning_secure.privacy.released.sums import Account, ChargesAccount
+from lightning_secure.privacy.released.sums import ChargesAccount, PrivacyAccount
 
 VALUES = torch.tensor([0.5, 1.5, 2.5, 11.0, -3.0, torch.inf, torch.nan])
 KEPT = [0.5, 1.5, 2.5, 4.0, 0.0, 4.0, 2.0]  # in bounds of 0 and 4
 
 
 def account(**settings):
-    return Account(**{"delta": 1e-5, **settings})
+    return PrivacyAccount(**{"delta": 1e-5, **settings})
 
 
 def mean(noise=1e-6, **settings):
@@ -159,6 +165,51 @@ def test_ranks_add_up_before_there_is_noise():
     metric.update(torch.ones(3))
     assert float(metric.compute()) == pytest.approx(1.0, abs=1e-4)
     assert len(paid.releases) == 1
+
+
+# Forks after the imports, of which each process would else have its own.
+TWO_RANKS = """
+import os, sys
+from datetime import timedelta
+import torch
+from torch import distributed
+from lightning_secure.metrics import PrivateMean
+from lightning_secure.privacy.released.sums import PrivacyAccount
+
+first = os.fork()
+rank = int(first == 0)
+store = distributed.FileStore(sys.argv[1], 2)
+distributed.init_process_group("gloo", store=store, rank=rank, world_size=2,
+                               timeout=timedelta(seconds=30))
+account = PrivacyAccount(delta=1e-5)
+metric = PrivateMean(bounds=(0, 4), noise_multiplier=20.0, public_rows=1000, account=account)
+metric.update(torch.full((250,), 1.0 + rank))
+if rank == 0:  # one rank has more batches than the other
+    metric.update(torch.full((500,), 3.0))
+found = [float(metric.compute()), float(metric.compute())]
+gathered = [None, None]
+distributed.all_gather_object(gathered, (found, [tuple(r) for r in account.releases]))
+distributed.destroy_process_group()
+if rank == 0:
+    os.waitpid(first, 0)
+    print(gathered)
+"""
+
+
+def test_ranks_publish_one_value_with_noise_added_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", TWO_RANKS, str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(Path(lightning_secure.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    (one, paid), (other, paid_there) = ast.literal_eval(done.stdout)
+    assert len({*one, *other}) == 1, "not a value for each rank, whose noise could be averaged"
+    assert one[0] != 2.25
+    assert abs(one[0] - 2.25) < 6 * 20 * 2 / 1000
+    assert paid == paid_there
 
 
 def test_what_a_training_step_told_it_is_forgotten_with_what_it_released():

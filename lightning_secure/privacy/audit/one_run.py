@@ -70,6 +70,12 @@ class OneRunAudit:
         if coins.shape != (len(canaries),):
             raise ConfigError(f"{len(canaries)} canaries need as many coins, not {len(coins)}.")
         self._included = coins
+        self._tossed = included is None
+
+    @property
+    def tossed(self) -> bool:
+        """Whether the coins were tossed in this process, by itself."""
+        return self._tossed
 
     @property
     def included(self) -> list[bool]:

@@ -16,10 +16,10 @@ from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 __all__ = [
-    "Account",
     "Bounds",
     "Chargeable",
     "ChargesAccount",
+    "PrivacyAccount",
     "PrivateSum",
     "centred",
     "require_bounds",
@@ -29,7 +29,7 @@ Bounds = tuple[float, float]
 
 
 class Chargeable(Protocol):
-    """What a release is charged to: a run's ledger, or an :class:`Account`."""
+    """What a release is charged to: a run's ledger, or a :class:`PrivacyAccount`."""
 
     def charge(self, release: Release) -> None:
         """Enter a release that is about to happen, or raise and have it not happen."""
@@ -44,7 +44,7 @@ class ChargesAccount(Protocol):
 
 
 @dataclass(kw_only=True)
-class Account:
+class PrivacyAccount:
     """An account of releases about rows that no private training has, such as validation rows.
 
     Args:
