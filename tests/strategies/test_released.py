@@ -184,10 +184,10 @@ def test_nothing_is_released_before_there_is_an_account():
 
 
 def test_a_modules_own_metric_charges_the_run(tmp_path):
-    model = Model(PrivateAccuracy(noise_multiplier=30.0, public_rows=ROWS))
+    model = Model(PrivateAccuracy(noise_multiplier=5.0, public_rows=ROWS))
     (one, two), strategy, _, trainer = fit(tmp_path, model, metrics={}, max_epochs=2)
     assert one["val_accuracy"] != two["val_accuracy"], "the weights stay, the noise does not"
-    accuracy = Release(30.0, 1.0, 1)
+    accuracy = Release(5.0, 1.0, 1)
     assert strategy.ledger.releases == [
         Release(1.0, 0.25, 4),
         accuracy,
@@ -195,7 +195,7 @@ def test_a_modules_own_metric_charges_the_run(tmp_path):
         accuracy,
     ]
     trainer.validate(model, verbose=False)
-    assert strategy.ledger.releases[-1] == Release(30.0, 1.0, 2)
+    assert strategy.ledger.releases[-1] == Release(5.0, 1.0, 2)
 
 
 def test_metrics_of_the_module_leave_less_for_steps(tmp_path):
