@@ -130,8 +130,9 @@ class Ledger:
             LedgerError: The journal cannot be written or, after the fit, not be found. It must not
                 be released.
         """
-        epsilon = self._epsilon([*self.releases, release])
-        if self.private and self.budget is not None and epsilon > self.budget:
+        limited = self.private and self.budget is not None
+        epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
+        if self.budget is not None and epsilon > self.budget:
             raise BudgetExhaustedError(
                 f"the release would bring epsilon to {epsilon:.4g}, and the budget is "
                 f"{self.budget:.4g}. Nothing was released."

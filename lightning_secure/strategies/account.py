@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
@@ -43,19 +42,20 @@ class RunAccount:
     """What metrics and other single releases of a module charge.
 
     Args:
-        module: Whose Trainer may be trying it out.
+        trying: Returns whether the module is only being tried out, by the preflight or by the
+            Trainer's sanity check.
         ledger: Returns the account of its weights, once there is one.
         charged: Is called after each release: it may have left nothing for another step.
     """
 
     def __init__(
         self,
-        module: pl.LightningModule,
         *,
+        trying: Callable[[], bool],
         ledger: Callable[[], Ledger | None],
         charged: Callable[[], None],
     ) -> None:
-        self._module = module
+        self._trying = trying
         self._ledger = ledger
         self._charged = charged
 
@@ -63,12 +63,15 @@ class RunAccount:
         """Enter a release that is about to happen.
 
         Raises:
-            PrivacyError: The Trainer only tries out whether validation works.
+            PrivacyError: The module is only being tried out.
             BudgetExhaustedError: It would exceed the budget.
             LedgerError: There is no account, or it cannot be charged.
         """
-        if self._module.trainer.sanity_checking:
-            raise PrivacyError("what the sanity check sees is not released.")
+        if self._trying():
+            raise PrivacyError(
+                "the module is only being tried out, by the preflight or the sanity check. Nothing "
+                "was released. What training_step computes is released by released_metrics."
+            )
         ledger = self._ledger()
         if ledger is None:
             raise LedgerError("there is no account before the first fit. Nothing was released.")

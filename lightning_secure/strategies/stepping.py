@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -209,6 +208,8 @@ class SteppingStrategy(AccountedStrategy):
                 "the account of this run does not cover the metrics that are to be released with "
                 "each step. They were not released."
             )
+        if not self._released.metrics:
+            return
         sums, public = self._released.take(self.root_device), ledger.public
         metrics = self._released.release(
             sums,
@@ -238,6 +239,8 @@ class SteppingStrategy(AccountedStrategy):
 
         Raises:
             ConfigError: A number is out of range, or there is not one number a row.
+            PrivacyError: The module is only being tried out, as ``training_step`` is before the
+                first step. Nothing was released.
             BudgetExhaustedError: It would exceed ``target_epsilon``. Nothing was released.
             LedgerError: There is no account yet, or it cannot be charged. Nothing was released.
         """
@@ -258,8 +261,7 @@ class SteppingStrategy(AccountedStrategy):
         return result
 
     def _stop_if_spent(self) -> None:
-        ledger = required(self._ledger)
-        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        ledger, fitting = required(self._ledger), self._engine is not None
         if fitting and not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
@@ -270,4 +272,11 @@ class SteppingStrategy(AccountedStrategy):
 
     def _account(self) -> RunAccount:
         """Return what single releases of the rows charge."""
-        return RunAccount(self._module, ledger=lambda: self._ledger, charged=self._stop_if_spent)
+        return RunAccount(
+            trying=lambda: (
+                self._module.trainer.sanity_checking
+                or (self._results is not None and self._results.muted)
+            ),
+            ledger=lambda: self._ledger,
+            charged=self._stop_if_spent,
+        )

@@ -19,6 +19,7 @@ from lightning_secure.metrics import PrivateAccuracy
 from lightning_secure.privacy.accounting import Release, affordable_steps, joint_noise
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.journal import known_releases
+from lightning_secure.privacy.ledger import ledger_of
 from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
 from lightning_secure.strategies.private import PrivateStrategy
 
@@ -181,6 +182,18 @@ def test_nothing_is_released_before_there_is_an_account():
     trainer = L.Trainer(strategy=strategy, accelerator="cpu", logger=False)
     with pytest.raises(LedgerError, match="no account before the first fit"):
         trainer.validate(model, verbose=False)
+
+
+def test_nothing_is_released_in_a_trial(tmp_path):
+    class Releasing(Model):
+        def training_step(self, batch, batch_idx):
+            self.trainer.strategy.release(batch[0][:, 0], bounds=(0, 4), noise_multiplier=8.0)
+            return super().training_step(batch, batch_idx)
+
+    model = Releasing()
+    with pytest.raises(PrivacyError, match="only being tried out"):
+        fit(tmp_path, model, metrics={})
+    assert ledger_of(model) is None, "nothing was charged either"
 
 
 def test_a_modules_own_metric_charges_the_run(tmp_path):

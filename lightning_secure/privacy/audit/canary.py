@@ -64,6 +64,9 @@ class CanaryRun:
 
     Attributes:
         ledger: The account of the last run.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
 
     def __init__(
@@ -80,6 +83,10 @@ class CanaryRun:
     ) -> None:
         positive_int(canaries=canaries, steps=steps, expected_batch_size=expected_batch_size)
         positive(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, norm=norm)
+        if expected_batch_size is not None and expected_batch_size > canaries:
+            raise ConfigError(
+                f"expected_batch_size={expected_batch_size} is more than the {canaries} canaries."
+            )
         self.canaries = canaries
         self._public = PublicNumbers(
             dataset_size=canaries,

@@ -127,6 +127,8 @@ def test_what_cannot_be_audited_is_refused():
         canary_audit(lambda included: included, **settings, runs=1)
     with pytest.raises(ConfigError, match=r"scores of shape \(3,\)"):
         canary_audit(lambda included: np.zeros(3), **settings)
+    with pytest.raises(ConfigError, match="more than the 10 canaries"):
+        CanaryRun(10, noise_multiplier=1.0, delta=1e-5, expected_batch_size=11)
     with pytest.raises(ConfigError, match="confidence"):
         canary_audit(lambda included: included, **settings, confidence=1.0)
 
