@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_secure.audit.log import AuditLog, AuditSummary
     from lightning_secure.callbacks.audit_trail import AuditTrail
     from lightning_secure.callbacks.budget import PrivacyBudget
+    from lightning_secure.callbacks.privacy_audit import PrivacyAudit
     from lightning_secure.crypto.keys import KeyProvider
     from lightning_secure.crypto.providers import (
         AwsKmsKeyProvider,
@@ -46,11 +47,16 @@ if TYPE_CHECKING:
     from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
+    from lightning_secure.metrics.membership import MembershipInferenceAdvantage
+    from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
     from lightning_secure.plugins.checkpoint import (
         EncryptedCheckpointIO,
         load_encrypted_checkpoint,
     )
+    from lightning_secure.privacy.audit.one_run import OneRunAudit
     from lightning_secure.privacy.config import DPConfig
+    from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
+    from lightning_secure.privacy.released.sums import PrivacyAccount
     from lightning_secure.redaction.anonymize import (
         AnonymizationPlan,
         Generalize,
@@ -71,6 +77,7 @@ __all__ = [
     "CanaryHit",
     "CanarySearch",
     "CiphertextCache",
+    "ClippedFraction",
     "Column",
     "DPConfig",
     "EncryptedCheckpointIO",
@@ -83,18 +90,26 @@ __all__ = [
     "FileSecret",
     "Fill",
     "Generalize",
+    "GradientNorm",
     "HpkeKeyProvider",
     "HpkePrivateKey",
     "Keep",
     "KeyProvider",
     "LocalKeyProvider",
+    "MembershipInferenceAdvantage",
+    "OneRunAudit",
     "Pkcs11KeyProvider",
+    "PrivacyAccount",
+    "PrivacyAudit",
     "PrivacyBudget",
+    "PrivateAccuracy",
+    "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
     "RedactingMLFlowLogger",
     "Redactor",
     "RemoteStorage",
+    "RowMean",
     "Schema",
     "SigningKey",
     "SplitByColumn",
@@ -126,6 +141,7 @@ _HOMES = {
     "CanaryHit": "redaction.canary",
     "CanarySearch": "redaction.canary",
     "CiphertextCache": "data.storage",
+    "ClippedFraction": "privacy.released.steps",
     "Column": "data.format",
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
@@ -138,18 +154,26 @@ _HOMES = {
     "FileSecret": "crypto.providers",
     "Fill": "data.sources.arrow",
     "Generalize": "redaction.anonymize",
+    "GradientNorm": "privacy.released.steps",
     "HpkeKeyProvider": "crypto.providers",
     "HpkePrivateKey": "crypto.providers",
     "Keep": "redaction.anonymize",
     "KeyProvider": "crypto.keys",
     "LocalKeyProvider": "crypto.providers",
+    "MembershipInferenceAdvantage": "metrics.membership",
+    "OneRunAudit": "privacy.audit.one_run",
     "Pkcs11KeyProvider": "crypto.providers",
+    "PrivacyAccount": "privacy.released.sums",
+    "PrivacyAudit": "callbacks.privacy_audit",
     "PrivacyBudget": "callbacks.budget",
+    "PrivateAccuracy": "metrics.private",
+    "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
+    "RowMean": "privacy.released.steps",
     "Schema": "data.format",
     "SigningKey": "crypto.providers",
     "SplitByColumn": "data.splits",

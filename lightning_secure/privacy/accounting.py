@@ -28,6 +28,7 @@ __all__ = [
     "epsilon_pld",
     "epsilon_rdp",
     "epsilon_truncated",
+    "joint_noise",
     "merged",
     "require_accountant",
 ]
@@ -78,6 +79,28 @@ def merged(releases: Sequence[Release]) -> dict[tuple[float, float], int]:
             mechanism = (noise_multiplier, sample_rate)
             totals[mechanism] = totals.get(mechanism, 0) + steps
     return totals
+
+
+def joint_noise(*noise_multipliers: float) -> float:
+    """Return the noise multiplier of all that is released of one draw together.
+
+    Args:
+        noise_multipliers: Of each release, in units of what one row can change in it.
+
+    Divided by its noise's standard deviation, each release is a part of one vector with noise of
+    width one, in which a row changes at most ``sqrt(sum(s**-2))``. To account for the parts as if
+    each had drawn its own rows would be wrong.
+
+    Source:
+        Andrew et al. 2019, arXiv:1905.03871, theorem 1.
+
+    >>> round(joint_noise(1.0, 2.0), 4)
+    0.8944
+    """
+    if 0 in noise_multipliers:
+        return 0.0
+    result: float = sum(noise**-2 for noise in noise_multipliers) ** -0.5
+    return result
 
 
 def require_accountant(name: str, *, bound: bool) -> None:

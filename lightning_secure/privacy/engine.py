@@ -300,9 +300,13 @@ class GradientEngine:
         """Forget the sums of the last step."""
         self._sums = {}
 
-    def add_chunk(self, batch: int) -> None:
-        """Clip the recorded chunk of ``batch`` rows and add it to the step's sums."""
-        add_clipped_sums(self._sums, self.take(batch), max_grad_norm=self._max_grad_norm)
+    def add_chunk(self, batch: int) -> Tensor:
+        """Clip the recorded chunk of ``batch`` rows and add it to the step's sums.
+
+        Returns:
+            The rows' gradient norms before clipping, shape ``(batch,)``. They are not private.
+        """
+        return add_clipped_sums(self._sums, self.take(batch), max_grad_norm=self._max_grad_norm)
 
     def release(
         self, noise: GaussianNoise, *, noise_multiplier: float, expected_batch_size: int

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
 
-from lightning_secure.errors import LedgerError
+from lightning_secure.errors import BudgetExhaustedError, LedgerError
 from lightning_secure.privacy.accounting import (
     Release,
     affordable_steps,
     epsilon_by,
     epsilon_rdp,
+    joint_noise,
     require_accountant,
 )
+from lightning_secure.privacy.public import PublicNumbers
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 if TYPE_CHECKING:
@@ -44,29 +46,6 @@ _VERSION: Final = 2
 _ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublicNumbers:
-    """What is fixed at the first fit and never derived from the data again.
-
-    Attributes:
-        dataset_size: Number of rows.
-        dataset_size_declared: Whether the user declared it public. Otherwise it was read off the
-            dataset and is treated as public from then on.
-        expected_batch_size: Rows a step draws on average; the divisor of the noised sum.
-        steps_per_epoch: Draws an epoch.
-    """
-
-    dataset_size: int
-    dataset_size_declared: bool
-    expected_batch_size: int
-    steps_per_epoch: int
-
-    @property
-    def sample_rate(self) -> float:
-        """Probability with which each row is drawn."""
-        return self.expected_batch_size / self.dataset_size
-
-
 @dataclass(kw_only=True)
 class Ledger:
     """What was released so far, and under which public numbers.
@@ -80,6 +59,8 @@ class Ledger:
         releases: Steps taken, equal ones together.
         insecure: Why the run is not private; empty if it is.
         accountant: By which :meth:`epsilon` is computed and the budget kept.
+        beside: Noise multipliers of the metrics that each step releases of its draw.
+        budget: What :meth:`charge` may not exceed; the strategy's, and in no checkpoint.
         abandoned: Steps among ``releases`` that were charged because the run's journal has them and
             the checkpoint that it was resumed from had not.
         journaled: Whether the run has a journal, without which it cannot be resumed.
@@ -96,6 +77,8 @@ class Ledger:
     releases: list[Release] = field(default_factory=list)
     insecure: tuple[str, ...] = ()
     accountant: str = "pld"
+    beside: tuple[float, ...] = ()
+    budget: float | None = field(default=None, compare=False)
     abandoned: int = 0
     journaled: bool = False
     journal_directory: Path | None = None
@@ -110,6 +93,18 @@ class Ledger:
         return sum(release.steps for release in self.releases)
 
     @property
+    def step(self) -> Release:
+        """One step: its gradient, and the metrics of the same draw."""
+        noise = joint_noise(self.noise_multiplier, *self.beside)
+        return Release(noise, self.public.sample_rate, 1)
+
+    def release_beside(self, noise_multipliers: Sequence[float]) -> None:
+        """Let each step from now on release metrics of its draw, with noise of these multiples."""
+        if self.beside != (beside := tuple(noise_multipliers)):
+            self.beside = beside
+            self._certified.clear()
+
+    @property
     def private(self) -> bool:
         """Whether the epsilon means anything."""
         return not self.insecure
@@ -121,8 +116,7 @@ class Ledger:
             LedgerError: The journal cannot be written. The step must not be released.
         """
         left = min((most - self.steps for most in self._certified.values()), default=None)
-        step = Release(self.noise_multiplier, self.public.sample_rate, 1)
-        self._charge(step, at_most=left)
+        self._charge(self.step, at_most=left)
 
     def charge(self, release: Release) -> None:
         """Enter another release of the same rows, for example a noised metric.
@@ -132,9 +126,25 @@ class Ledger:
                 rows took part. Call it before the result is released.
 
         Raises:
-            LedgerError: The journal cannot be written. It must not be released.
+            BudgetExhaustedError: It would exceed the budget.
+            LedgerError: The journal cannot be written or, after the fit, not be found. It must not
+                be released.
         """
-        self._charge(release, at_most=release.steps)
+        limited = self.private and self.budget is not None
+        epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
+        if self.budget is not None and epsilon > self.budget:
+            raise BudgetExhaustedError(
+                f"the release would bring epsilon to {epsilon:.4g}, and the budget is "
+                f"{self.budget:.4g}. Nothing was released."
+            )
+        closed = self._journal is None and self.journaled
+        if closed:
+            self._reopen_journal()
+        try:
+            self._charge(release, at_most=release.steps)
+        finally:
+            if closed:
+                self.close_journal()
         # Which steps fit was found out without it.
         self._certified.clear()
 
@@ -155,6 +165,17 @@ class Ledger:
     def adopt(self, journal: Journal, directory: Path) -> None:
         """Enter releases in a journal from now on; :func:`attach_journal` has compared the two."""
         self._journal, self.journaled, self.journal_directory = journal, True, directory
+
+    def _reopen_journal(self) -> None:
+        from lightning_secure.privacy.journal import attach_journal
+
+        if self.journal_directory is None:
+            raise LedgerError(
+                f"run {self.run_id} has a privacy journal, and this process does not know where: "
+                "what is charged now would be missing there. Train or resume with it first. "
+                "Nothing was released."
+            )
+        attach_journal(self, self.journal_directory)
 
     def add_abandoned(self, releases: Sequence[Release]) -> None:
         """Charge what another branch of the run has released."""
@@ -179,9 +200,12 @@ class Ledger:
             more_steps: Steps like the last ones.
             accountant: Another one than the ledger's own, for comparison.
         """
+        more = self.step._replace(steps=more_steps)
+        return self._epsilon([*self.releases, more], accountant)
+
+    def _epsilon(self, releases: Sequence[Release], accountant: str | None = None) -> float:
         if not self.private:
             return math.inf
-        releases = self._with(more_steps)
         return epsilon_by(accountant or self.accountant, releases, delta=self.delta)
 
     def epsilon_rdp(self) -> float:
@@ -201,7 +225,7 @@ class Ledger:
             more = affordable_steps(
                 target_epsilon=target_epsilon,
                 delta=self.delta,
-                noise_multiplier=self.noise_multiplier,
+                noise_multiplier=self.step.noise_multiplier,
                 sample_rate=self.public.sample_rate,
                 before=self.releases,
                 accountant=self.accountant,
@@ -212,10 +236,6 @@ class Ledger:
     def certify(self, target_epsilon: float, *, steps: int) -> None:
         """Note that ``steps`` steps in all stay within the budget, as calibration has shown."""
         self._certified[target_epsilon] = steps
-
-    def _with(self, more_steps: int) -> list[Release]:
-        more = Release(self.noise_multiplier, self.public.sample_rate, more_steps)
-        return [*self.releases, more]
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, for a checkpoint."""
@@ -229,6 +249,7 @@ class Ledger:
             "releases": [list(release) for release in self.releases],
             "insecure": list(self.insecure),
             "accountant": self.accountant,
+            "beside": list(self.beside),
             "abandoned": self.abandoned,
             "journaled": self.journaled,
             "journal_key": self._journal_key,
@@ -290,6 +311,7 @@ class Ledger:
             releases=[Release(*release) for release in state["releases"]],
             insecure=tuple(state["insecure"]),
             accountant=state["accountant"],
+            beside=tuple(state.get("beside", ())),  # since metrics can be released
             abandoned=int(state["abandoned"]),
             journaled=bool(state["journaled"]),
             _journal_key=state["journal_key"],
@@ -303,7 +325,7 @@ class Ledger:
             expected_batch_size=public.expected_batch_size,
             steps_per_epoch=public.steps_per_epoch,
         )
-        mechanisms = [(ledger.noise_multiplier, public.sample_rate)]
+        mechanisms = [(n, public.sample_rate) for n in (ledger.noise_multiplier, *ledger.beside)]
         for noise, rate, steps in ledger.releases:
             positive_int(steps=steps)
             mechanisms.append((noise, rate))

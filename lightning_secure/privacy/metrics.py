@@ -46,7 +46,7 @@ def metrics_kept_apart(model: nn.Module) -> Iterator[None]:
 
 def _names(metric: Metric) -> list[str]:
     """Return the attributes in which a metric keeps what it has seen."""
-    own = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced")
+    own = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced", "_released")
     return [*metric._defaults, *(name for name in own if name in vars(metric))]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lightning_secure.errors import ConfigError, LedgerError
-from lightning_secure.privacy.accounting import calibrate_noise
+from lightning_secure.errors import ConfigError, LedgerError, PrivacyError
+from lightning_secure.privacy.accounting import calibrate_noise, joint_noise
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import Ledger, PublicNumbers
 
@@ -16,7 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def begin_ledger(
-    config: DPConfig, *, rows: int, batch_size: int, planned_steps: Callable[[int], int]
+    config: DPConfig,
+    *,
+    rows: int,
+    batch_size: int,
+    planned_steps: Callable[[int], int],
+    beside: Sequence[float] = (),
 ) -> Ledger:
     """Fix a run's public numbers and its noise, and open its account.
 
@@ -25,9 +30,11 @@ def begin_ledger(
         rows: Rows of the dataset; used only if the configuration declares no number.
         batch_size: Of the user's loader; used only if the configuration declares none.
         planned_steps: From the steps of an epoch to those that the budget must last for.
+        beside: Noise multipliers of the metrics that each step is to release.
 
     Raises:
         ConfigError: More rows are expected in a step than there are.
+        PrivacyError: The metrics alone would spend the budget.
     """
     dataset_size = config.public_dataset_size or rows
     expected = config.expected_batch_size or min(batch_size, dataset_size)
@@ -56,16 +63,19 @@ def begin_ledger(
         public=public,
         insecure=config.insecure,
         accountant=config.accountant,
+        beside=tuple(beside),
+        budget=config.target_epsilon,
     )
     if config.noise_multiplier is None and config.target_epsilon is not None:
         steps = planned_steps(public.steps_per_epoch)
-        ledger.noise_multiplier = calibrate_noise(
+        together = calibrate_noise(
             target_epsilon=config.target_epsilon,
             delta=config.delta,
             sample_rate=public.sample_rate,
             steps=steps,
             accountant=config.accountant,
         )
+        ledger.noise_multiplier = _left_for_the_gradient(together, beside)
         ledger.certify(config.target_epsilon, steps=steps)
         log.info(
             "noise_multiplier %.4f spends epsilon %g in %d steps",
@@ -74,6 +84,25 @@ def begin_ledger(
             steps,
         )
     return ledger
+
+
+def _left_for_the_gradient(together: float, beside: Sequence[float]) -> float:
+    """Return the gradient's noise multiplier, with which all that a step releases has ``together``.
+
+    Raises:
+        PrivacyError: There is none: without any gradient, too much is released.
+    """
+    if not beside:
+        return together
+    left = together**-2 - sum(noise**-2 for noise in beside)
+    if left <= 1e-6 * together**-2:
+        raise PrivacyError(
+            f"the released metrics alone spend the budget: what a step releases needs a noise "
+            f"multiplier of {together:.4g} together, and theirs together have "
+            f"{joint_noise(*beside):.4g}. Give them more noise, or release fewer. No step was "
+            "taken."
+        )
+    return float(left**-0.5)
 
 
 def require_same_promise(config: DPConfig, ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -10,10 +11,20 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_secure import events
-from lightning_secure.errors import LedgerError
+from lightning_secure.errors import LedgerError, PrivacyError
+from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
+from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 
-__all__ = ["account_of", "announce_plain", "note_weights", "require_same_weights", "settle_account"]
+__all__ = [
+    "RunAccount",
+    "account_of",
+    "announce_plain",
+    "lend_account",
+    "note_weights",
+    "require_same_weights",
+    "settle_account",
+]
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,6 +36,54 @@ def account_of(module: Module) -> Ledger | None:
         drop_ledger(module)
         return None
     return ledger
+
+
+class RunAccount:
+    """What metrics and other single releases of a module charge.
+
+    Args:
+        trying: Returns whether the module is only being tried out, by the preflight or by the
+            Trainer's sanity check.
+        ledger: Returns the account of its weights, once there is one.
+        charged: Is called after each release: it may have left nothing for another step.
+    """
+
+    def __init__(
+        self,
+        *,
+        trying: Callable[[], bool],
+        ledger: Callable[[], Ledger | None],
+        charged: Callable[[], None],
+    ) -> None:
+        self._trying = trying
+        self._ledger = ledger
+        self._charged = charged
+
+    def charge(self, release: Release) -> None:
+        """Enter a release that is about to happen.
+
+        Raises:
+            PrivacyError: The module is only being tried out.
+            BudgetExhaustedError: It would exceed the budget.
+            LedgerError: There is no account, or it cannot be charged.
+        """
+        if self._trying():
+            raise PrivacyError(
+                "the module is only being tried out, by the preflight or the sanity check. Nothing "
+                "was released. What training_step computes is released by released_metrics."
+            )
+        ledger = self._ledger()
+        if ledger is None:
+            raise LedgerError("there is no account before the first fit. Nothing was released.")
+        ledger.charge(release)
+        self._charged()
+
+
+def lend_account(module: Module, account: Chargeable) -> None:
+    """Let the metrics among a module's modules that release something of the rows charge this."""
+    for metric in module.modules():
+        if isinstance(metric, ChargesAccount):
+            metric.charge_to(account)
 
 
 def settle_account(module: Module, ledger: Ledger, *, fitted: bool) -> None:

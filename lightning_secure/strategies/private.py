@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning.fabric.plugins import CheckpointIO
@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.released.steps import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
 from lightning_secure.strategies.training import PrivateTraining
 
@@ -24,6 +25,10 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
             All others are withheld from loggers, callbacks and the progress bar; metrics of
             validation and test are not touched.
+        released_metrics: Metrics of the rows of each step that are published with noise, by the
+            name under which their mean over an epoch is logged: ``ClippedFraction``,
+            ``GradientNorm``, or ``RowMean`` of an entry of ``training_step``'s dict. Each step is
+            charged for them and its gradient together.
         journal: Local directory where the run notes each release before it happens, so that no old
             checkpoint, second branch or crash makes the account forget one; keep it with the
             checkpoints. By default ``privacy_journal`` in the Trainer's ``default_root_dir``.
@@ -61,6 +66,7 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
         config: DPConfig,
         *,
         public_metrics: Sequence[str] = (),
+        released_metrics: Mapping[str, ReleasedMetric] | None = None,
         journal: str | Path | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -69,6 +75,7 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
         super().__init__(
             config,
             public_metrics=public_metrics,
+            released_metrics=released_metrics,
             journal=journal,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,25 @@ from torch.optim import Optimizer
 
 from lightning_secure.errors import (
     BudgetExhaustedError,
+    ConfigError,
+    LedgerError,
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.metrics import metrics_kept_apart
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
+from lightning_secure.privacy.released.steps import (
+    ReleasedMetric,
+    StepMetrics,
+    require_rows_apart,
+)
+from lightning_secure.privacy.released.sums import PrivateSum
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
 from lightning_secure.strategies.options import require_no_accumulation
 from lightning_secure.strategies.randomness import FreshRandomness
@@ -41,6 +51,7 @@ class SteppingStrategy(AccountedStrategy):
     Args:
         config: What the promise depends on.
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
+        released_metrics: Metrics of each step that are published with noise, by name.
         options: For the bases.
 
     Raises:
@@ -50,10 +61,21 @@ class SteppingStrategy(AccountedStrategy):
     """
 
     def __init__(
-        self, config: DPConfig, *, public_metrics: Iterable[str] = (), **options: Any
+        self,
+        config: DPConfig,
+        *,
+        public_metrics: Iterable[str] = (),
+        released_metrics: Mapping[str, ReleasedMetric] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(config, **options)
+        self._released = StepMetrics(released_metrics or {}, max_grad_norm=config.max_grad_norm)
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
+        if both := self._public_metrics & set(self._released.metrics):
+            raise ConfigError(
+                f"metrics {sorted(both)} are declared public and are to be released with noise: "
+                "under one name, what the module logs itself would pass without any."
+            )
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed)
         self._randomness = FreshRandomness(config.insecure_seed, stream=1)
@@ -98,6 +120,7 @@ class SteppingStrategy(AccountedStrategy):
             )
         require_no_accumulation(self._module.trainer)
         engine.begin_step()
+        self._released.begin_step()
         with self._randomness.apart(self.root_device):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
             return withheld(outputs, self.root_device, self._public_metrics)
@@ -112,7 +135,7 @@ class SteppingStrategy(AccountedStrategy):
         with engine.recording(), metrics_kept_apart(self._module):
             output = super().training_step(data, *rest, **kwargs)
             self._backward(loss_of(output))
-        engine.add_chunk(chunk.size)
+        self._released.add_chunk(output, engine.add_chunk(chunk.size))
         return output
 
     def _backward(self, loss: Tensor) -> None:
@@ -127,11 +150,13 @@ class SteppingStrategy(AccountedStrategy):
     def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
         engine, results = required(self._engine), required(self._results)
 
-        def loss(batch: Any) -> Tensor:
+        def output(batch: Any) -> Any:
             # From before the transfer hooks, which can mix rows as well. Without autocast:
             # rounding to 8 bits would hide what is looked for.
-            data = self._on_device(batch)
-            return loss_of(self._module.training_step(data, *rest, **kwargs))
+            return self._module.training_step(self._on_device(batch), *rest, **kwargs)
+
+        def loss(batch: Any) -> Tensor:
+            return loss_of(output(batch))
 
         trainer = self._module.trainer
         results.muted = True
@@ -150,6 +175,8 @@ class SteppingStrategy(AccountedStrategy):
                 checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
                 stateful=(*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)),
             )
+            entries = self._released.entries
+            require_rows_apart(entries, self._module, output, chunk.data, size=chunk.size)
         finally:
             results.muted = False
 
@@ -171,7 +198,55 @@ class SteppingStrategy(AccountedStrategy):
             noise_multiplier=ledger.noise_multiplier,
             expected_batch_size=ledger.public.expected_batch_size,
         )
+        self._publish(ledger)
         return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    def _publish(self, ledger: Ledger) -> None:
+        """Publish the metrics of the draw, which the step's entry in the account has covered."""
+        if self._released.noise_multipliers != ledger.beside:
+            raise LedgerError(
+                "the account of this run does not cover the metrics that are to be released with "
+                "each step. They were not released."
+            )
+        if not self._released.metrics:
+            return
+        sums, public = self._released.take(self.root_device), ledger.public
+        metrics = self._released.release(
+            sums,
+            self._noise,
+            expected_batch_size=public.expected_batch_size,
+            on=ledger.noise_multiplier > 0,
+        )
+        required(self._results).publish(metrics)
+
+    def release(
+        self,
+        values: Tensor,
+        *,
+        bounds: tuple[float, float],
+        noise_multiplier: float,
+        public_rows: int | None = None,
+    ) -> float:
+        """Publish the mean of one number a row, with noise, and charge the run's account for it.
+
+        Args:
+            values: One number for each row of the training set, shape ``(rows,)``.
+            bounds: Between which values are moved.
+            noise_multiplier: Standard deviation of the noise, in units of what one row can change.
+            public_rows: Their number, if it is public; otherwise it is charged as well.
+
+        What each step computes of its draw can be had more cheaply by ``released_metrics``.
+
+        Raises:
+            ConfigError: A number is out of range, or there is not one number a row.
+            PrivacyError: The module is only being tried out, as ``training_step`` is before the
+                first step. Nothing was released.
+            BudgetExhaustedError: It would exceed ``target_epsilon``. Nothing was released.
+            LedgerError: There is no account yet, or it cannot be charged. Nothing was released.
+        """
+        metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
+        total, count = metric.summed(values)
+        return float(metric.released(total, count, account=self._account(), noise=self._noise))
 
     def optimizer_step(
         self,
@@ -182,12 +257,26 @@ class SteppingStrategy(AccountedStrategy):
     ) -> Any:
         """Take the step, and ask the Trainer to stop if the budget allows no other."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        ledger = required(self._ledger)
-        if not ledger.affords_a_step(self.config.target_epsilon):
+        self._stop_if_spent()
+        return result
+
+    def _stop_if_spent(self) -> None:
+        ledger, fitting = required(self._ledger), self._engine is not None
+        if fitting and not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
                 self.config.target_epsilon,
                 ledger.steps,
             )
             self.stop_training()
-        return result
+
+    def _account(self) -> RunAccount:
+        """Return what single releases of the rows charge."""
+        return RunAccount(
+            trying=lambda: (
+                self._module.trainer.sanity_checking
+                or (self._results is not None and self._results.muted)
+            ),
+            ledger=lambda: self._ledger,
+            charged=self._stop_if_spent,
+        )

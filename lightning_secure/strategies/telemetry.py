@@ -7,17 +7,27 @@ rows without noise. Logged, they are a release that no account contains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from torch import Tensor
 
 __all__ = ["PUBLIC_METRICS", "GuardedResults"]
 
 log = logging.getLogger(__name__)
 
-#: What the package itself logs while training; none of it depends on the rows.
-PUBLIC_METRICS: Final = frozenset({"privacy/epsilon", "privacy/delta", "privacy/steps"})
+#: What the package itself logs while training; none of it depends on the rows, lower bounds on
+#: epsilon only on canaries, which are nobody's.
+PUBLIC_METRICS: Final = frozenset(
+    {
+        "privacy/epsilon",
+        "privacy/epsilon_lower_bound_canary",
+        "privacy/epsilon_lower_bound_one_run",
+        "privacy/delta",
+        "privacy/steps",
+    }
+)
 
 
 class GuardedResults(_ResultCollection):
@@ -25,15 +35,18 @@ class GuardedResults(_ResultCollection):
 
     Args:
         public: Names that may pass.
+        released: Names under which the strategy publishes metrics with noise; the module's own of
+            the same names are withheld.
 
     Attributes:
         muted: Whether nothing passes, not even a remark: during trial runs.
     """
 
-    def __init__(self, public: Iterable[str]) -> None:
+    def __init__(self, public: Iterable[str], released: Iterable[str] = ()) -> None:
         super().__init__(training=True)
         self.muted = False
         self._public = frozenset(public)
+        self._released = frozenset(released)
         self._withheld: set[str] = set()
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
@@ -42,12 +55,19 @@ class GuardedResults(_ResultCollection):
             return
         if name in self._public:
             super().log(fx, name, *args, **kwargs)
-        elif name not in self._withheld:
+        elif name not in self._withheld | self._released:
             self._withheld.add(name)
             log.warning(
                 "metric %r, logged in %s, is computed from training rows without noise and is "
                 "withheld from loggers, callbacks and the progress bar. Log it on validation data "
-                "instead, or name it in PrivateStrategy(public_metrics=[...]) if it is public.",
+                "instead, release it with noise, PrivateStrategy(released_metrics={...}), or name "
+                "it in PrivateStrategy(public_metrics=[...]) if it is public.",
                 name,
                 fx,
             )
+
+    def publish(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take in metrics of one step that were released with noise; their mean is an epoch's."""
+        for name, value in metrics.items():
+            # Each step counts alike: how many rows it has drawn must not weigh.
+            super().log("training_step", name, value, batch_size=1)

@@ -14,7 +14,12 @@ from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.promise import begin_ledger
-from lightning_secure.strategies.account import account_of, require_same_weights, settle_account
+from lightning_secure.strategies.account import (
+    account_of,
+    lend_account,
+    require_same_weights,
+    settle_account,
+)
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
     carry_ledger,
@@ -48,7 +53,11 @@ class PrivateTraining(SteppingStrategy):
             require_trainer_options(trainer, module, self.precision_plugin, self.config)
             if self._ledger is not None:
                 require_same_weights(module, self._ledger)
+                self._ledger.release_beside(self._released.noise_multipliers)
                 carry_ledger(trainer, self._ledger, self.config, self._journal)
+        if self._ledger is not None:
+            self._ledger.budget = self.config.target_epsilon
+        lend_account(module, self._account())
         super().setup(trainer)
         if not fitting:
             return
@@ -56,7 +65,7 @@ class PrivateTraining(SteppingStrategy):
         self._engine = GradientEngine(module, max_grad_norm=self.config.max_grad_norm)
         self._engine.attach()
         self._preflight_due = True
-        self._results = GuardedResults(self._public_metrics)
+        self._results = GuardedResults(self._public_metrics, self._released.metrics)
         trainer.fit_loop.epoch_loop._results = self._results
         selector = trainer._data_connector._datahook_selector
         assert selector is not None  # noqa: S101 # set by the Trainer before any strategy's setup
@@ -100,6 +109,7 @@ class PrivateTraining(SteppingStrategy):
                 rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
                 batch_size=loader.batch_size or 1,
                 planned_steps=partial(planned_steps, trainer, self.config),
+                beside=self._released.noise_multipliers,
             )
             carry_ledger(trainer, self._ledger, self.config, self._journal)
         return self._ledger

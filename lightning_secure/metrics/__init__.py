@@ -1,0 +1,13 @@
+"""torchmetrics about privacy, and torchmetrics that keep it."""
+
+from __future__ import annotations
+
+from lightning_secure.metrics.membership import MembershipInferenceAdvantage, membership_advantage
+from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
+
+__all__ = [
+    "MembershipInferenceAdvantage",
+    "PrivateAccuracy",
+    "PrivateMean",
+    "membership_advantage",
+]

@@ -1,0 +1,278 @@
+"""Metrics of the rows that a step has drawn, released together with its gradient."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_secure.errors import ConfigError, UnsupportedModelError
+from lightning_secure.privacy.leftovers import preserved
+from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
+from lightning_secure.privacy.rows import recombined, with_row
+from lightning_secure.privacy.trial import NO_STEP, exact_arithmetic
+from lightning_secure.validate import positive
+
+__all__ = [
+    "ClippedFraction",
+    "GradientNorm",
+    "ReleasedMetric",
+    "RowMean",
+    "StepMetrics",
+    "require_rows_apart",
+]
+
+_ROWS: Final = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedMetric:
+    """A mean over the rows of each step that is published with noise.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise that each step's sum gets, in units of
+            what one row can change in it. It is charged together with the gradient's: with 10 for
+            a metric and 1 for the gradient, a step has 0.995.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        positive(noise_multiplier=self.noise_multiplier)
+
+    @property
+    @abstractmethod
+    def limits(self) -> Bounds:
+        """Between which values lie."""
+
+    @abstractmethod
+    def values(self, output: Any, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """Return one number a row of a chunk.
+
+        Args:
+            output: What the training step returned.
+            norms: Of the rows' gradients, before clipping.
+            max_grad_norm: The clipping norm.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedFraction(ReleasedMetric):
+    """The part of the rows whose gradient was clipped."""
+
+    @property
+    def limits(self) -> Bounds:
+        """Zero and one."""
+        return 0.0, 1.0
+
+    def values(self, output: Any, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """Return 1 for each row that was clipped, also for one that overflowed, and 0 otherwise."""
+        return (~(norms <= max_grad_norm)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNorm(ReleasedMetric):
+    """The mean norm of the rows' gradients before clipping.
+
+    Attributes:
+        largest: Norms beyond it count as this much.
+    """
+
+    largest: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(largest=self.largest)
+
+    @property
+    def limits(self) -> Bounds:
+        """Zero and the largest."""
+        return 0.0, self.largest
+
+    def values(self, output: Any, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """Return the norms."""
+        return norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMean(ReleasedMetric):
+    """The mean of what the training step says of each row, such as its loss.
+
+    Attributes:
+        entry: Of the dict that ``training_step`` returns: a tensor of one number a row, shape
+            ``(rows,)``, each of which depends on that row only.
+        bounds: Between which values are moved. Wider ones need more noise.
+    """
+
+    entry: str
+    bounds: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "bounds", require_bounds(self.bounds))
+
+    @property
+    def limits(self) -> Bounds:
+        """The declared bounds."""
+        return self.bounds
+
+    def values(self, output: Any, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """Return the entry.
+
+        Raises:
+            UnsupportedModelError: It is not there, or not one number a row.
+        """
+        return entry_of(output, self.entry, len(norms))
+
+
+def entry_of(output: Any, entry: str, rows: int) -> Tensor:
+    """Return an entry of a training step's dict, shape ``(rows,)``.
+
+    Raises:
+        UnsupportedModelError: It is not there, or not one number a row.
+    """
+    found = output.get(entry) if isinstance(output, Mapping) else None
+    if not isinstance(found, Tensor) or found.shape != (rows,):
+        raise UnsupportedModelError(
+            f"the released metric of {entry!r} needs training_step to return a dict with that "
+            "entry beside 'loss', a tensor of shape (rows,) with one number a row, as a loss with "
+            "reduction='none'. This step was not taken."
+        )
+    return found.detach()
+
+
+class StepMetrics:
+    """Sums up the released metrics of a step, chunk by chunk.
+
+    Args:
+        metrics: By name.
+        max_grad_norm: The clipping norm.
+
+    Raises:
+        ConfigError: Something is no such metric.
+    """
+
+    def __init__(self, metrics: Mapping[str, ReleasedMetric], *, max_grad_norm: float) -> None:
+        for name, metric in metrics.items():
+            if not isinstance(metric, ReleasedMetric):
+                raise ConfigError(
+                    f"released metric {name!r} must be a RowMean, GradientNorm or ClippedFraction, "
+                    f"not a {type(metric).__name__}."
+                )
+        self.metrics = dict(metrics)
+        self._max_grad_norm = max_grad_norm
+        self._sums: Tensor | None = None
+
+    @property
+    def noise_multipliers(self) -> tuple[float, ...]:
+        """Of each metric."""
+        return tuple(metric.noise_multiplier for metric in self.metrics.values())
+
+    @property
+    def entries(self) -> list[str]:
+        """Entries of the training step's dict that are released."""
+        return [m.entry for m in self.metrics.values() if isinstance(m, RowMean)]
+
+    def begin_step(self) -> None:
+        """Forget the sums of the last step."""
+        self._sums = None
+
+    def add_chunk(self, output: Any, norms: Tensor) -> None:
+        """Add the rows of a chunk.
+
+        Args:
+            output: What the training step returned.
+            norms: Of the rows' gradients before clipping, shape ``(rows,)``.
+
+        Raises:
+            UnsupportedModelError: An entry is not there, or not one number a row.
+        """
+        if not self.metrics:
+            return
+        sums = torch.stack(
+            [
+                centred(m.values(output, norms, self._max_grad_norm), m.limits).sum().to(norms)
+                for m in self.metrics.values()
+            ]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def take(self, device: torch.device) -> Tensor:
+        """Return the sums, in units of what one row can change, and forget them.
+
+        On several ranks they must be added up before they are released, once.
+        """
+        sums, self._sums = self._sums, None
+        return torch.zeros(len(self.metrics), device=device) if sums is None else sums
+
+    def release(
+        self, sums: Tensor, noise: GaussianNoise, *, expected_batch_size: int, on: bool = True
+    ) -> dict[str, Tensor]:
+        """Return the metrics of one step, by name, with noise.
+
+        Args:
+            sums: Of all rows of the step, shape ``(metrics,)``.
+            noise: Source of the noise. The step's entry in the account was made before.
+            expected_batch_size: The public divisor.
+            on: False adds no noise, as ``insecure_noise_off``.
+
+        A draw may be larger or smaller than expected, so a step's value may lie outside of the
+        bounds; on average over steps it is the mean over all rows.
+        """
+        widths = sums.new_tensor(self.noise_multipliers)
+        if on:
+            sums = sums + widths * noise.add_(torch.zeros_like(sums), std=1.0)
+        found = {}
+        for (name, metric), value in zip(self.metrics.items(), sums, strict=True):
+            low, high = metric.limits
+            found[name] = (low + high) / 2 + (high - low) / 2 * value / expected_batch_size
+        return found
+
+
+def require_rows_apart(
+    entries: Sequence[str],
+    model: nn.Module,
+    output_of: Callable[[Any], Any],
+    batch: Any,
+    *,
+    size: int,
+) -> None:
+    """Check, on rows recombined from a batch, that what is released of a row is of that row only.
+
+    Args:
+        entries: Of the training step's dict.
+        model: Is left as it was.
+        output_of: Runs all that happens to a batch, and returns what the training step returns.
+        batch: A batch as it was collated.
+        size: Its rows.
+
+    Raises:
+        UnsupportedModelError: A row's number changes when the others do, or is not there.
+    """
+    if not entries:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def found(rows: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # so that dropout does the same
+        output = output_of(rows)
+        return {entry: entry_of(output, entry, _ROWS).float() for entry in entries}
+
+    with preserved(model), exact_arithmetic():
+        rows = recombined(batch, size, _ROWS, generator, jitter=1)
+        before = found(rows)
+        for kept in range(_ROWS):
+            others = recombined(batch, size, _ROWS, generator, jitter=1)
+            after = found(with_row(others, rows, kept, rows=_ROWS))
+            for entry in entries:
+                if not torch.allclose(before[entry][kept], after[entry][kept], 1e-3, 1e-5):
+                    raise UnsupportedModelError(
+                        f"what training_step returns under {entry!r} for one row changes when "
+                        "another row does, so noise for one row's part does not cover it. Let each "
+                        f"number depend on its own row. {NO_STEP}"
+                    )
