@@ -15,8 +15,8 @@ two steps after it, and the first of each turn.
 
 *Memory* is the most that a step takes beyond what the process had before the model was built, with
 a sampling rate of 1, so that all batches are alike. ``memory_...`` is that of the whole run with
-the first step, ``memory_later_...`` that without it. On a processor it is resident memory, while
-glibc returns what is freed at once; on a GPU what torch has allocated.
+the first step, ``memory_later_...`` that without it. On a processor it is resident memory,
+after glibc was made to return what it had kept; on a GPU what torch has allocated.
 
 All train the same weights on the same rows with the same SGD, all private ones with the same
 clipping norm and noise, and in float32; on a GPU under autocast to bfloat16.
@@ -193,7 +193,7 @@ _COLUMNS = ("step_ms", "first_step_seconds", "peak_mb", "peak_mb_later")
 
 
 def main() -> int:
-    """Measure, print and write; 1 if we or plain Lightning failed, or we did other work than Opacus."""
+    """Measure, print and write; 1 if we failed, did other work than Opacus, or plain failed."""
     arguments = parse()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -59,6 +59,8 @@ class Bench:
         here = Path(__file__).resolve().parent.parent
         paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        # Threads that allocate apart from each other make peaks differ from run to run.
+        os.environ["MALLOC_ARENA_MAX"] = "1"
 
     def about(self) -> dict[str, Any]:
         """Return versions, threads and GPU."""

@@ -31,8 +31,6 @@ __all__ = ["about", "memory", "serve", "turns"]
 _STEPS_WATCHED = 4
 _UNREACHED = 1e6
 _PACKAGES = ("lightning-secure", "lightning", "torch", "opacus", "dp-accounting", "numpy")
-# glibc's numbers for mallopt.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD, _ARENA_MAX = -3, -1, -2, -8
 
 
 def serve(pipe: Connection, what: str, setting: Setting) -> NoReturn:
@@ -69,8 +67,9 @@ def about(pipe: Connection, setting: Setting) -> dict[str, Any]:
 class Pace:
     """Times steps, and waits between turns.
 
-    A step lasts from the end of the one before until its own end, with the device idle, so fetching
-    the rows belongs to it. Whoever asks says how many are wanted, and gets seconds and rows of each.
+    A step lasts from the end of the one before until its own end, with the device idle, so
+    fetching the rows belongs to it. Whoever asks says how many are wanted, and gets the seconds
+    and the rows of each.
     """
 
     def __init__(self, pipe: Connection, device: str) -> None:
@@ -120,9 +119,8 @@ class Peak:
         self.most = [0.0, 0.0]
         self._device = device
         self._steps = 0
-        gc.collect()
-        self._before = _memory(device)
         _forget_peak(device)
+        self._before = _memory(device)
 
     def begin(self) -> None:
         """Nothing: the model counts as well, and is there already."""
@@ -160,7 +158,6 @@ def memory(pipe: Connection, setting: Setting) -> dict[str, Any]:
     With a sampling rate of 1, so that every batch has the same rows. The gradients come first: what
     libraries load and set up when they are first used is no part of the peak then.
     """
-    _return_memory_at_once()
     train = SYSTEMS[setting.system]
     exact = replace(setting, noise=False, bf16=False)
     paths = {name: setting.folder / f"{setting.system}-{name}.npy" for name in ("sum", "clipped")}
@@ -172,16 +169,6 @@ def memory(pipe: Connection, setting: Setting) -> dict[str, Any]:
     train(setting, watch)
     first, later = watch.most
     return {"gradients": paths, "peak_mb": max(first, later), "peak_mb_later": later}
-
-
-def _return_memory_at_once() -> None:
-    """Let glibc keep nothing that was freed, so that what is resident is what is in use."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_ARENA_MAX, 1)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
-        libc.mallopt(_TRIM_THRESHOLD, 0)
-        libc.mallopt(_TOP_PAD, 0)
 
 
 def _memory(device: str, *, peak: bool = False) -> float:
@@ -198,10 +185,17 @@ def _memory(device: str, *, peak: bool = False) -> float:
 
 
 def _forget_peak(device: str) -> None:
+    """Let the peak be what is in use now."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        # glibc keeps what is freed, and would count it. Told to keep nothing at all, it lets
+        # everything take ten times as long, so it is asked only here.
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _synchronise(device: str) -> None:
