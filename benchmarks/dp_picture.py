@@ -53,7 +53,7 @@ def _costs(plot: Axes, cost: dict[str, Any]) -> None:
         values = [slowdown(cost, model, system) for model in names]
         places = [place + row * height for place in range(len(names))]
         bars = plot.barh(
-            places, [value or 0 for value in values], height, color=color, label=label, log=True
+            places, [value or 1 for value in values], height, color=color, label=label, log=True
         )
         texts = ["failed" if value is None else f"{value:.2f}x" for value in values]
         plot.bar_label(bars, texts, padding=3, fontsize=7)
