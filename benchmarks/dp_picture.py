@@ -66,7 +66,7 @@ def _costs(plot: Axes, cost: dict[str, Any]) -> None:
     plot.set_xticks([], minor=True)
     plot.tick_params(length=0)
     plot.spines[:].set_visible(False)
-    plot.set_title("a step, compared with one without privacy", fontsize=9)
+    plot.set_title("a step, compared with one without privacy (logarithmic)", fontsize=9)
     plot.legend(fontsize=7, frameon=False, loc="lower right")
 
 
@@ -88,7 +88,11 @@ def _accuracies(plot: Axes, utility: dict[str, Any]) -> None:
             label=label,
         )
     plot.axhline(
-        utility["accuracy"]["plain"]["mean"], color=TEXT, linewidth=0.8, linestyle=":", label="none"
+        utility["accuracy"]["plain"]["mean"],
+        color=TEXT,
+        linewidth=0.8,
+        linestyle=":",
+        label="without privacy",
     )
     plot.set_xscale("log")
     plot.set_xticks([float(epsilon) for epsilon in epsilons], epsilons)
@@ -100,5 +104,5 @@ def _accuracies(plot: Axes, utility: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    *results, picture = map(Path, sys.argv[1:])
-    draw(*(json.loads(path.read_text()) for path in results), picture)
+    costs, accuracies, picture = map(Path, sys.argv[1:])
+    draw(json.loads(costs.read_text()), json.loads(accuracies.read_text()), picture)

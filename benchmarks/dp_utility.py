@@ -155,7 +155,8 @@ def by_opacus(seed: int, noise: float, epochs: int) -> Run:
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     for x, y in itertools.islice(batches, epochs * STEPS_PER_EPOCH):
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(x), y).backward()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return Run(digits.accuracy(net), engine.get_epsilon(DELTA))
 
