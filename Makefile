@@ -9,7 +9,7 @@ PEERS ?= .venv-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format services peers bench-data bench-results clean
+.PHONY: help demo test lint types format services peers bench-data bench-dp bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
+	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick; ARGS='--device cuda')"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,10 +64,16 @@ services:
 bench-data: $(INSTALLED) $(PEERS)/.installed
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/shards.py --peers $(PEERS) $(ARGS)
 
-# What benchmarks/results/ and the picture in the README hold; a few minutes, on a quiet machine.
+bench-dp: $(INSTALLED)
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/dp.py $(ARGS)
+
+# What benchmarks/results/ and the pictures in docs/img hold; half an hour, on a quiet machine.
 bench-results:
 	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
 	$(BIN)/python benchmarks/picture.py benchmarks/results/shards.json docs/img/shards.svg
+	$(MAKE) bench-dp ARGS="--json benchmarks/results/dp.json"
+	$(BIN)/python benchmarks/dp_utility.py --json benchmarks/results/dp_utility.json
+	$(BIN)/python benchmarks/dp_picture.py benchmarks/results/dp.json benchmarks/results/dp_utility.json docs/img/dp.svg
 
 clean:
 	rm -rf $(VENV) $(PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run
