@@ -414,7 +414,9 @@ def test_a_failed_commit_leaves_the_dataset_as_it_was(tmp_path, keys, heard):
 def test_sealing_and_opening_are_announced(tmp_path, keys, heard):
     seal(tmp_path, keys, rows=30)
     dataset(tmp_path, keys)
-    assert [event.action for event in heard] == ["key.wrap", "data.seal", "key.unwrap", "data.open"]
+    # Whoever seals makes sure at the end, with one call, that the key is still there.
+    sealing, opening = ["key.wrap", "key.unwrap", "data.seal"], ["key.unwrap", "data.open"]
+    assert [event.action for event in heard] == sealing + opening
     assert heard[1].details["records"] == heard[3].details["records"] == 30
     assert heard[1].details["manifest"] == heard[3].details["manifest"]
 

@@ -13,4 +13,11 @@ CATALOGUE = [
         "tests/data/test_resume.py -k could_not_be_written",
         more=(("                os.ftruncate(self._fd, whole)\n", "                pass\n"),),
     ),
+    Mutation(
+        "a split is put into the manifest under a key that is gone",
+        "crypto/keys.py",
+        "            self._require_kept()\n",
+        "",
+        "tests/data/test_interruptions.py -k destroyed_while",
+    ),
 ]
