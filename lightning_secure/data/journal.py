@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import hmac
 import os
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ __all__ = ["JOURNAL_NAME", "Journal", "Progress", "source_mark"]
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
+#: A pipe, a device or a link that lies there is opened without waiting for it, and refused.
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FIELDS: Final = {
     "begin": {"version", "dataset_id", "split", "partitions", "settings", "source"},
     "schema": {"columns"},
@@ -240,7 +243,10 @@ def _open_locked(path: Path) -> int:
     while True:
         reason = fd = None
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(path, _FLAGS, 0o666)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                fd, reason = None, "not a regular file"
         except OSError as error:
             reason = error.strerror
         if fd is None:

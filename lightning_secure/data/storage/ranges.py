@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Final, Protocol
 
 from typing_extensions import Buffer
 
 from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.data.threads import ForkLock
 
 __all__ = ["RangeSource", "RemoteFile"]
 
@@ -48,7 +48,7 @@ class RemoteFile:
         self._size = size
         # As far as a scan may jump: from tag to tag, or over a segment that another thread reads.
         self._near = 4 * (size // entry.segments) + _FIRST_WINDOW
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._window = (0, b"")
         self._next = 0
         self._streak = 0

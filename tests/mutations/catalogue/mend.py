@@ -20,4 +20,18 @@ CATALOGUE = [
         "",
         "tests/data/test_interruptions.py -k destroyed_while",
     ),
+    Mutation(
+        "a checkpoint chooses how much memory a resumed run takes",
+        "data/loader/loader.py",
+        "if position.window_bytes > max(self._window_bytes, _TRUSTED_WINDOW_BYTES):",
+        "if False:",
+        "tests/data/loader/test_resume.py -k 'choose and 2147483648'",
+    ),
+    Mutation(
+        "rows that a Ray task lost pass for rows without a value",
+        "data/ray.py",
+        "sealed + dropped != rows",
+        "sealed + dropped > rows",
+        "tests/data/test_ray.py -k lost_by_a_task",
+    ),
 ]
