@@ -34,4 +34,18 @@ CATALOGUE = [
         "sealed + dropped > rows",
         "tests/data/test_ray.py -k lost_by_a_task",
     ),
+    Mutation(
+        "a checkpoint holds the rows beside a row that it names",
+        "plugins/checkpoint.py",
+        'save_named(checkpoint, cast("IO[bytes]", stream))',
+        'torch.save(checkpoint, cast("IO[bytes]", stream))',
+        "tests/plugins/test_compact.py -k that_a_module_keeps",
+    ),
+    Mutation(
+        "tied weights that are views come apart in a checkpoint",
+        "plugins/compact.py",
+        "if stretch and start >= end:",
+        "if stretch:",
+        "tests/plugins/test_compact.py -k share_them_afterwards",
+    ),
 ]
