@@ -41,6 +41,7 @@ from lightning_secure.data.pins import Pins
 from lightning_secure.data.shard import Scratch, ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
+from lightning_secure.data.unfinished import UnfinishedErasure
 from lightning_secure.errors import ConfigError, DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import exclusive_lock
 
@@ -291,6 +292,7 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
         # Before anything is cleared away that an older manifest does not name.
         pins.check(read_manifest(root, trusted=keys.trusted_signers), root)
         _sweep(root, keys, pins)
+        UnfinishedErasure.settle(root, keys)
         try:
             yield
         finally:

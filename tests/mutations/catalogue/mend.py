@@ -42,6 +42,20 @@ CATALOGUE = [
         "tests/plugins/test_compact.py -k that_a_module_keeps",
     ),
     Mutation(
+        "nobody knows of an erasure that broke off",
+        "data/unfinished.py",
+        "        self.write(root, signer)\n",
+        "",
+        "tests/data/test_erasure.py -k old_key_went_is_finished",
+    ),
+    Mutation(
+        "a key is destroyed that a late split needs",
+        "data/recovery.py",
+        "return not held(manifest) and keys.retire()",
+        "return keys.retire()",
+        "tests/data/test_erasure.py -k sealed_under_meanwhile",
+    ),
+    Mutation(
         "tied weights that are views come apart in a checkpoint",
         "plugins/compact.py",
         "if stretch and start >= end:",
