@@ -66,6 +66,7 @@ class EncryptedShardWriter:
             says how many rows are sealed already: the caller goes on with the next. If there is
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
+            Those whose names begin with ``encrypted.`` are seen by readers of the split only.
         min_generation: The oldest generation of the dataset that is built on. One that somebody
             put an older state in place of is refused, when the sealing begins and again, under the
             lock, when the split is put into the manifest.

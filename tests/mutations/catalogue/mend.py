@@ -56,6 +56,13 @@ CATALOGUE = [
         "tests/data/test_erasure.py -k sealed_under_meanwhile",
     ),
     Mutation(
+        "names of classes stand in the manifest",
+        "data/sources/images.py",
+        'f"{ENCRYPTED}classes.label"',
+        '"classes.label"',
+        "tests/data/sources/test_images.py -k names_of_classes",
+    ),
+    Mutation(
         "tied weights that are views come apart in a checkpoint",
         "plugins/compact.py",
         "if stretch and start >= end:",
