@@ -68,8 +68,11 @@ class EncryptedLoader:
 
     Guarantees:
         In an epoch, all processes together return each row once, in the same number of batches in
-        each process. Two exceptions: ``drop_last`` leaves some out; and where there are fewer rows
-        than batches, some are returned twice. A batch that is still referred to is not overwritten.
+        each process. Two exceptions: ``drop_last`` leaves some out; and without it, where
+        ``batch_size`` is 1 and the rows do not divide by the number of processes, or there are
+        fewer rows than processes, each process that would have no row for its last batch returns
+        one that another process has too. The same holds for what is left of a resumed epoch. A
+        batch that is still referred to is not overwritten.
     """
 
     def __init__(
