@@ -28,13 +28,6 @@ CATALOGUE = [
         "tests/data/loader/test_resume.py -k 'choose and 2147483648'",
     ),
     Mutation(
-        "rows that a Ray task lost pass for rows without a value",
-        "data/ray.py",
-        "sealed + dropped != rows",
-        "sealed + dropped > rows",
-        "tests/data/test_ray.py -k lost_by_a_task",
-    ),
-    Mutation(
         "a checkpoint holds the rows beside a row that it names",
         "plugins/checkpoint.py",
         'save_named(checkpoint, cast("IO[bytes]", stream))',
