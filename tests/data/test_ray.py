@@ -186,7 +186,8 @@ def test_the_driver_opens_every_shard_before_it_signs(tmp_path, keys, monkeypatc
         if harm == "remove":
             victim.unlink()
         else:
-            victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+            data = victim.read_bytes()
+            victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         return result
 
     monkeypatch.setattr(one, "write", tampered)  # an administrator at work in between
