@@ -100,11 +100,17 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
     "was to do so.",
 )
 @recipient_files
+@pins
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @failures
 def finish(
-    root: Path, key_path: Path, old_key_file: Path | None, recipients: tuple[Path, ...], yes: bool
-) -> None:  # fmt: skip
+    root: Path,
+    key_path: Path,
+    old_key_file: Path | None,
+    recipients: tuple[Path, ...],
+    yes: bool,
+    **pinned: Any,
+) -> None:
     """Finish an erasure that broke off after the rows went."""
     from lightning_secure.data.finishing import finish_erasure
 
@@ -117,6 +123,7 @@ def finish(
                 keys=provider(key_path),
                 old=provider(old_key_file) if old_key_file else None,
                 recipients=[provider(path) for path in recipients],
+                **pinned,
             )
         )
 
