@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_secure.data.datamodule import EncryptedDataModule
     from lightning_secure.data.dataset import EncryptedShardDataset
     from lightning_secure.data.erasure import ErasureReport, erase_shard, erase_subject
+    from lightning_secure.data.finishing import finish_erasure
     from lightning_secure.data.format import Column, Schema
     from lightning_secure.data.leftovers import collect_garbage
     from lightning_secure.data.ray import EncryptedShardDatasink
@@ -123,6 +124,7 @@ __all__ = [
     "collect_garbage",
     "erase_shard",
     "erase_subject",
+    "finish_erasure",
     "load_encrypted_checkpoint",
     "remove_recipient",
     "rotate_data",
@@ -186,6 +188,7 @@ _HOMES = {
     "collect_garbage": "data.leftovers",
     "erase_shard": "data.erasure",
     "erase_subject": "data.erasure",
+    "finish_erasure": "data.finishing",
     "load_encrypted_checkpoint": "plugins.checkpoint",
     "remove_recipient": "data.rotation",
     "rotate_data": "data.rotation",

@@ -7,7 +7,6 @@ whose use cannot be recorded is not handed out.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,8 +31,9 @@ class Event:
     details: Mapping[str, str | int] = field(default_factory=dict)
 
 
+#: Each use is one operation of the dict, which needs no lock: one that another thread held during a
+#: fork would stop the child at its first event.
 _listeners: dict[str, Listener] = {}
-_lock = threading.Lock()
 
 
 def subscribe(name: str, listener: Listener) -> None:
@@ -45,14 +45,12 @@ def subscribe(name: str, listener: Listener) -> None:
         listener: Called in the thread in which the event happens. If it raises, the announced
             action is refused.
     """
-    with _lock:
-        _listeners[name] = listener
+    _listeners[name] = listener
 
 
 def unsubscribe(name: str) -> None:
     """End a subscription; unknown names are ignored."""
-    with _lock:
-        _listeners.pop(name, None)
+    _listeners.pop(name, None)
 
 
 def announce(
@@ -70,8 +68,6 @@ def announce(
     ('key.unwrap', {'key_id': '3f2a', 'purpose': 'partition'})
     >>> unsubscribe("doctest")
     """
-    with _lock:
-        listeners = list(_listeners.values())
     event = Event(action=action, outcome=outcome, details=details or {})
-    for listener in listeners:
+    for listener in list(_listeners.values()):
         listener(event)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ __all__ = ["erase"]
 
 #: Exit status if the rows are erased, and an old copy can still be opened.
 RECOVERABLE = 3
+#: If they are erased, and what should follow did not.
+UNFINISHED = 4
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -42,8 +45,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 def erase() -> None:
     """Erase rows, then try to get them back and report.
 
-    Exit status 0: no key that was tried opens an old copy. 3: erased, and one does. 1: nothing was
-    erased.
+    Exit status 0: no key that was tried opens an old copy. 3: erased, and one does. 4: erased, and
+    it broke off before the old key was destroyed or tried; `erase finish` does the rest. 1: an
+    error, and nothing was erased.
     """
 
 
@@ -56,7 +60,8 @@ def shard(root: Path, split: str, numbers: tuple[int, ...], **options: Any) -> N
     from lightning_secure.data.erasure import erase_shard
 
     _confirm(f"Erase {len(numbers)} shards of {split!r}", options)
-    _show(erase_shard(root, split, numbers, **_keys(options)))
+    with _unfinished(root):
+        _show(erase_shard(root, split, numbers, **_keys(options)))
 
 
 @erase.command()
@@ -81,7 +86,67 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
     if not name:
         raise click.UsageError("no subject was given")
     _confirm(f"Erase this subject's rows in {split!r}", options)
-    _show(erase_subject(root, split, int(name) if number else name, **_keys(options)))
+    with _unfinished(root):
+        _show(erase_subject(root, split, int(name) if number else name, **_keys(options)))
+
+
+@erase.command()
+@click.argument("root", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@key_file
+@click.option(
+    "--old-key-file",
+    type=click.Path(path_type=Path),
+    help="What was --key-file then, if the dataset has another now. It is destroyed if the erasure "
+    "was to do so.",
+)
+@recipient_files
+@pins
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@failures
+def finish(
+    root: Path,
+    key_path: Path,
+    old_key_file: Path | None,
+    recipients: tuple[Path, ...],
+    yes: bool,
+    **pinned: Any,
+) -> None:
+    """Finish an erasure that broke off after the rows went."""
+    from lightning_secure.data.finishing import finish_erasure
+
+    if old_key_file is not None and not yes:
+        click.confirm(f"Finish the erasure, and destroy {old_key_file} if it says so?", abort=True)
+    with _unfinished(root):
+        _show(
+            finish_erasure(
+                root,
+                keys=provider(key_path),
+                old=provider(old_key_file) if old_key_file else None,
+                recipients=[provider(path) for path in recipients],
+                **pinned,
+            )
+        )
+
+
+@contextlib.contextmanager
+def _unfinished(root: Path) -> Iterator[None]:
+    """Say of an error that comes after the rows went that they did."""
+    from lightning_secure.data.unfinished import RECORD_NAME
+    from lightning_secure.errors import ConfigError, LightningSecureError
+
+    try:
+        yield
+    except LightningSecureError as error:
+        # An error in the arguments comes before anything, even if an older record lies there.
+        if isinstance(error, ConfigError) or not (root / RECORD_NAME).exists():
+            raise
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(
+            "The rows are erased from the dataset, and the erasure is not finished: the old key "
+            "may still open an old copy. Run `lightning-secure erase finish`.",
+            err=True,
+        )
+        sys.exit(UNFINISHED)
 
 
 def _at_a_terminal() -> bool:

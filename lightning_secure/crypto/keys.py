@@ -299,6 +299,31 @@ class KeyProvider(ABC):
         return self.unwrap(next(mine, wrapped[0]), context=context)
 
     @final
+    def confirm(self, wrapped: Sequence[WrappedKey], *, context: Mapping[str, str]) -> None:
+        """Make sure that what was wrapped here still opens, with one call to the provider.
+
+        The KEK can have been destroyed since, by another process or at a key service. A provider
+        that only seals, or is no recipient itself, cannot tell, and nothing is raised.
+
+        Raises:
+            KeyUnavailableError: The KEK is gone or cannot be used now.
+            IntegrityError: Another KEK took its place.
+            AuditWriteError: A listener could not record the use.
+        """
+        mine = any((key.provider, key.key_id) == (self.name, self.key_id) for key in wrapped)
+        if mine and self._opens:
+            self.unwrap_any(wrapped, context=context)
+            self._require_kept()
+
+    @property
+    def _opens(self) -> bool:
+        """Whether this provider is made to unwrap, and not only to wrap."""
+        return True
+
+    def _require_kept(self) -> None:  # noqa: B027 # few keep their KEK in memory
+        """Raise KeyUnavailableError if a KEK that is in memory is not where it was read from."""
+
+    @final
     def derive(self, purpose: str) -> DataKey:
         """Return the same key for the same purpose each time, for example for pseudonyms."""
         events.announce("key.derive", self._event({"purpose": purpose}))

@@ -44,7 +44,7 @@ class PartitionKey:
 
     def seal(self, key: DataKey, *, shard_uuid: bytes) -> bytes:
         """Wrap a shard's data key."""
-        return self._key.wrap(key, context=self._context(purpose="shard", shard=shard_uuid.hex()))
+        return self._key.wrap(key, context=self.context(purpose="shard", shard=shard_uuid.hex()))
 
     def open(self, entry: ShardEntry) -> DataKey:
         """Unwrap a shard's data key.
@@ -53,12 +53,12 @@ class PartitionKey:
             IntegrityError: The wrapped key was altered or belongs to another shard.
         """
         return self._key.unwrap(
-            entry.wrapped_key, context=self._context(purpose="shard", shard=entry.uuid.hex())
+            entry.wrapped_key, context=self.context(purpose="shard", shard=entry.uuid.hex())
         )
 
     def seal_subject_key(self, key: DataKey) -> bytes:
         """Wrap the key that makes the ids of the partition's subjects into pseudonyms."""
-        return self._key.wrap(key, context=self._context(purpose="subjects"))
+        return self._key.wrap(key, context=self.context(purpose="subjects"))
 
     def open_subject_key(self, wrapped: bytes) -> DataKey:
         """Unwrap the key of the subjects' pseudonyms.
@@ -66,13 +66,14 @@ class PartitionKey:
         Raises:
             IntegrityError: The wrapped key was altered or belongs to another partition.
         """
-        return self._key.unwrap(wrapped, context=self._context(purpose="subjects"))
+        return self._key.unwrap(wrapped, context=self.context(purpose="subjects"))
 
     def subkey(self, purpose: str) -> DataKey:
         """Return a key for something else than shards, see :meth:`DataKey.subkey`."""
         return self._key.subkey(purpose)
 
-    def _context(self, **use: str) -> dict[str, str]:
+    def context(self, **use: str) -> dict[str, str]:
+        """Return what something under this key is bound to: the partition, and its use."""
         return {"dataset": self._dataset_id.hex(), "partition": self._partition, **use}
 
 

@@ -12,6 +12,7 @@ import datetime as dt
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from lightning_secure.crypto.attributes import reseal_attributes
 from lightning_secure.crypto.entries import ColumnGroup, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import Manifest
@@ -171,11 +172,15 @@ def _rewrapped(
     subject_key = split.subject_key
     if subject_key is not None and split.partition == partition:
         subject_key = new.seal_subject_key(old.open_subject_key(subject_key))
+    attributes = split.attributes
+    if split.partition == partition:
+        attributes = reseal_attributes(attributes, old=old, new=new)
     return dataclasses.replace(
         split,
         shards=group(split),
         groups=tuple(dataclasses.replace(entry, shards=group(entry)) for entry in split.groups),
         subject_key=subject_key,
+        attributes=attributes,
     )
 
 

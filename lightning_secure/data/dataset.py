@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any, Final
@@ -118,6 +118,7 @@ class EncryptedShardDataset(Dataset[Any]):
                 f"{list(self._schema.names)}."
             )
         groups = OpenGroups(manifest, self._split, self._keys, names=self._names)
+        self._groups = groups
         self._shards = ShardSet(self._storage, groups)
         self._filler = Filler(groups.schemas, self._names)
         self._buffers = Buffers()
@@ -144,6 +145,19 @@ class EncryptedShardDataset(Dataset[Any]):
     def entry(self) -> SplitEntry:
         """The split's part of the manifest."""
         return self._manifest.splits[self._split]
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What the sealer said of the rows, decrypted where it stands encrypted in the manifest.
+
+        For example ``classes.label``, the names of an image folder's classes as a JSON list.
+        Encrypted remarks are absent if none of the columns under the split's own key is read.
+
+        Raises:
+            IntegrityError: One was altered, or its key was exchanged by a version of this package
+                that did not know of it.
+        """
+        return self._groups.attributes
 
     @property
     def schema(self) -> Schema:

@@ -13,97 +13,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hmac
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lightning_secure.crypto import rotation
 from lightning_secure.crypto.entries import ShardEntry, SplitEntry
-from lightning_secure.crypto.keys import DataKey, KeyProvider
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    parse_manifest,
-    read_manifest,
-)
-from lightning_secure.crypto.segments import SUITE_AES256GCM_SHA256, SegmentKeys
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.manifest import Manifest, read_manifest
+from lightning_secure.crypto.signing import Signer
 from lightning_secure.data.leftovers import Journal
 from lightning_secure.data.pins import Pins
+from lightning_secure.data.recovery import ErasureReport, RecoveryAttempt, conclude
 from lightning_secure.data.rotation import commit, rotating
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.subjects import SubjectPseudonyms
-from lightning_secure.errors import ConfigError, DataError, IntegrityError, KeyAccessError
+from lightning_secure.data.unfinished import RECORD_NAME, UnfinishedErasure
+from lightning_secure.errors import (
+    ConfigError,
+    DataError,
+    KeyUnavailableError,
+)
 
 __all__ = ["ErasureReport", "RecoveryAttempt", "erase_shard", "erase_subject"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryAttempt:
-    """What came of trying to open an old copy of the manifest with one key.
-
-    Attributes:
-        provider: Name of the kind of provider.
-        key_id: Id of the key.
-        outcome: ``opened``: it yields the erased shards' keys. ``refused``: it does not, and will
-            not. ``unknown``: the key is not here to be tried.
-        reason: One sentence.
-    """
-
-    provider: str
-    key_id: str
-    outcome: Literal["opened", "refused", "unknown"]
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErasureReport:
-    """What an erasure did and what it could not do.
-
-    Attributes:
-        split: Name of the split.
-        shards: Numbers of the erased shards.
-        records: Rows in them.
-        generation: The first generation of the dataset without them.
-        kek_retired: Whether the old key-encryption key was destroyed; None if that was not asked
-            for.
-        files_left: Files of the erased rows that could not be removed.
-        attempts: One for each key that the old manifest was wrapped for, or that is used now.
-    """
-
-    split: str
-    shards: tuple[int, ...]
-    records: int
-    generation: int
-    kek_retired: bool | None
-    files_left: tuple[str, ...]
-    attempts: tuple[RecoveryAttempt, ...]
-
-    @property
-    def recoverable(self) -> bool:
-        """Whether a key is left, or may be, that opens an old copy of the manifest."""
-        return any(attempt.outcome != "refused" for attempt in self.attempts)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.records} rows in {len(self.shards)} shards of split {self.split!r} were erased "
-            f"as of generation {self.generation}.",
-            *(
-                f"Old manifest, key {one.key_id} ({one.provider}): {one.outcome}. {one.reason}"
-                for one in self.attempts
-            ),
-            *(f"{file} could not be removed." for file in self.files_left),
-        ]
-        lines.append(
-            "Whoever has an old copy of manifest and shards, and one of the keys not refused "
-            "above, can still read the rows: rotate those keys and destroy the old ones."
-            if self.recoverable
-            else "No key that was tried opens an old copy. Copies of a destroyed key would."
-        )
-        lines.append("Weights that were trained on the rows are not erased.")
-        return "\n".join(lines)
 
 
 def erase_shard(
@@ -143,7 +75,10 @@ def erase_shard(
         WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
         ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
         AuditWriteError: A listener could not record it. If the manifest was replaced already, the
-            erasure stands, and the old key was not destroyed.
+            erasure stands and is unfinished: the old key may be alive.
+
+    If it breaks off after the manifest was replaced, by an error or a crash, call
+    :func:`~lightning_secure.data.finishing.finish_erasure`; no other erasure begins before.
 
     The partitions of the split get new keys, and all groups of columns lose the shards together.
     Erasing the last shard removes the split. The content digest changes, so a run that trained on
@@ -234,9 +169,14 @@ def _erase(
             "dataset. Nothing was erased."
         )
     with rotating(root, keys=keys, pins=pins):
+        if os.path.lexists(root / RECORD_NAME):
+            raise ConfigError(
+                f"an earlier erasure in {str(root)!r} broke off before its end: call "
+                f"finish_erasure() first, or remove {RECORD_NAME} if it is not yours. Nothing more "
+                "was erased."
+            )
         before = read_manifest(root, trusted=keys.trusted_signers)
         pins.check(before, root)
-        old_copy = (root / MANIFEST_NAME).read_bytes()
         entry = before.splits.get(split)
         if entry is None:
             raise ConfigError(
@@ -244,16 +184,17 @@ def _erase(
                 "Nothing was erased."
             )
         numbers = chosen(before, entry)
-        erased = [
-            (group.partition, shard)
-            for group in entry.all_groups
-            for shard in group.shards
-            if shard.number in numbers
-        ]
-        files = [shard.file for _, shard in erased]
+        record = UnfinishedErasure(
+            split=split,
+            numbers=frozenset(numbers),
+            before=before,
+            key=(keys.name, keys.key_id),
+            retire=retire_kek,
+        )
 
         def change(current: Manifest) -> Manifest:
             if current.splits.get(split) != entry:
+                UnfinishedErasure.remove(root)
                 raise ConfigError(
                     f"split {split!r} was sealed anew meanwhile. What was sealed stands, and "
                     "nothing was erased from it."
@@ -269,49 +210,26 @@ def _erase(
                 changed = rotation.with_kek(changed, keys=keys, to=to)
             return changed
 
-        Journal(root).note(files)
-        after = commit(
-            root,
-            change,
-            keys=keys,
-            signer=(to or keys).signer,
-            event=("data.erase", {"split": split, "shards": len(numbers)}),
-            pins=pins,
+        Journal(root).note(shard.file for _, shard in record.erased)
+        with record.pending(root, keys, _signer(keys, to)):
+            after = commit(
+                root,
+                change,
+                keys=keys,
+                signer=(to or keys).signer,
+                event=("data.erase", {"split": split, "shards": len(numbers)}),
+                pins=pins,
+            )
+        return conclude(
+            root, record, keys=keys, to=to, recipients=recipients, generation=after.generation
         )
-        retired = _retired(root, keys, to, before) if retire_kek and to is not None else None
-    providers = {(one.name, one.key_id): one for one in (keys, *recipients, *([to] if to else []))}
-    return ErasureReport(
-        split=split,
-        shards=tuple(sorted(numbers)),
-        records=sum(shard.records for shard in entry.shards if shard.number in numbers),
-        generation=after.generation,
-        kek_retired=retired,
-        files_left=tuple(file for file in files if (root / file).exists()),
-        attempts=_attempts(old_copy, keys, providers, erased, retired=bool(retired)),
-    )
 
 
-def _retired(root: Path, keys: KeyProvider, to: KeyProvider, before: Manifest) -> bool:
-    """Destroy the key of ``keys`` if ``to`` was seen to open all that it opened ``before``."""
-    try:
-        manifest = read_manifest(root, trusted=to.trusted_signers)
-        held = [
-            name
-            for name, wraps in before.partitions.items()
-            if name in manifest.partitions
-            and any((key.provider, key.key_id) == (keys.name, keys.key_id) for key in wraps)
-        ]
-        for name in held:
-            partition = manifest.open_partition(name, to)
-            for entry in manifest.splits.values():
-                for group in entry.all_groups:
-                    if group.partition == name and not all(
-                        _is_key(partition.open(shard), shard, manifest) for shard in group.shards
-                    ):
-                        return False
-        return keys.retire()
-    except (KeyAccessError, IntegrityError):
-        return False  # the attempts say what that means
+def _signer(keys: KeyProvider, to: KeyProvider | None) -> Signer:
+    """Return who signs until the new manifest stands: the one whom readers of the old trust."""
+    with contextlib.suppress(KeyUnavailableError):
+        return keys.signer
+    return (to or keys).signer
 
 
 def _without(manifest: Manifest, split: str, numbers: set[int]) -> Manifest:
@@ -334,57 +252,3 @@ def _without(manifest: Manifest, split: str, numbers: set[int]) -> Manifest:
             content=None,  # these are other rows now
         )
     return dataclasses.replace(manifest, splits=splits, partitions=partitions)
-
-
-def _attempts(
-    old_copy: bytes,
-    keys: KeyProvider,
-    providers: dict[tuple[str, str], KeyProvider],
-    erased: Sequence[tuple[str, ShardEntry]],
-    *,
-    retired: bool,
-) -> tuple[RecoveryAttempt, ...]:
-    """Try to get the keys of erased shards from an old copy of the manifest, as a thief would."""
-    manifest = parse_manifest(old_copy, trusted=keys.trusted_signers, what="the old manifest")
-    wrapped_for = {
-        (key.provider, key.key_id)
-        for partition, _ in erased
-        for key in manifest.partitions[partition]
-    }
-    attempts = []
-    for one in sorted(wrapped_for | providers.keys()):
-        outcome: Literal["opened", "refused", "unknown"] = "unknown"
-        reason = "This key was not given, so it could not be tried."
-        if one not in wrapped_for:
-            outcome, reason = "refused", "The old manifest holds nothing under this key."
-        if one in providers:
-            if _opens(manifest, providers[one], erased):
-                outcome, reason = "opened", "It still yields the keys of erased shards."
-            elif one in wrapped_for and retired and one == (keys.name, keys.key_id):
-                outcome, reason = "refused", "This key was destroyed."
-            elif one in wrapped_for:
-                reason = "This key cannot be used here; whoever can use it may open the copy."
-        attempts.append(
-            RecoveryAttempt(provider=one[0], key_id=one[1], outcome=outcome, reason=reason)
-        )
-    return tuple(attempts)
-
-
-def _opens(manifest: Manifest, keys: KeyProvider, erased: Sequence[tuple[str, ShardEntry]]) -> bool:
-    """Return whether a provider yields the key of any erased shard."""
-    for name in dict.fromkeys(partition for partition, _ in erased):
-        with contextlib.suppress(KeyAccessError, IntegrityError):
-            partition = manifest.open_partition(name, keys)
-            if any(_is_key(partition.open(one), one, manifest) for of, one in erased if of == name):
-                return True
-    return False
-
-
-def _is_key(key: DataKey, shard: ShardEntry, manifest: Manifest) -> bool:
-    found = SegmentKeys.derive(
-        key,
-        shard_uuid=shard.uuid,
-        dataset_id=manifest.dataset_id,
-        suite=SUITE_AES256GCM_SHA256,
-    )
-    return hmac.compare_digest(found.commitment, shard.commitment)

@@ -16,11 +16,17 @@ from lightning_secure.crypto.manifest import (
     read_manifest,
     write_manifest,
 )
+from lightning_secure.crypto.partitions import partition_context
 from lightning_secure.crypto.rotation import successor
 from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
 from lightning_secure.data.pins import Pins
 from lightning_secure.data.room import NewSplit, require_free, with_split
-from lightning_secure.errors import ConfigError
+from lightning_secure.errors import (
+    ConfigError,
+    IntegrityError,
+    KeyAccessError,
+    KeyUnavailableError,
+)
 from lightning_secure.files import exclusive_lock
 
 __all__ = ["commit_split", "commit_splits", "open_or_start"]
@@ -102,6 +108,8 @@ def commit_splits(
         ManifestMismatchError: The manifest in place is not what was pinned, or is older than one
             that was seen. It is as it was.
         AuditWriteError: A listener could not record it. The dataset is as it was.
+        KeyUnavailableError: The key that the split was sealed under was destroyed meanwhile, or
+            cannot be used now. The dataset is as it was.
     """
     with exclusive_lock(root / LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)
@@ -109,6 +117,7 @@ def commit_splits(
         joined = current
         for new in splits:
             require_free(joined, root, new.name, replace=replace, partitions=new.partitions.keys())
+            _require_openable(current, new, keys)
             joined = with_split(joined, new)
         manifest = successor(current, joined)
         for new in splits:
@@ -129,6 +138,24 @@ def commit_splits(
     # From here on the new manifest stands, whatever happens; old files go last.
     remove_unnamed(root, current.files - manifest.files, keys=keys)
     return manifest
+
+
+def _require_openable(manifest: Manifest, new: NewSplit, keys: KeyProvider) -> None:
+    """Refuse a split that nobody could read, and say so while its source may still be there."""
+    reason = ""
+    try:
+        name = new.entry.partition
+        context = partition_context(manifest.dataset_id, name)
+        keys.confirm(new.partitions[name], context=context)
+    except (KeyAccessError, IntegrityError) as error:
+        reason = str(error)
+    if reason:
+        raise KeyUnavailableError(
+            f"split {new.name!r} was sealed under key {keys.key_id!r}, which does not open it "
+            f"any more ({reason.rstrip('.')}). It was not put into the dataset: keep its source. "
+            "If the key was destroyed, seal it anew under another; if it is only away, call again "
+            "with resume=True once it is back."
+        )
 
 
 def _now() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from lightning_secure.crypto.attributes import open_attributes
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, PartitionKey
@@ -43,6 +44,7 @@ class OpenGroups:
         self, manifest: Manifest, split: str, keys: KeyProvider, *, names: Sequence[str]
     ) -> None:
         self._dataset_id = manifest.dataset_id
+        self._attributes = manifest.splits[split].attributes
         self._all = manifest.splits[split].all_groups
         self._groups: list[tuple[ColumnGroup, Schema, PartitionKey]] = []
         entry = manifest.splits[split]
@@ -66,6 +68,12 @@ class OpenGroups:
     def schemas(self) -> tuple[Schema, ...]:
         """The columns of each group that is open, in order."""
         return tuple(schema for _, schema, _ in self._groups)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What the manifest says of the split; encrypted remarks, if its own columns are open."""
+        keys = {group.partition: key for group, _, key in self._groups}
+        return open_attributes(self._attributes, keys.get(self._all[0].partition))
 
     @property
     def entries(self) -> Sequence[ShardEntry]:

@@ -8,10 +8,13 @@ it holds a keyed digest only, so that nobody can test a guess of the plaintext a
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import hmac
 import os
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,8 @@ __all__ = ["JOURNAL_NAME", "Journal", "Progress", "source_mark"]
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
+#: A pipe, a device or a link that lies there is opened without waiting for it, and refused.
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FIELDS: Final = {
     "begin": {"version", "dataset_id", "split", "partitions", "settings", "source"},
     "schema": {"columns"},
@@ -104,6 +109,9 @@ class Journal:
 
     Raises:
         ConfigError: Another sealing of this split is at work, or the file cannot be opened.
+
+    A line that could not be written whole, for example to a full disk, is cut off again, and no
+    other follows it: what was written down before stays good to be resumed.
     """
 
     def __init__(self, folder: Path, keys: KeyProvider) -> None:
@@ -111,6 +119,7 @@ class Journal:
         self._signer = keys.signer
         self._seq = 0
         self._digest = ""
+        self._broken = False
         self._fd = _open_locked(self._path)
         sync_directory(folder)
 
@@ -192,13 +201,22 @@ class Journal:
             {"kind": kind, "seq": self._seq, "previous": self._digest, "record": dict(record)}
         )
         line = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=self._signer) + b"\n"
-        os.lseek(self._fd, 0, os.SEEK_END)
+        if self._broken:
+            raise OSError(errno.EIO, "an earlier line of the sealing's journal was not written")
+        whole = os.lseek(self._fd, 0, os.SEEK_END)
         view = memoryview(line)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        if flush:
-            os.fsync(self._fd)
-        self._seq, self._digest = self._seq + 1, hashlib.sha256(payload).hexdigest()
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+            if flush:
+                os.fsync(self._fd)
+            self._seq, self._digest = self._seq + 1, hashlib.sha256(payload).hexdigest()
+        except BaseException:
+            # Shards that other threads finish are written down after this: not behind half a line.
+            self._broken = True
+            with contextlib.suppress(OSError):  # what is left of it has no end, and is not read
+                os.ftruncate(self._fd, whole)
+            raise
 
     def _parse(self, line: bytes) -> tuple[str, dict[str, Any]]:
         what = f"the sealing's journal {str(self._path)!r}"
@@ -225,7 +243,10 @@ def _open_locked(path: Path) -> int:
     while True:
         reason = fd = None
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(path, _FLAGS, 0o666)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                fd, reason = None, "not a regular file"
         except OSError as error:
             reason = error.strerror
         if fd is None:

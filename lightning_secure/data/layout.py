@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_secure.crypto.attributes import seal_attributes
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import NAME_PATTERN, PartitionKey
@@ -177,7 +178,7 @@ class SplitLayout:
             partition=own.partition,
             schema=own.schema,
             shards=own.shards,
-            attributes=attributes,
+            attributes=seal_attributes(attributes, self._keys[self._split]),
             groups=tuple(others),
             order=schema.names if others else (),
             subject_key=self._subject_key,

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.data.pins import Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
-from lightning_secure.files import exclusive_lock, sync_directory
+from lightning_secure.files import exclusive_lock, read_regular, sync_directory
 
 __all__ = [
     "LOCK_NAME",
@@ -36,6 +37,7 @@ LOCK_NAME: Final = ".lock"
 ROTATION_LOCK_NAME: Final = ".rotate.lock"
 SEALING_JOURNAL_NAME: Final = ".sealing"
 _JOURNAL_NAME: Final = ".leftovers"
+_JOURNAL_LIMIT: Final = 2**29
 #: What this package writes below a dataset's root, and nothing else.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
@@ -94,10 +96,13 @@ class Journal:
         return self._path.exists()
 
     def note(self, files: Iterable[str]) -> None:
-        """Add names, and return when they are on the disk."""
+        """Add names, and return when they are on the disk.
+
+        Raises:
+            DataError: The list is no file that can be written.
+        """
         fresh = not self._path.exists()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._path, flags, 0o666), "wb") as file:
+        with os.fdopen(self._opened(), "wb") as file:
             # The first newline ends a line that a crash may have cut.
             file.write(("".join(f"\n{name}" for name in files) + "\n").encode())
             file.flush()
@@ -113,11 +118,20 @@ class Journal:
 
         Returns:
             What could not be removed; it stays on the list.
+
+        Raises:
+            DataError: The list is no file that can be read. Nothing was removed.
         """
+        reason = None
         try:
-            listed = self._path.read_text(encoding="ascii", errors="replace").split("\n")
+            data = read_regular(self._path, limit=_JOURNAL_LIMIT)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            reason = error.strerror
+        if reason is not None:
+            raise self._alien(reason)
+        listed = data.decode(encoding="ascii", errors="replace").split("\n")
         named = manifest.files
         left = [
             name
@@ -128,6 +142,26 @@ class Journal:
             with contextlib.suppress(OSError):  # it then lists what is gone
                 self._path.unlink()
         return left
+
+    def _opened(self) -> int:
+        # Without O_NONBLOCK, opening a pipe waits until somebody reads from it.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        reason = None
+        try:
+            fd = os.open(self._path, flags | os.O_NONBLOCK, 0o666)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+            reason = "not a regular file"
+        except OSError as error:
+            reason = error.strerror
+        raise self._alien(reason)
+
+    def _alien(self, reason: str | None) -> DataError:
+        return DataError(
+            f"{str(self._path)!r}, the list of what rotations leave behind, cannot be used "
+            f"({reason}). Nothing was changed. If something else put it there, remove it."
+        )
 
 
 def collect_garbage(

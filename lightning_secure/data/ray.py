@@ -159,6 +159,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "task": ctx.task_idx,
             "schema": part.columns,
             "shards": [entry.to_json() for entry in part.entries],
+            "dropped": part.dropped,
             "remarks": dict(part.remarks),
         }
 
@@ -170,9 +171,10 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             IntegrityError: A shard is not there, or rows are missing or doubled.
         """
         parts = sorted(write_result.write_returns, key=lambda part: int(part["task"]))
+        dropped = sum(int(part["dropped"]) for part in parts)
         parts = [part for part in parts if part["shards"]]
         shards = tuple(ShardEntry.from_json(entry) for part in parts for entry in part["shards"])
-        self._check(parts, shards, int(write_result.num_rows))
+        self._check(parts, shards, int(write_result.num_rows), dropped)
         entry = SplitEntry(
             partition=self._split,
             schema=tuple(parts[0]["schema"]),
@@ -204,7 +206,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         return remove_unnamed(self._root, files, keys=self._keys)
 
     def _check(
-        self, parts: list[dict[str, Any]], shards: tuple[ShardEntry, ...], rows: int
+        self, parts: list[dict[str, Any]], shards: tuple[ShardEntry, ...], rows: int, dropped: int
     ) -> None:
         require_free(self._dataset, self._root, self._split, replace=self._replace)
         if not parts:
@@ -219,12 +221,10 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             )
         numbers = [entry.number for entry in shards]
         sealed = sum(entry.records for entry in shards)
-        dropping = "drop" in (self._reading["nulls"] or {}).values()
-        lost = sealed < rows and not dropping
-        if len(set(numbers)) != len(numbers) or sealed > rows or lost:
+        if len(set(numbers)) != len(numbers) or sealed + dropped != rows:
             raise IntegrityError(
-                f"Ray reports {rows} rows and the tasks sealed {sealed}: some are missing or "
-                "doubled. The dataset was left as it was."
+                f"Ray reports {rows} rows, and the tasks sealed {sealed} and left out {dropped}: "
+                "some are missing or doubled. The dataset was left as it was."
             )
         partition = _open(self._dataset, self._split, self._wrapped, self._keys)
         schema = Schema.from_json(parts[0]["schema"])
@@ -245,9 +245,11 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             if table.num_rows == 0:
                 continue
             options = {name: value for name, value in self._reading.items() if value is not None}
-            source = table_source(table, **options).planned(self._writing["anonymize"])
+            source = table_source(table, **options)
+            source.planned(self._writing["anonymize"])
             part.remarks = {**source.remarks, **part.remarks}
             yield from source.batches()
+            part.dropped += source.dropped
 
 
 class _Part(EncryptedShardWriter):
@@ -260,6 +262,7 @@ class _Part(EncryptedShardWriter):
         self._first_number = task * _SHARDS_PER_TASK
         self.entries: tuple[ShardEntry, ...] = ()
         self.columns: list[dict[str, Any]] = []
+        self.dropped = 0
         super().__init__(
             sink._root, split=sink._split, keys=sink._keys, replace=True, **sink._writing
         )

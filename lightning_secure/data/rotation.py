@@ -41,7 +41,8 @@ from lightning_secure.data.pins import Pins
 from lightning_secure.data.shard import Scratch, ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
-from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
+from lightning_secure.data.unfinished import UnfinishedErasure
+from lightning_secure.errors import ConfigError, DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.files import exclusive_lock
 
 __all__ = ["add_recipient", "remove_recipient", "rotate_data", "rotate_kek", "rotate_partition"]
@@ -283,6 +284,7 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
 
     Raises:
         ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned.
+        DataError: The list of leftovers is no file that can be read.
     """
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
@@ -290,10 +292,12 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
         # Before anything is cleared away that an older manifest does not name.
         pins.check(read_manifest(root, trusted=keys.trusted_signers), root)
         _sweep(root, keys, pins)
+        UnfinishedErasure.settle(root, keys)
         try:
             yield
         finally:
-            _sweep(root, keys, pins)
+            with contextlib.suppress(DataError):  # it was put there meanwhile; the next one says so
+                _sweep(root, keys, pins)
 
 
 def _sweep(root: Path, keys: KeyProvider, pins: Pins) -> None:
@@ -338,7 +342,8 @@ def commit(
         )
         require_files(root, manifest.files - current.files)
         write_manifest(root, manifest, signer=signer)
-        Journal(root).sweep(manifest)
+        with contextlib.suppress(DataError):  # what was decided stands
+            Journal(root).sweep(manifest)
     return manifest
 
 

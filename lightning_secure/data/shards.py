@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from itertools import pairwise
 from typing import Final
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from lightning_secure.data.groups import OpenGroups, OpenShard
 from lightning_secure.data.storage import Storage
+from lightning_secure.data.threads import ForkLock
 
 __all__ = ["ShardSet"]
 
@@ -40,7 +40,7 @@ class ShardSet:
         self._starts = self._ends - [entry.records for entry in entries]
         self._per_segment = np.zeros(len(entries), dtype=np.int64)  # 0: not opened yet
         self._readers: OrderedDict[int, OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @property
     def rows(self) -> int:

@@ -21,7 +21,12 @@ from lightning_secure.data.sealing import ShardPool, ShardQueue
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.storage.spool import open_spool
-from lightning_secure.errors import ConfigError, DataError, LightningSecureError
+from lightning_secure.errors import (
+    ConfigError,
+    DataError,
+    KeyUnavailableError,
+    LightningSecureError,
+)
 from lightning_secure.redaction.anonymize import AnonymizationPlan
 
 __all__ = ["EncryptedShardWriter"]
@@ -61,6 +66,7 @@ class EncryptedShardWriter:
             says how many rows are sealed already: the caller goes on with the next. If there is
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
+            Those whose names begin with ``encrypted.`` are seen by readers of the split only.
         min_generation: The oldest generation of the dataset that is built on. One that somebody
             put an older state in place of is refused, when the sealing begins and again, under the
             lock, when the split is put into the manifest.
@@ -243,10 +249,12 @@ class EncryptedShardWriter:
         """Seal the remaining rows and put the split into the manifest.
 
         After an error the dataset is as it was. What a sealing with a ``source_id`` finished is
-        kept to be resumed, unless the error lies in the rows or the keys.
+        kept to be resumed, unless the error lies in the rows.
 
         Raises:
             DataError: There is no row. The dataset is as it was.
+            KeyUnavailableError: The key was destroyed meanwhile, or cannot be used now, so nobody
+                could read the split. The dataset is as it was: keep the source.
             ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
             ManifestMismatchError: The manifest in place is not what was pinned, or an older one
                 than this writer has seen. It was left as it is.
@@ -290,8 +298,8 @@ class EncryptedShardWriter:
             self._leave(kind)
 
     def _leave(self, kind: type[BaseException]) -> None:
-        # Rows or keys that were refused are refused again; an interruption is not.
-        if issubclass(kind, LightningSecureError):
+        # Rows that were refused are refused again; an interruption, or a key that is away, is not.
+        if issubclass(kind, LightningSecureError) and not issubclass(kind, KeyUnavailableError):
             self.abort()
         else:
             self.suspend()

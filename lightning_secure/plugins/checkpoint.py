@@ -41,6 +41,7 @@ from lightning_secure.errors import (
     IntegrityError,
 )
 from lightning_secure.files import atomic_writer, open_regular
+from lightning_secure.plugins.compact import save_named
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
@@ -61,7 +62,9 @@ class EncryptedCheckpointIO(CheckpointIO):
             Python values.
 
     Paths may be local or fsspec URLs. Local files appear whole or not at all. Memory beyond the
-    checkpoint itself stays near two megabytes. It works under ``AsyncCheckpointIO``.
+    checkpoint itself stays near two megabytes, and a copy of those tensors that are parts of a
+    larger memory, so that nothing else of that memory is written. It works under
+    ``AsyncCheckpointIO``.
 
     Guarantees:
         A checkpoint is authenticated before any of it is parsed: a truncated file fails at once, a
@@ -124,7 +127,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         with _writer(path) as raw:
             raw.write(prefix)
             stream = StreamWriter(raw, key=key, context=prefix)
-            torch.save(checkpoint, cast("IO[bytes]", stream))
+            save_named(checkpoint, cast("IO[bytes]", stream))
             stream.finish()
             size = raw.tell()
         events.announce(

@@ -27,9 +27,12 @@ from lightning_secure import (
 )
 from lightning_secure.crypto import manifest as manifests
 from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.data.leftovers import Journal
+from lightning_secure.data.rotation import rotate_data
 from lightning_secure.errors import (
     AuditChainError,
     CheckpointCorruptedError,
+    ConfigError,
     DataError,
     IntegrityError,
 )
@@ -131,6 +134,35 @@ def test_something_that_is_no_file(sealed, keys, thing, victim):
     thing(path)
     with bounded(), pytest.raises(IntegrityError):
         read(sealed, keys)
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
+def test_a_list_of_leftovers_that_is_no_file(sealed, keys, thing):
+    before = (sealed / "manifest.json").read_bytes()
+    thing(sealed / ".leftovers")
+    with bounded(), pytest.raises(DataError, match="remove it"):
+        rotate_data(sealed, "train", keys=keys)
+    assert (sealed / "manifest.json").read_bytes() == before
+    assert np.array_equal(read(sealed, keys), ROWS)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_list_that_becomes_a_pipe_after_it_was_looked_at(sealed, keys, listens):
+    pipe(sealed / ".leftovers")
+    end = os.open(sealed / ".leftovers", os.O_RDONLY | os.O_NONBLOCK) if listens else None
+    with bounded(), pytest.raises(DataError, match="remove it"):
+        Journal(sealed).note(["train/shard-00000-00000000.lsec"])
+    if end is not None:
+        assert os.read(end, 100) == b""
+        os.close(end)
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
+def test_a_journal_of_a_sealing_that_is_no_file(sealed, keys, thing):
+    (sealed / "val").mkdir()
+    thing(sealed / "val" / ".sealing")
+    with bounded(), pytest.raises(ConfigError, match="cannot be opened"):
+        EncryptedShardWriter(sealed, split="val", keys=keys, source_id="v1")
 
 
 @pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)

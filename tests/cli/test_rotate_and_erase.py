@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lightning_secure import cli
+from lightning_secure import cli, events
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.rotation import add_recipient
 from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.errors import AuditWriteError
 
 X = np.arange(60, dtype="int64")
 
@@ -111,6 +112,37 @@ def test_a_subject_may_be_a_number(root, keys, tmp_path, stdin, status, words):
     )  # fmt: skip
     assert result.exit_code == status, result.output
     assert words in result.output
+
+
+def test_an_erasure_that_breaks_off_says_that_the_rows_are_gone(root, keys, other, tmp_path):
+    def refuse(event):
+        if event.action == refused:
+            raise AuditWriteError("the log is full")
+
+    events.subscribe("refuse", refuse)
+    a, b = tmp_path / "a.kek", tmp_path / "b.kek"
+    arguments = (
+        "erase", "shard", root, "train", 0, "--key-file", a, "--rotate-kek-to", b, "--retire-kek",
+        "--yes",
+    )  # fmt: skip
+    refused = "data.erase"
+    result = run(*arguments)
+    assert (result.exit_code, rows(root, keys)) == (1, 60)
+    refused = "key.retire"
+    result = run(*arguments)
+    assert result.exit_code == 4
+    assert "AuditWriteError" in result.output
+    assert "erase finish" in result.output
+    assert rows(root, other) == 40
+    finish = ("erase", "finish", root, "--key-file", b, "--old-key-file", a)
+    assert run(*finish, stdin="n\n").exit_code == 1
+    assert run(*finish, "--yes").exit_code == 4
+    refused = ""
+    result = run(*finish, stdin="y\n")
+    assert result.exit_code == 0, result.output
+    assert "20 rows" in result.output
+    assert not a.exists()
+    assert run("erase", "finish", root, "--key-file", b).exit_code == 1
 
 
 def test_no_subject_is_no_subject(root, keys, tmp_path):

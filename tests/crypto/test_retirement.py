@@ -10,8 +10,13 @@ import pytest
 
 from lightning_secure import events
 from lightning_secure.crypto.keys import DataKey
-from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.errors import AuditWriteError, KeyUnavailableError
+from lightning_secure.crypto.providers import (
+    HpkeKeyProvider,
+    HpkePrivateKey,
+    LocalKeyProvider,
+    SigningKey,
+)
+from lightning_secure.errors import AuditWriteError, IntegrityError, KeyUnavailableError
 
 
 def test_other_signers_can_be_trusted_and_travel_with_a_pickle(tmp_path, other_keys):
@@ -74,3 +79,29 @@ def test_a_key_file_that_cannot_be_removed_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refused)  # root may remove everything
     with pytest.raises(KeyUnavailableError, match="could not be destroyed"):
         keys.retire()
+
+
+@pytest.mark.parametrize("passphrase", [None, lambda: "correct horse battery"])
+def test_a_key_in_memory_whose_file_is_gone_is_not_confirmed(tmp_path, passphrase):
+    path, asked = tmp_path / "a.kek", []
+    ask = passphrase and (lambda: asked.append(1) or passphrase())
+    keys = LocalKeyProvider.generate(path, passphrase=ask)
+    wrapped = keys.wrap_all(DataKey.generate(), context={})
+    before = len(asked)
+    keys.confirm(wrapped, context={})
+    assert len(asked) == before, "nobody may be there to type it again"
+    path.rename(tmp_path / "away.kek")
+    with pytest.raises(KeyUnavailableError, match="cannot be opened"):
+        keys.confirm(wrapped, context={})
+    LocalKeyProvider.generate(path)
+    with pytest.raises(KeyUnavailableError, match="another key"):
+        keys.confirm(wrapped, context={})
+    with pytest.raises(IntegrityError):
+        keys.confirm(wrapped, context={"other": "use"})
+
+
+def test_who_only_seals_cannot_confirm_and_is_not_stopped(tmp_path):
+    recipient = HpkePrivateKey.generate(tmp_path / "recipient")
+    SigningKey.generate(tmp_path / "signing")
+    sealer = HpkeKeyProvider(recipients=[recipient.public.text], signing_key=tmp_path / "signing")
+    sealer.confirm(sealer.wrap_all(DataKey.generate(), context={}), context={})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -9,23 +10,26 @@ import pytest
 
 from lightning_secure import events
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.crypto.manifest import read_manifest, write_manifest
 from lightning_secure.crypto.providers import (
     HpkeKeyProvider,
     HpkePrivateKey,
     LocalKeyProvider,
     SigningKey,
 )
-from lightning_secure.data import erasure
+from lightning_secure.data import erasure, recovery
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.erasure import erase_shard, erase_subject
+from lightning_secure.data.finishing import finish_erasure
 from lightning_secure.data.rotation import add_recipient, rotate_data, rotate_partition
 from lightning_secure.data.subjects import SubjectPseudonyms
+from lightning_secure.data.unfinished import RECORD_NAME, UnfinishedErasure
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
     DataError,
+    IntegrityError,
     KeyUnavailableError,
     ManifestMismatchError,
     WrongKeyError,
@@ -183,11 +187,16 @@ def test_a_recipient_who_could_not_be_asked_is_named(sealed, old, new, other_key
 
 def test_a_recipients_key_that_is_not_here_counts_as_open(sealed, old, new, other_keys):
     """Erasing one partition's shards says nothing of whoever was never given."""
-    erased = [("train", manifest_of(sealed, old).splits["train"].shards[1])]
     add_recipient(sealed, "train", keys=old, recipient=other_keys)
-    copy = (sealed / "manifest.json").read_bytes()
+    record = UnfinishedErasure(
+        split="train",
+        numbers=frozenset({1}),
+        before=manifest_of(sealed, old),
+        key=("local", old.key_id),
+        retire=False,
+    )
     (absent, _) = sorted(
-        erasure._attempts(copy, old, {("local", old.key_id): old}, erased, retired=False),
+        recovery._attempts(record, {("local", old.key_id): old}),
         key=lambda attempt: attempt.key_id != other_keys.key_id,
     )
     assert absent.outcome == "unknown"
@@ -234,7 +243,7 @@ def test_the_old_key_is_not_destroyed_before_the_new_one_was_seen_to_open(
     assert LocalKeyProvider(old._path).key_id == old.key_id
     newest = LocalKeyProvider.generate(new._path.with_name("newest.kek"))
     # No sound signer writes such a manifest.
-    monkeypatch.setattr(erasure, "_is_key", lambda *_: False)
+    monkeypatch.setattr(recovery, "_is_key", lambda *_: False)
     report = erase_shard(sealed, "train", 2, keys=new, rotate_kek_to=newest, retire_kek=True)
     assert report.kek_retired is False
     assert new._path.exists()
@@ -478,3 +487,144 @@ def test_a_key_is_kept_where_the_new_one_is_no_recipient(tmp_path):
     assert report.kek_retired is False
     assert (tmp_path / "keys" / "old.kek").exists()
     assert report.recoverable
+
+
+# ---------------------------------------------------------------- broken off
+
+
+def refusing(action):
+    def listener(event):
+        if event.action == action:
+            raise AuditWriteError("the log is full")
+
+    return listener
+
+
+def broken_off(root, action, **options):
+    events.subscribe("refuse", refusing(action))
+    with pytest.raises(AuditWriteError):
+        erase_shard(root, "train", 1, **options)
+    events.unsubscribe("refuse")
+
+
+@pytest.fixture
+def heir(new, old):
+    return LocalKeyProvider(new._path, trusted=[old.signer.public_key])
+
+
+def test_an_erasure_that_broke_off_before_the_old_key_went_is_finished(sealed, old, new, tmp_path):
+    copy = shutil.copytree(sealed, tmp_path / "copy")
+    broken_off(sealed, "key.retire", keys=old, rotate_kek_to=new, retire_kek=True)
+    assert len(read(sealed, new)) < 100
+    with pytest.raises(ConfigError, match="finish_erasure"):  # nothing is lost sight of
+        erase_shard(sealed, "train", 2, keys=new)
+    rotate_partition(sealed, "train", keys=new)
+    rotate_data(sealed, "train", keys=new)
+    assert np.array_equal(read(copy, old), X), "the attack that is to end"
+    report = finish_erasure(sealed, keys=new, old=LocalKeyProvider(old._path))
+    assert (report.shards, report.kek_retired, report.recoverable) == ((1,), True, False)
+    assert not old._path.exists()
+    assert {path.name for path in sealed.iterdir() if path.is_file()} == {
+        "manifest.json", ".lock", ".rotate.lock"
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no unfinished erasure"):
+        finish_erasure(sealed, keys=new)
+
+
+def test_an_erasure_that_broke_off_behind_the_old_key_is_finished_without_it(sealed, old, heir):
+    def late(event):  # when the key is gone and the proof begins
+        if event.action == "key.unwrap" and not old._path.exists():
+            raise AuditWriteError("the log is full")
+
+    events.subscribe("refuse", late)
+    with pytest.raises(AuditWriteError):
+        erase_shard(sealed, "train", 1, keys=old, rotate_kek_to=heir, retire_kek=True)
+    events.unsubscribe("refuse")
+    assert not old._path.exists()
+    report = finish_erasure(sealed, keys=heir)
+    assert (report.kek_retired, report.recoverable) == (True, False)
+
+
+@pytest.mark.parametrize("then", [None, rotate_data])
+def test_an_erasure_that_broke_off_before_its_manifest_erased_nothing(sealed, old, then):
+    with pytest.MonkeyPatch.context() as patch:
+        # As a kill would: nothing is tidied up on the way out.
+        patch.setattr(UnfinishedErasure, "settle", lambda *_: None)
+        broken_off(sealed, "data.erase", keys=old)
+    assert (sealed / RECORD_NAME).exists()
+    if then is not None:  # whose shards have other names than those of the record
+        then(sealed, "train", keys=old)
+    with pytest.raises(ConfigError, match="no unfinished erasure"):
+        finish_erasure(sealed, keys=old)
+    assert len(read(sealed, old)) == 100
+    assert erase_shard(sealed, "train", 1, keys=old).records == 15
+
+
+def test_a_report_that_got_lost_can_be_had_again(sealed, old):
+    broken_off(sealed, "key.unwrap", keys=Sealer(old))  # before anything
+    assert len(read(sealed, old)) == 100
+
+    def late(event):
+        if (
+            event.action == "key.unwrap"
+            and len(manifest_of(sealed, old).splits["train"].shards) < 7
+        ):
+            raise AuditWriteError("the log is full")
+
+    events.subscribe("refuse", late)
+    with pytest.raises(AuditWriteError):
+        erase_shard(sealed, "train", 1, keys=old)
+    events.unsubscribe("refuse")
+    report = finish_erasure(sealed, keys=old)
+    assert (report.kek_retired, report.recoverable) == (None, True)
+
+
+def test_what_is_wrong_about_a_record_is_refused(sealed, old, new, other_keys):
+    broken_off(sealed, "key.retire", keys=old, rotate_kek_to=new, retire_kek=True)
+    other = LocalKeyProvider(other_keys._path, trusted=[old.signer.public_key])
+    with pytest.raises(ConfigError, match="was given as the old one"):
+        finish_erasure(sealed, keys=new, old=other)
+    with pytest.raises(IntegrityError, match="no valid signature"):  # begun under another signer
+        finish_erasure(sealed, keys=new)
+    record = sealed / RECORD_NAME
+    good = record.read_bytes()
+    for bad in (b"", b"{}", good.replace(b"erasure.v1", b"erasure.v2"), good[:-9]):
+        record.write_bytes(bad)
+        with pytest.raises(IntegrityError):
+            finish_erasure(sealed, keys=new, old=old)
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        finish_erasure(sealed, keys=new, old=old)
+    assert old._path.exists()
+
+
+def test_an_old_key_that_is_not_there_to_be_tried_counts_as_alive(sealed, old, heir):
+    broken_off(sealed, "key.retire", keys=old, rotate_kek_to=heir, retire_kek=True)
+    report = finish_erasure(sealed, keys=heir)
+    assert (report.kek_retired, report.recoverable) == (False, True)
+    assert old._path.exists()
+
+
+def test_a_key_is_not_destroyed_that_a_split_was_sealed_under_meanwhile(
+    sealed, old, heir, monkeypatch
+):
+    real = recovery.read_manifest
+
+    def meanwhile(root, **options):
+        monkeypatch.setattr(recovery, "read_manifest", real)
+        current = manifest_of(sealed, heir)
+        late = dataclasses.replace(
+            current,
+            generation=current.generation + 1,
+            previous=current.digest,
+            partitions={**current.partitions, "late": manifest_of(copy, old).partitions["val"]},
+        )
+        write_manifest(sealed, late, signer=heir.signer)
+        return real(root, **options)
+
+    copy = shutil.copytree(sealed, sealed.with_name("copy"))
+    monkeypatch.setattr(recovery, "read_manifest", meanwhile)
+    report = erase_shard(sealed, "train", 1, keys=old, rotate_kek_to=heir, retire_kek=True)
+    assert (report.kek_retired, report.recoverable) == (False, True)
+    assert old._path.exists()

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.leftovers import collect_garbage
 from lightning_secure.data.writer import EncryptedShardWriter
-from lightning_secure.errors import DataError
+from lightning_secure.errors import DataError, KeyUnavailableError
 
 OLD = np.arange(40, dtype="int64")
 NEW = OLD + 1000
@@ -150,3 +151,34 @@ def test_a_sealing_that_waits_to_be_resumed_is_no_garbage(sealed, keys):
         again.write_batch({"x": NEW[again.records :]})
     data = EncryptedShardDataset(sealed, split="val", keys=keys)
     assert data.__getitems__(range(len(data))).batch()[0].tolist() == NEW.tolist()
+
+
+@pytest.fixture
+def own(tmp_path):
+    return LocalKeyProvider.generate(tmp_path / "keys" / "own.kek")
+
+
+def test_a_split_whose_key_is_destroyed_while_it_is_sealed_does_not_appear(sealed, keys, own):
+    other = LocalKeyProvider(own._path, trusted=[keys.signer.public_key])
+    before = (sealed / "manifest.json").read_bytes()
+    with pytest.raises(KeyUnavailableError, match="keep its source"):  # noqa: PT012, SIM117
+        with EncryptedShardWriter(sealed, split="val", keys=other) as late:
+            late.write_batch({"x": NEW})
+            # What another process does, for example at the end of an erasure.
+            assert own.retire()
+    assert (sealed / "manifest.json").read_bytes() == before
+    assert not list((sealed / "val").glob("*.lsec"))
+
+
+def test_a_key_that_is_only_away_loses_no_work(tmp_path, own):
+    options = {"split": "train", "keys": own, "source_id": "v1", "shard_bytes": 64}
+    root, away = tmp_path / "d", tmp_path / "away.kek"
+    late = EncryptedShardWriter(root, segment_bytes=64, **options)
+    late.write_batch({"x": OLD})
+    own._path.rename(away)
+    with pytest.raises(KeyUnavailableError, match="resume=True"):
+        late.close()
+    away.rename(own._path)
+    with EncryptedShardWriter(root, segment_bytes=64, resume=True, **options) as again:
+        assert again.records == len(OLD)
+    assert np.array_equal(read(root, own), OLD)

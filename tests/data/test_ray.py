@@ -186,7 +186,8 @@ def test_the_driver_opens_every_shard_before_it_signs(tmp_path, keys, monkeypatc
         if harm == "remove":
             victim.unlink()
         else:
-            victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+            data = victim.read_bytes()
+            victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         return result
 
     monkeypatch.setattr(one, "write", tampered)  # an administrator at work in between
@@ -222,6 +223,26 @@ def test_nulls_that_are_dropped_are_not_missing(tmp_path, keys):
     block = pa.table({"y": [1, None, 3]})
     write(sink(tmp_path, keys, nulls={"y": "drop"}), [(0, [block])])
     assert EncryptedShardDataset(tmp_path, split="train", keys=keys)[1][0].item() == 3
+
+
+@pytest.mark.parametrize("nulls", [None, {"y": "drop"}])
+def test_rows_that_are_lost_by_a_task_are_missed_whatever_is_dropped(tmp_path, keys, nulls):
+    class Losing(EncryptedShardDatasink):
+        def _columns(self, blocks, part):
+            return super()._columns([block.slice(1) for block in blocks], part)
+
+    y = [1, None, 3, 4] if nulls else [1, 2, 3, 4]
+    one = Losing(tmp_path, split="train", keys=keys, nulls=nulls, **SMALL)
+    with pytest.raises(IntegrityError, match="missing"):
+        write(one, [(0, [pa.table({"y": y})]), (1, [pa.table({"y": [5]})])])
+    assert unchanged(tmp_path, keys)
+
+
+def test_a_task_of_which_nothing_is_left_counts(tmp_path, keys):
+    nothing = pa.table({"y": pa.array([None, None], pa.int64())})
+    parts = [(0, [nothing]), (1, [pa.table({"y": [5]})])]
+    write(sink(tmp_path, keys, nulls={"y": "drop"}), parts)
+    assert len(EncryptedShardDataset(tmp_path, split="train", keys=keys)) == 1
 
 
 def test_the_split_may_be_taken_meanwhile_and_then_stands(tmp_path, keys):

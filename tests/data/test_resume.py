@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -102,6 +104,36 @@ def test_it_goes_on_from_the_last_shard_and_does_none_again(tmp_path, keys, hear
     assert only_named_files(tmp_path, keys)
     (event,) = [event for event in heard if event.action == "data.resume"]
     assert event.details["records"] == done.resumed["train"]
+
+
+@contextlib.contextmanager
+def full(size):
+    """A disk on which a file can have so many bytes; CPython ignores SIGXFSZ, so writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [8000, 9000, 10000])
+def test_a_journal_that_could_not_be_written_loses_nothing_of_before(tmp_path, keys, size):
+    # Where there is room again: the shards of other threads are written down after half a line.
+    options = {"split": "train", "keys": keys, "source_id": "v1", **SMALL}
+    writer = EncryptedShardWriter(tmp_path, threads=4, **options)
+    with full(size), pytest.raises(OSError, match="too large"):  # noqa: PT012
+        # More than fits in any order: one slow shard keeps all after it from being written down.
+        for i in [*range(0, ROWS, 50)] * 5:
+            writer.write_batch({"x": X[i : i + 50], "y": Y[i : i + 50]})
+    known = len(writer._queue.entries)
+    writer.suspend()
+    with EncryptedShardWriter(tmp_path, resume=True, **options) as writer:
+        assert len(writer._queue.entries) >= known
+        done = writer.records
+        writer.write_batch({"x": X[done:], "y": Y[done:]})
+    assert labels(tmp_path, keys) == Y.tolist()
+    assert only_named_files(tmp_path, keys)
 
 
 def test_killed_at_random_points_again_and_again_it_ends_with_every_row_once(tmp_path, keys):

@@ -34,6 +34,7 @@ from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
+    DataError,
     IntegrityError,
     ManifestMismatchError,
     ShardCorruptedError,
@@ -505,7 +506,7 @@ def test_a_journal_is_never_written_through_a_link(sealed, keys, tmp_path):
     victim = tmp_path / "victim"
     victim.write_bytes(b"before")
     (sealed / ".leftovers").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(DataError, match="symbolic link"):
         Journal(sealed).note(["train/shard-00000-00000000.lsec"])
     rotate_data(sealed, "train", keys=keys)
     assert victim.read_bytes() == b"before"

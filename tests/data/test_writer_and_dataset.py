@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -414,9 +415,11 @@ def test_a_failed_commit_leaves_the_dataset_as_it_was(tmp_path, keys, heard):
 def test_sealing_and_opening_are_announced(tmp_path, keys, heard):
     seal(tmp_path, keys, rows=30)
     dataset(tmp_path, keys)
-    assert [event.action for event in heard] == ["key.wrap", "data.seal", "key.unwrap", "data.open"]
-    assert heard[1].details["records"] == heard[3].details["records"] == 30
-    assert heard[1].details["manifest"] == heard[3].details["manifest"]
+    # Whoever seals makes sure at the end, with one call, that the key is still there.
+    sealing, opening = ["key.wrap", "key.unwrap", "data.seal"], ["key.unwrap", "data.open"]
+    assert [event.action for event in heard] == sealing + opening
+    assert heard[2].details["records"] == heard[4].details["records"] == 30
+    assert heard[2].details["manifest"] == heard[4].details["manifest"]
 
 
 def test_one_call_to_the_provider_a_split(sealed, keys, heard):
@@ -474,3 +477,26 @@ def test_columns_are_different_names(folder, keys, columns):
         writer.write_batch({"x": np.arange(4), "y": np.arange(4)})
     with pytest.raises(ConfigError, match="different names"):
         EncryptedShardDataset(folder, split="train", keys=keys, columns=columns)
+
+
+# ---------------------------------------------------------------- forks
+
+
+def _read_in_child(data, results):
+    results.put(data[0][0].tolist())
+
+
+def test_a_fork_while_a_shard_is_looked_up_leaves_the_child_no_closed_lock(tmp_path, keys):
+    seal(tmp_path, keys, rows=30)
+    data = dataset(tmp_path, keys)
+    expected = data[0][0].tolist()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_read_in_child, args=(data, results))
+    with data._shards._lock:
+        child.start()
+    child.join(10)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive
+    assert results.get(timeout=10) == expected

@@ -148,7 +148,7 @@ def test_it_reads_column_keys_and_subjects(tmp_path, keys):
     who = [f"patient {i % 3}" for i in range(10)]
     with EncryptedShardWriter(
         tmp_path, split="train", keys=keys, column_keys={"y": "sensitive"}, subject_column="who",
-        segment_bytes=64,
+        segment_bytes=64, remarks={"encrypted.from": "wärd 7", "encrypted.": "", "clear": "b"},
     ) as writer:  # fmt: skip
         writer.write_batch({"y": np.arange(10), "x": x, "who": who})
     columns = reference.read_dataset(tmp_path, "train", keys._path)
@@ -159,6 +159,12 @@ def test_it_reads_column_keys_and_subjects(tmp_path, keys):
     assert columns["who"] == [who[i].encode() for i in order]
     owners, pseudonym = reference_files.read_subjects(tmp_path, "train", keys._path)
     assert owners == [pseudonym(who[i]) for i in order]
+    attributes = reference_files.read_attributes(tmp_path, "train", keys._path)
+    assert attributes == {"from": "wärd 7", "": "", "clear": "b"}
+    data = EncryptedShardDataset(tmp_path, split="train", keys=keys)
+    assert data.attributes == attributes
+    alone = EncryptedShardDataset(tmp_path, split="train", keys=keys, columns=["y"])
+    assert alone.attributes == {"clear": "b"}  # whoever has only that column's key reads no more
 
 
 def test_it_reads_a_checkpoint_and_a_log_that_were_just_written(tmp_path, keys):

@@ -121,7 +121,7 @@ def test_urls_work(files):
 
 
 def test_a_failed_upload_leaves_nothing(files, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise OSError("the line is down")
 
     monkeypatch.setattr(torch, "save", fail)

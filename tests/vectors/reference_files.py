@@ -96,6 +96,24 @@ def read_audit_log(data: bytes) -> list[dict]:
     return records
 
 
+def read_attributes(root, split, key_file) -> dict[str, str]:
+    """Return a split's attributes, those that are encrypted in the clear."""
+    kek, public = read_key_file(key_file)
+    manifest = read_manifest(root, public)
+    entry = manifest["splits"][split]
+    partition, context = open_partition(manifest, entry["partition"], kek)
+    subkey = hkdf(partition, b"lsec/v1/subkey\0attributes")
+    cipher, result = AESGCM(hkdf(subkey, b"lsec/v1/attribute")), {}
+    for name, value in entry["attributes"].items():
+        if name.startswith("encrypted."):
+            data, bound = unb64(value), {**context, "purpose": "attribute", "attribute": name}
+            plain = cipher.decrypt(data[:12], data[12:], b"lsec/v1/wrap\0" + canonical(bound))
+            require(len(plain) % 256 == 0 and plain.rstrip(b"\0")[-1:] == b"\x80", "padding")
+            name, value = name[len("encrypted.") :], plain.rstrip(b"\0")[:-1].decode()
+        result[name] = value
+    return result
+
+
 # ---------------------------------------------------------------- whose rows these are
 
 

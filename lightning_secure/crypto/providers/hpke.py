@@ -225,6 +225,10 @@ class HpkeKeyProvider(ExternalKeyProvider):
         return self._private.public.key_id if self._private else self.recipients[0]
 
     @property
+    def _opens(self) -> bool:
+        return self._private is not None
+
+    @property
     def recipients(self) -> tuple[str, ...]:
         """Ids of those for whom a key is wrapped."""
         return tuple(self._recipients)

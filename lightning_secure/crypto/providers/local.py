@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +70,9 @@ class LocalKeyProvider(KeyProvider):
             require_source("passphrase", passphrase)
         self._path = Path(path)
         self._passphrase = passphrase
-        kek, seed = _read_keys(self._path, passphrase)
+        record = _read(self._path)
+        kek, seed = _keys(record, self._path, passphrase)
+        self._digest = _digest(record)
         self._kek: DataKey | None = DataKey(kek)
         self._signer = Signer(seed)
         self._trusted = trusted_keys(trusted)
@@ -137,7 +142,7 @@ class LocalKeyProvider(KeyProvider):
 
     def _retire(self) -> bool:
         """Overwrite the key file and remove it; copies of it are beyond reach."""
-        kek, _ = _read_keys(self._path, self._passphrase)
+        kek, _ = _keys(_read(self._path), self._path, self._passphrase)
         if DataKey(kek) != self._live():
             raise KeyUnavailableError(
                 f"key file {str(self._path)!r} holds another key by now, so it was left alone. "
@@ -157,6 +162,14 @@ class LocalKeyProvider(KeyProvider):
             ) from None
         self._kek = None
         return True
+
+    def _require_kept(self) -> None:
+        # Without the passphrase, which nobody may be there to type.
+        if not hmac.compare_digest(_digest(_read(self._path)), self._digest):
+            raise KeyUnavailableError(
+                f"key file {str(self._path)!r} holds another key by now, or another passphrase. "
+                f"Nothing that is sealed under key {self._key_id!r} may open any more."
+            )
 
     def _live(self) -> DataKey:
         if self._kek is None:
@@ -184,15 +197,24 @@ def _open(
     return LocalKeyProvider(path, passphrase=passphrase, trusted=trusted)
 
 
-def _read_keys(path: Path, passphrase: SecretSource | None) -> tuple[bytes, bytes]:
-    """Return (KEK, signing seed)."""
-    record = read_record(
+def _read(path: Path) -> dict[str, Any]:
+    return read_record(
         path,
         what="key file",
         kinds=(_OPEN, _PROTECTED),
         advice=" LocalKeyProvider.generate(path) makes a new one; it cannot open data sealed under "
         "another.",
     )
+
+
+def _digest(record: dict[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+
+
+def _keys(
+    record: Mapping[str, Any], path: Path, passphrase: SecretSource | None
+) -> tuple[bytes, bytes]:
+    """Return (KEK, signing seed)."""
     protected = record["version"] == _PROTECTED[1]
     if protected and passphrase is None:
         raise KeyUnavailableError(

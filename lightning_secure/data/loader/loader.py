@@ -24,7 +24,7 @@ from lightning_secure.data.loader.order import (
     steps_for,
 )
 from lightning_secure.data.loader.pipeline import Pipeline
-from lightning_secure.data.loader.position import Position
+from lightning_secure.data.loader.position import MAX_WINDOW_BYTES, Position
 from lightning_secure.data.samples import assemble, collate
 from lightning_secure.data.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
@@ -32,6 +32,8 @@ from lightning_secure.errors import ConfigError, ManifestMismatchError
 __all__ = ["WINDOW_BYTES", "EncryptedLoader"]
 
 WINDOW_BYTES: Final = 8 * 1024 * 1024
+#: What a checkpoint may ask for without the loader having been told so: four are in memory.
+_TRUSTED_WINDOW_BYTES: Final = 2**30
 
 Transform = Callable[[Any], Any]
 
@@ -66,8 +68,11 @@ class EncryptedLoader:
 
     Guarantees:
         In an epoch, all processes together return each row once, in the same number of batches in
-        each process. Two exceptions: ``drop_last`` leaves some out; and where there are fewer rows
-        than batches, some are returned twice. A batch that is still referred to is not overwritten.
+        each process. Two exceptions: ``drop_last`` leaves some out; and without it, where
+        ``batch_size`` is 1 and the rows do not divide by the number of processes, or there are
+        fewer rows than processes, each process that would have no row for its last batch returns
+        one that another process has too. The same holds for what is left of a resumed epoch. A
+        batch that is still referred to is not overwritten.
     """
 
     def __init__(
@@ -89,6 +94,8 @@ class EncryptedLoader:
     ) -> None:
         if batch_size < 1 or window_bytes < 1:
             raise ConfigError("batch_size and window_bytes must be positive.")
+        if window_bytes > MAX_WINDOW_BYTES:
+            raise ConfigError(f"window_bytes={window_bytes} is more than {MAX_WINDOW_BYTES}.")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} is not one of {world_size} processes.")
         if not 0 <= seed < 2**64:
@@ -212,12 +219,20 @@ class EncryptedLoader:
         Raises:
             ManifestMismatchError: The split holds other rows now, or the order of that epoch
                 cannot be found again.
+            ConfigError: The window of that run is above 1 GiB, and this loader's own is smaller.
         """
         if not state_dict:
             return  # of a private strategy's loader, which has none
         position = Position.from_state(
             state_dict, rows=len(self._dataset), content=self._dataset.entry.content_digest
         )
+        if position.window_bytes > max(self._window_bytes, _TRUSTED_WINDOW_BYTES):
+            raise ConfigError(
+                f"the checkpoint asks for windows of {position.window_bytes} bytes, several of "
+                f"which would be in memory, and this loader was made for {self._window_bytes}. "
+                "Nothing was read. If the run was made with such windows, pass the same "
+                "window_bytes= again."
+            )
         self._seed, self._shuffle = position.seed, position.shuffle
         self._window_bytes = position.window_bytes
         if digest(self._line(position.epoch)) != position.order:

@@ -214,8 +214,9 @@ def deal(
 
     Guarantees:
         All processes take the same number of batches, none of which is empty. No row is dealt
-        twice, except where there are fewer rows than batches for all: then a row that another
-        process has as well is better than a process that waits for ever.
+        twice, except without ``drop_last`` where ``batch_size`` is 1 and the rows do not divide by
+        ``world_size``, or there are fewer rows than that: then a row that another process has as
+        well is better than a process that waits for ever.
     """
     total = sum(stop - start for start, stop in left)
     steps = steps_for(total, world_size=world_size, batch_size=batch_size, drop_last=drop_last)

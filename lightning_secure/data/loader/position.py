@@ -9,9 +9,11 @@ from typing import Any, Final, Self
 from lightning_secure.data.loader.order import Interval
 from lightning_secure.errors import ManifestMismatchError
 
-__all__ = ["Position"]
+__all__ = ["MAX_WINDOW_BYTES", "Position"]
 
 _VERSION: Final = 1
+#: A window is in memory as a whole, so that more than this is a mistake.
+MAX_WINDOW_BYTES: Final = 2**40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class Position:
                 content=content,
                 left=left,
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             position, left = None, ()
         ends = [0, *(end for interval in left for end in interval)]
         if (
@@ -92,7 +94,7 @@ class Position:
             or any(start >= stop for start, stop in left)
             or ends != sorted(ends)
             or ends[-1] > rows
-            or position.window_bytes < 1
+            or not 1 <= position.window_bytes <= MAX_WINDOW_BYTES
             or not 0 <= position.epoch < 2**64
             or not 0 <= position.seed < 2**64
         ):

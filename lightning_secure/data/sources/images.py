@@ -11,6 +11,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from lightning_secure.crypto.attributes import ENCRYPTED
+from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.data.sources.base import Batch, Source, extra, files_identity, gathered
 from lightning_secure.data.sources.metadata import strip_metadata
 from lightning_secure.errors import ConfigError, DataError
@@ -28,7 +30,8 @@ class ImageFolderSource(Source):
     """Pictures of ``folder/CLASS/**``, with the columns ``image`` and ``label``.
 
     Args:
-        folder: Its folders are the classes, numbered in the order of their names. The files'
+        folder: Its folders are the classes, numbered in the order of their names. These stand
+            encrypted in the manifest, see :attr:`EncryptedShardDataset.attributes`. The files'
             names, which often name people, are not sealed.
         decode: Whether ``image`` is a tensor of uint8 with shape ``(3, height, width)``, turned
             the right way up; otherwise it is the bytes of the file.
@@ -84,7 +87,8 @@ class ImageFolderSource(Source):
         """The names of the classes, and what was done to the pictures."""
         done = "decoded, turned upright" if self._decode else "metadata stripped"
         resized = f", resized to {self._size[0]}x{self._size[1]}" if self._size else ""
-        return {"classes.label": ", ".join(self.classes), "image": done + resized}
+        names = canonical_json(list(self.classes)).decode()
+        return {f"{ENCRYPTED}classes.label": names, "image": done + resized}
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield pictures and labels, class by class."""

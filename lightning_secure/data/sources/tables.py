@@ -74,6 +74,8 @@ class TableSource(Source):
         chosen = dict.fromkeys([*(fields if columns is None else columns), *stacked])
         self._types = {name: self._typed.get(name) for name in chosen}
         self._dates: Mapping[str, bool] | None = None
+        #: Rows that a rule for nulls left out, of those that were read so far.
+        self.dropped = 0
         self._rows = None if "drop" in self._nulls.values() else rows
         self._fields = fields
         self._check()
@@ -144,6 +146,7 @@ class TableSource(Source):
                 batch, first_row=first, types=self._types, nulls=self._nulls, dates=self._dates
             )
             count = len(next(iter(columns.values())))
+            self.dropped += batch.num_rows - count
             skip = max(0, min(count, start - passed))
             passed += count
             if skip < count:

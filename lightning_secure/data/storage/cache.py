@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ from typing_extensions import Buffer
 from lightning_secure import events
 from lightning_secure.crypto.manifest import ShardEntry
 from lightning_secure.data.storage.base import StoredFile
+from lightning_secure.data.threads import ForkLock
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import exclusive_lock
 from lightning_secure.validate import positive_int
@@ -165,7 +165,7 @@ class _CachedFile:
         self._path = path
         self._open_origin = origin
         self._origin: StoredFile | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @property
     def size(self) -> int:

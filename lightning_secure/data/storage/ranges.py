@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Final, Protocol
 
 from typing_extensions import Buffer
 
 from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.data.threads import ForkLock
 
 __all__ = ["RangeSource", "RemoteFile"]
 
@@ -39,7 +39,8 @@ class RemoteFile:
 
     Who reads on where the last read ended gets ranges that grow up to ``source.range_bytes``, kept
     in memory for the reads to come; who jumps gets exactly what was asked for. Opening a shard
-    looks at the tag of each segment, and so reads it from end to end in large ranges.
+    looks at the tag of each segment, and so reads it from end to end in large ranges; its rows are
+    asked for once more, unless all of it fits one range.
     """
 
     def __init__(self, source: RangeSource, entry: ShardEntry, *, size: int) -> None:
@@ -48,7 +49,7 @@ class RemoteFile:
         self._size = size
         # As far as a scan may jump: from tag to tag, or over a segment that another thread reads.
         self._near = 4 * (size // entry.segments) + _FIRST_WINDOW
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._window = (0, b"")
         self._next = 0
         self._streak = 0
@@ -89,7 +90,9 @@ class RemoteFile:
                 self._next = offset + length
                 if not scanning:
                     return None
-                wanted = min(self._source.range_bytes, _FIRST_WINDOW << self._streak)
+                most = self._source.range_bytes
+                # One that fits is asked for as a whole: opening it leaves its rows at hand.
+                wanted = most if self._size <= most else min(most, _FIRST_WINDOW << self._streak)
                 end = min(self._size, offset + max(length, wanted))
                 # Within the lock: threads that scan side by side wait for one window.
                 start, window = offset, self._source.fetch(self._name, offset, end)

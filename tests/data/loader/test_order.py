@@ -161,6 +161,16 @@ def test_as_many_processes_go_on_as_if_nothing_had_happened(left, world_size, ba
         assert flat(after.intervals) == flat(share.intervals)[share.bound(step) :]
 
 
+def test_rows_are_repeated_where_the_loader_says_so_and_nowhere_else():
+    for rows, world_size, batch_size in itertools.product(range(1, 20), range(1, 7), range(1, 4)):
+        options = {"world_size": world_size, "batch_size": batch_size, "drop_last": False}
+        shares = [deal([Interval(0, rows)], rank=rank, **options) for rank in range(world_size)]
+        more = sum(share.rows for share in shares) - rows
+        expected = (batch_size == 1 and rows % world_size != 0) or rows < world_size
+        assert (more > 0) == expected, (rows, options)
+        assert more < world_size
+
+
 def test_what_is_taken_away_is_gone():
     left = [Interval(0, 10), Interval(20, 30)]
     assert without(left, []) == left

@@ -20,7 +20,7 @@ from lightning_secure.data.datamodule import EncryptedDataModule
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.loader.loader import EncryptedLoader
 from lightning_secure.data.writer import EncryptedShardWriter
-from lightning_secure.errors import ManifestMismatchError
+from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 ROWS = 240
 # Lightning's remarks that a resumed run saves its checkpoints elsewhere and at other times.
@@ -294,6 +294,29 @@ def test_a_checkpoint_holds_the_position_and_nothing_of_the_rows(tmp_path, seale
     state = copy.deepcopy(data.state_dict()["train"]["position"])
     assert state["left"] == [[10, ROWS]]
     assert {type(value) for value in state.values()} <= {int, str, bool, list}
+
+
+@pytest.mark.parametrize("size", [10**30, 2**63, 2**50, 2**31, 0, -1, float("inf"), float("nan")])
+def test_a_checkpoint_does_not_choose_how_much_memory_is_used(sealed, keys, size):
+    _, state = take(loaders(sealed, keys, 1), 1)
+    (loader,) = loaders(sealed, keys, 1)
+    with pytest.raises((ManifestMismatchError, ConfigError), match="Nothing was read"):
+        loader.load_state_dict({**state, "window_bytes": size})
+    assert not loader.begun
+
+
+def test_a_large_window_is_believed_from_who_made_the_loader(sealed, keys):
+    data = EncryptedShardDataset(sealed, split="train", keys=keys)
+    options = {"batch_size": 10, "shuffle": True, "threads": 1}
+    with pytest.raises(ConfigError, match="window_bytes"):
+        EncryptedLoader(data, **options, window_bytes=10**30)
+    first, again, small = (
+        EncryptedLoader(data, **options, window_bytes=size) for size in (2**31, 2**31, 500)
+    )
+    _, state = take([first], 1)
+    again.load_state_dict(state)
+    with pytest.raises(ConfigError, match="the same window_bytes"):
+        small.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- kill -9

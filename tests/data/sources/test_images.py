@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import io
+import json
 import struct
 import zlib
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.rotation import rotate_data, rotate_partition
 from lightning_secure.data.seal import seal
 from lightning_secure.data.sources.metadata import strip_metadata
 from lightning_secure.errors import ConfigError, DataError, MissingExtraError
@@ -112,8 +115,29 @@ def test_bytes_are_sealed_without_their_metadata(folder, tmp_path, keys):
     assert all(SECRET not in image for image in images)
     assert [dict(opened(image).getexif()) for image in images] == [{}, {0x0112: 6}, {}, {}]
     assert np.array_equal(np.asarray(opened(images[2])), PIXELS)
-    assert data.entry.attributes["classes.label"] == "cat, dog"
+    assert json.loads(data.attributes["classes.label"]) == ["cat", "dog"]
+    assert data.attributes["image"] == data.entry.attributes["image"]
     assert data.entry.attributes["image"] == "metadata stripped"
+
+
+def test_names_of_classes_cannot_be_read_from_the_manifest(folder, tmp_path, keys):
+    (folder / "dog").rename(folder / "melanoma, stage 4")
+    root = tmp_path / "o"
+    seal(folder, root, keys=keys)
+    names = ["cat", "melanoma, stage 4"]
+
+    def look():
+        payload = json.loads((root / "manifest.json").read_bytes())["payload"]
+        everything = base64.b64decode(payload) + b"".join(p.read_bytes() for p in root.rglob("*.*"))
+        assert b"melanoma" not in everything
+        data = EncryptedShardDataset(root, split="train", keys=keys)
+        assert json.loads(data.attributes["classes.label"]) == names
+
+    look()
+    rotate_partition(root, "train", keys=keys)
+    look()
+    rotate_data(root, "train", keys=keys)
+    look()
 
 
 def test_pixels_are_sealed_upright(folder, tmp_path, keys):

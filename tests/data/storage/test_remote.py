@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_secure.data.datamodule import EncryptedDataModule
 from lightning_secure.data.storage import CiphertextCache, RemoteStorage, open_storage, upload_split
+from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     ConfigError,
     MissingExtraError,
@@ -91,6 +92,30 @@ def test_threads_read_one_shard_side_by_side(url, opened):
     assert file.read_into(entry.size, bytearray(1)) == 0
     assert file.distrust() is False
     file.close()
+
+
+@pytest.mark.parametrize(("range_bytes", "times"), [(2**20, 1), (2**17, 2)])
+def test_a_shard_that_fits_one_range_is_asked_for_once(
+    tmp_path, keys, opened, monkeypatch, range_bytes, times
+):
+    rows = np.random.default_rng(0).normal(size=(500, 100))  # 400 KB
+    with EncryptedShardWriter(tmp_path / "d", split="train", keys=keys) as writer:
+        writer.write_batch({"x": rows})
+    url = f"memory://{uuid.uuid4().hex}/dataset"
+    upload_split(tmp_path / "d", url, split="train", keys=keys)
+    asked, fetch = [], RemoteStorage.fetch
+
+    def counting(self, name, start, end):  # it does what it did
+        asked.append(end - start)
+        return fetch(self, name, start, end)
+
+    monkeypatch.setattr(RemoteStorage, "fetch", counting)
+    data = opened(RemoteStorage(url, range_bytes=range_bytes))
+    for row in range(500):
+        assert np.array_equal(data[row][0].numpy(), rows[row])
+    size = data.entry.shards[0].size
+    assert (len(asked) == 1) == (times == 1)
+    assert size * times * 0.9 < sum(asked) <= size * times
 
 
 def test_few_ranges_are_held_in_memory(url, opened):

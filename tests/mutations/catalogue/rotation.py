@@ -49,7 +49,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an erasure that failed is called a success",
-        "data/erasure.py",
+        "data/recovery.py",
         'return any(attempt.outcome != "refused" for attempt in self.attempts)',
         "return False",
         "tests/data/test_erasure.py -k 'live_key or new_kek_alone'",

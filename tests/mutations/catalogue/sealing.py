@@ -70,7 +70,7 @@ CATALOGUE = [
     Mutation(
         "rows that a Ray task lost or doubled are not missed",
         "data/ray.py",
-        "if len(set(numbers)) != len(numbers) or sealed > rows or lost:",
+        "if len(set(numbers)) != len(numbers) or sealed + dropped != rows:",
         "if False:",
         "tests/data/test_ray.py -k lost_doubled",
     ),

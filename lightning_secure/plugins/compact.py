@@ -1,0 +1,179 @@
+"""``torch.save`` of what an object names, and not of the memory around it.
+
+A tensor can be a view of much more memory, and torch writes all of that: one row that a module
+keeps of a batch would take every row of its window into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["save_named"]
+
+_PROTOCOL: Final = 2  # of torch.save
+#: A multiple of the size of every dtype's elements, in bytes.
+_ALIGNED: Final = 16
+
+
+def save_named(value: Any, file: IO[bytes]) -> None:
+    """Write what ``torch.save`` writes, without bytes that no tensor in ``value`` looks at.
+
+    Args:
+        value: What to write.
+        file: Where to.
+
+    Guarantees:
+        Of a memory that is larger than the tensors over it, each stretch that tensors share goes
+        into a copy of its own, with zeros where none of them looks. So tensors that share elements,
+        such as tied weights, share them after loading. Memory that is named as a whole is not
+        copied, which is so for all that a model usually has: beyond it, there is memory for the
+        copies only.
+    """
+    survey = _Survey()
+    survey.dump(value)
+    copies = {
+        place: copy for views in survey.views.values() for place, copy in _copies(list(views))
+    }
+    module: Any = SimpleNamespace(__name__="pickle", Pickler=_pickler(copies))
+    torch.save(value, file, pickle_module=module, pickle_protocol=_PROTOCOL)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tensors have in common that look at the same elements in the same way."""
+    where = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return (*where, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+class _Survey(pickle.Pickler):
+    """Finds each tensor that would be written, by the way that it would be."""
+
+    def __init__(self) -> None:
+        super().__init__(_Nowhere(), protocol=_PROTOCOL)
+        self.views: dict[int, list[Tensor]] = {}  # also keeps the memory from being another's
+
+    def persistent_id(self, value: Any) -> str | None:
+        storage = isinstance(value, torch.storage.TypedStorage) or torch.is_storage(value)
+        return "" if storage else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if _in_memory(value) and not _lazy(value):
+            self.views.setdefault(value.untyped_storage()._cdata, []).append(value)
+        return NotImplemented
+
+
+def _pickler(copies: dict[tuple[Any, ...], Tensor]) -> type[pickle.Pickler]:
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if not _in_memory(value):
+                return NotImplemented
+            if _lazy(value):
+                return _reduced(value.resolve_conj().resolve_neg())
+            copy = copies.get(_place(value))
+            if copy is None:
+                return NotImplemented
+            alias = copy.detach().requires_grad_(value.requires_grad)
+            vars(alias).update(vars(value))
+            return _reduced(alias)
+
+    return Pickler
+
+
+def _reduced(tensor: Any) -> Any:
+    return tensor.__reduce_ex__(_PROTOCOL)
+
+
+def _in_memory(value: Any) -> bool:
+    # Parameters, sparse tensors and other kinds are written by way of such as these.
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and value.device.type != "meta"
+    )
+
+
+def _lazy(tensor: Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first byte of its memory that a tensor looks at, and the one after the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * int(stride) for size, stride in steps) if tensor.numel() else 0
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + length * tensor.element_size()
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """Return the tensor with each element once, where it was expanded."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the tensor looks at each byte of its span."""
+    expected = 1
+    inner = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in inner if stride and size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _copies(views: list[Tensor]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Return copies by place, if the views do not name the whole of their memory."""
+    end = 0
+    for start, stop in sorted(_span(view) for view in views if _dense(view)):
+        if start > end:
+            break
+        end = max(end, stop)
+    if end >= views[0].untyped_storage().nbytes():
+        return
+    places = {_place(view): view.detach() for view in views}
+    stretch: dict[tuple[Any, ...], Tensor] = {}
+    end = 0
+    for place, view in sorted(places.items(), key=lambda item: _span(item[1])):
+        start, stop = _span(view)
+        if stretch and start >= end:
+            yield from _copied(stretch)
+            stretch = {}
+        stretch[place] = view
+        end = max(end, stop)
+    yield from _copied(stretch)
+
+
+def _copied(stretch: dict[tuple[Any, ...], Tensor]) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
+    """Copy views that share elements into memory of their own."""
+    if len(stretch) == 1:
+        ((place, view),) = stretch.items()
+        own = _unexpanded(view).clone(memory_format=torch.contiguous_format)
+        return [(place, own.expand(view.shape))]
+    spans = [_span(view) for view in stretch.values()]
+    first = spans[0][0] - spans[0][0] % _ALIGNED
+    length = max(stop for _, stop in spans) - first
+    device = next(iter(stretch.values())).device
+    memory = torch.zeros(length, dtype=torch.uint8, device=device).untyped_storage()
+    moved = {place: _moved(view, memory, first) for place, view in stretch.items()}
+    for place, view in stretch.items():
+        _unexpanded(moved[place]).copy_(_unexpanded(view))
+    return moved.items()
+
+
+def _moved(view: Tensor, memory: torch.UntypedStorage, first: int) -> Tensor:
+    offset = view.storage_offset() - first // view.element_size()
+    empty = torch.empty(0, dtype=view.dtype, device=view.device)
+    return empty.set_(memory, offset, view.shape, view.stride())

@@ -1,0 +1,65 @@
+"""What is left when something breaks off, and what travels along with what was meant."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+CATALOGUE = [
+    Mutation(
+        "a sealing's journal goes on behind half a line",
+        "data/journal.py",
+        "        if self._broken:\n",
+        "        if False:\n",
+        "tests/data/test_resume.py -k could_not_be_written",
+        more=(("                os.ftruncate(self._fd, whole)\n", "                pass\n"),),
+    ),
+    Mutation(
+        "a split is put into the manifest under a key that is gone",
+        "crypto/keys.py",
+        "            self._require_kept()\n",
+        "",
+        "tests/data/test_interruptions.py -k destroyed_while",
+    ),
+    Mutation(
+        "a checkpoint chooses how much memory a resumed run takes",
+        "data/loader/loader.py",
+        "if position.window_bytes > max(self._window_bytes, _TRUSTED_WINDOW_BYTES):",
+        "if False:",
+        "tests/data/loader/test_resume.py -k 'choose and 2147483648'",
+    ),
+    Mutation(
+        "a checkpoint holds the rows beside a row that it names",
+        "plugins/checkpoint.py",
+        'save_named(checkpoint, cast("IO[bytes]", stream))',
+        'torch.save(checkpoint, cast("IO[bytes]", stream))',
+        "tests/plugins/test_compact.py -k that_a_module_keeps",
+    ),
+    Mutation(
+        "nobody knows of an erasure that broke off",
+        "data/unfinished.py",
+        "        self.write(root, signer)\n",
+        "",
+        "tests/data/test_erasure.py -k old_key_went_is_finished",
+    ),
+    Mutation(
+        "a key is destroyed that a late split needs",
+        "data/recovery.py",
+        "return not held(manifest) and keys.retire()",
+        "return keys.retire()",
+        "tests/data/test_erasure.py -k sealed_under_meanwhile",
+    ),
+    Mutation(
+        "names of classes stand in the manifest",
+        "data/sources/images.py",
+        'f"{ENCRYPTED}classes.label"',
+        '"classes.label"',
+        "tests/data/sources/test_images.py -k names_of_classes",
+    ),
+    Mutation(
+        "tied weights that are views come apart in a checkpoint",
+        "plugins/compact.py",
+        "if stretch and start >= end:",
+        "if stretch:",
+        "tests/plugins/test_compact.py -k share_them_afterwards",
+    ),
+]
