@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_secure import EncryptedCheckpointIO, EncryptedDataModule
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -45,12 +47,33 @@ def rows(split):
         }
 
 
+class LossesOfRows(AnyLightningModule):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        losses = nn.functional.cross_entropy(self.layer(x), y, reduction="none")
+        return {"loss": losses.mean(), "row_loss": losses}
+
+
+def require_released(strategy, keys):
+    """The metrics of the last block are logged, and epsilon covers them."""
+    trainer = L.Trainer(
+        strategy=strategy, max_epochs=1, limit_val_batches=0, logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        plugins=[EncryptedCheckpointIO(keys)],
+    )  # fmt: skip
+    data = EncryptedDataModule("shards/", keys=keys, batch_size=60, columns=("x", "y"))
+    trainer.fit(LossesOfRows(), datamodule=data)
+    assert 0 <= trainer.callback_metrics["train_loss"] < 5
+    assert "clipped" in trainer.callback_metrics
+    assert 2.9 < strategy.ledger.epsilon() <= 3.0
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_readmes_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     names = {"rows": rows, "AnyLightningModule": AnyLightningModule}
     for block in blocks:
@@ -60,6 +83,7 @@ def test_the_readmes_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "AuditSummary(records=" in printed
     assert 2.9 < names["trainer"].strategy.ledger.epsilon() <= 3.0
+    require_released(names["strategy"], names["keys"])
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert b"Whitcombe" not in written
 
