@@ -43,6 +43,7 @@ class Recorder:
         self._alone = {unit for unit in units if all(uses[id(p)] == 1 for p in unit.parameters)}
         self._active = False
         self._whole = False
+        self._rows: int | None = None
         # With all parameters frozen no layer's output may require grad; this leaf makes it.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -57,17 +58,20 @@ class Recorder:
             self._handles.pop()()
 
     @contextlib.contextmanager
-    def recording(self, *, whole: bool = False) -> Iterator[None]:
+    def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
         """Record what runs in the block, with the units' parameters frozen.
 
         Args:
+            rows: Rows of the batch. If it is given, a layer that is called once for all of them, as
+                position embeddings are, with a first dimension of one, has its output repeated
+                for each: what was broadcast is the same, and each row's part can be told.
             whole: Whether inputs and gradients are kept in any case. Otherwise a layer that is
                 used once is reduced to its norms while the backward pass is still running, which
                 frees what it does not need any more.
         """
         self._pending = []
         self._calls.clear()
-        self._whole = whole
+        self._whole, self._rows = whole, rows
         # Not those that the user has frozen since: they must be found frozen afterwards.
         parameters = [p for unit in self._units for p in unit.parameters if p.requires_grad]
         for parameter in parameters:
@@ -84,12 +88,13 @@ class Recorder:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def take(self, batch: int) -> list[Record]:
+    def take(self, batch: int, *, factor: float = 1.0) -> list[Record]:
         """Return the records of the last block and forget them.
 
         Args:
             batch: Rows of the chunk. The loss is taken to be their mean, so the gradient of one
                 sample's own loss is so many times what reached the layer.
+            factor: What the loss was multiplied by before it went backward.
 
         Raises:
             UnsupportedModelError: A layer's first dimension is not the batch, so its gradients
@@ -106,7 +111,7 @@ class Recorder:
                     "as the first dimension through every layer with parameters (expand what is "
                     "shared, do not fold other dimensions into it). This step was not taken."
                 )
-            record.scale = float(batch)
+            record.scale = batch / factor
         return records
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,12 +119,17 @@ class Recorder:
         nothing = {"_pending": [], "_handles": [], "_active": False, "_calls": Counter()}
         return {**self.__dict__, **nothing}
 
+    # Compiled, it would be traced once and run into what must happen each time.
+    @torch.compiler.disable
     def _watch(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
         """Return ``output``, of which the gradient will be recorded together with ``inputs``."""
         if not self._active or not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             output = _anchored(output, self._anchor)
+        rows = self._rows or 1
+        if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
+            inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
         hook = partial(self._after_backward, unit, inputs.detach())
         cast("Any", output).register_hook(hook)

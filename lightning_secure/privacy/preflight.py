@@ -224,11 +224,11 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
         for parameter, total in record.weighted_sum(weights).items():
             recorded[parameter] = recorded[parameter] + total if parameter in recorded else total
     names = {parameter: name for name, parameter in trial.model.named_parameters()}
-    gradients = trial.ordinary(batch)
+    gradients = trial.ordinary(batch, rows=rows)
     for parameter, gradient in zip(trial.engine.parameters, gradients, strict=True):
         zero = torch.zeros_like(parameter, dtype=torch.float32)
         ours = recorded.get(parameter, zero)
-        theirs = zero if gradient is None else gradient.float()
+        theirs = zero if gradient is None else gradient
         scale = torch.linalg.vector_norm(theirs) + torch.linalg.vector_norm(ours)
         difference = torch.linalg.vector_norm(ours - theirs)
         tolerance = _TOLERANCE if parameter.dtype.itemsize >= 4 else _COARSE

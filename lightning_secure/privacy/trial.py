@@ -70,13 +70,13 @@ class Trial:
             UnsupportedModelError: There is no gradient, or one that is not finite.
         """
         _seed(seed)
-        with self.engine.recording(whole=True):
+        with self.engine.recording(rows=rows, whole=True):
             loss = self.loss_of(batch)
             if not loss.requires_grad:
                 raise UnsupportedModelError(
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
                 )
-            self.backward(loss)
+            self.backward(self.engine.scaled(loss, rows))
         run = Run(self.engine.take(rows))
         if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
             raise UnsupportedModelError(
@@ -85,12 +85,14 @@ class Trial:
             )
         return run
 
-    def ordinary(self, batch: Any) -> list[Tensor | None]:
+    def ordinary(self, batch: Any, *, rows: int) -> list[Tensor | None]:
         """Run forward and backward without records; return the gradient of each parameter."""
         _seed(0)
         self.model.zero_grad(set_to_none=True)
-        self.backward(self.loss_of(batch))
-        gradients = [parameter.grad for parameter in self.engine.parameters]
+        self.backward(self.engine.scaled(self.loss_of(batch), rows))
+        gradients = [
+            None if p.grad is None else self.engine.unscaled(p.grad) for p in self.engine.parameters
+        ]
         self.model.zero_grad(set_to_none=True)  # the model's own code must not find them
         return gradients
 
