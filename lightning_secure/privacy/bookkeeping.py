@@ -131,16 +131,18 @@ class Recorder:
         if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
             inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
-        hook = partial(self._after_backward, unit, inputs.detach())
-        cast("Any", output).register_hook(hook)
+        hook = partial(self._after_backward, unit, inputs.detach(), output.shape)
+        cast("Any", _not_a_view(output)).register_hook(hook)
         return output
 
-    def _after_backward(self, unit: Unit, inputs: Tensor, grads: Tensor) -> None:
+    def _after_backward(
+        self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor
+    ) -> None:
         if not self._active:
             return
-        record = Record(unit, inputs, grads.detach())
+        record = Record(unit, inputs, grads.detach().reshape(shape))
         self._pending.append(record)
-        batched = bool(grads.ndim and inputs.ndim) and len(grads) == len(inputs)
+        batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
         if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:
             record.release_inputs()
 
@@ -164,7 +166,22 @@ class _Anchored(torch.autograd.Function):
 
 def _anchored(tensor: Tensor, anchor: Tensor) -> Tensor:
     apply: Callable[..., Tensor] = _Anchored.apply
+    if tensor._is_view():  # of a compiled layer, which made it without grad: cannot be changed
+        tensor = tensor.clone()
     return apply(tensor, anchor)
+
+
+def _not_a_view(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient is the output's, also if the output is changed in place.
+
+    ``nn.Linear`` over time returns a view. What ``+=`` or ``nn.ReLU(inplace=True)`` then does to it
+    is the history of the tensor that it is a view of, and goes past the view's own hooks.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return base
+    return output
 
 
 def per_sample_norms(records: Sequence[Record]) -> Tensor:

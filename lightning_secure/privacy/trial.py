@@ -67,11 +67,12 @@ class Trial:
             seed: The same one has dropout and augmentations do the same.
 
         Raises:
-            UnsupportedModelError: There is no gradient, or one that is not finite.
+            UnsupportedModelError: There is no gradient, or one that is not finite, or the model is
+                compiled in a way that leaves no place to record.
         """
         _seed(seed)
         with self.engine.recording(rows=rows, whole=True):
-            loss = self.loss_of(batch)
+            loss = self._loss(batch)
             if not loss.requires_grad:
                 raise UnsupportedModelError(
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
@@ -84,6 +85,19 @@ class Trial:
                 f"so nothing could be checked. Scale the inputs, by public constants. {NO_STEP}"
             )
         return run
+
+    def _loss(self, batch: Any) -> Tensor:
+        try:
+            return self.loss_of(batch)
+        except Exception as error:
+            if not type(error).__module__.startswith("torch._dynamo"):
+                raise
+            raise UnsupportedModelError(
+                "torch.compile cannot compile the training step together with what records each "
+                f"layer ({type(error).__name__}): fullgraph=True leaves no place for it, and "
+                "self.log of some versions of Lightning cannot be compiled. Compile submodules, "
+                f"without fullgraph. {NO_STEP}"
+            ) from error
 
     def ordinary(self, batch: Any, *, rows: int) -> list[Tensor | None]:
         """Run forward and backward without records; return the gradient of each parameter."""

@@ -99,11 +99,6 @@ def require_trainer_options(
             "them, and skips steps by it, or is unknown. Use '32-true', 'bf16-mixed', 'bf16-true' "
             "or '64-true'; or '16-mixed' with a scale that never changes, DPConfig(loss_scale=).",
         ),
-        (
-            getattr(module, "_compiler_ctx", None) is not None,
-            "a compiled LightningModule runs past the hooks that clip. Pass the module itself to "
-            "fit.",
-        ),
     ]
     for wrong, reason in refused:
         if wrong:

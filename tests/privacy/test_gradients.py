@@ -168,6 +168,13 @@ ZOO = {
         lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 3, bias=False)),
         floats(5),
     ),
+    "in place over time": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True),
+            nn.Linear(4, 3), nn.Flatten(),
+        ),
+        floats(3, 5),
+    ),
     "linear over time": (
         lambda: nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 30), nn.Flatten()),
         floats(3, 5),
@@ -208,7 +215,7 @@ ZOO = {
     ),
     "partly frozen": (partly_frozen, floats(5)),
     "bias over time only": (lambda: frozen_weight(), floats(4, 5)),
-}
+}  # fmt: skip
 
 
 def lazily(model, shape):
