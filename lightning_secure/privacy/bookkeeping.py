@@ -135,9 +135,7 @@ class Recorder:
         cast("Any", _not_a_view(output)).register_hook(hook)
         return output
 
-    def _after_backward(
-        self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor
-    ) -> None:
+    def _after_backward(self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor) -> None:
         if not self._active:
             return
         record = Record(unit, inputs, grads.detach().reshape(shape))

@@ -231,9 +231,7 @@ class GradientEngine:
         UnsupportedModelError: See :func:`find_units`, and if nothing is trainable.
     """
 
-    def __init__(
-        self, model: nn.Module, *, max_grad_norm: float, loss_scale: float = 1.0
-    ) -> None:
+    def __init__(self, model: nn.Module, *, max_grad_norm: float, loss_scale: float = 1.0) -> None:
         self.units = find_units(model)
         self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit.parameters))
         if not self.parameters:

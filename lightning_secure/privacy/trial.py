@@ -22,6 +22,7 @@ __all__ = [
     "NO_STEP",
     "Run",
     "Trial",
+    "differing",
     "exact_arithmetic",
     "row_differs",
     "same_layers",
@@ -123,7 +124,14 @@ def same_layers(one: Run, other: Run) -> bool:
 
 
 def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12) -> bool:
-    """Return whether a row's gradient is another one in another pass.
+    """Return whether a row's gradient is another one in another pass; see :func:`differing`."""
+    return differing(one, other, row, tolerance=tolerance, floor=floor) is not None
+
+
+def differing(
+    one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12
+) -> str | None:
+    """Return the layer, the last one in the model, in which a row's gradient is another one.
 
     Args:
         one: A pass.
@@ -139,8 +147,8 @@ def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: floa
         a, b = _gradient(before, row), _gradient(after, row)
         scale = max(_square(a.values()), _square(b.values()))
         if _square(a[p] - b[p] for p in a) > tolerance**2 * scale + floor * largest:
-            return True
-    return False
+            return before.unit.name
+    return None
 
 
 def _same_evidence(before: Record, after: Record, row: int) -> bool:
