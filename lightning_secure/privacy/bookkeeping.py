@@ -120,7 +120,7 @@ class Recorder:
         return {**self.__dict__, **nothing}
 
     # Compiled, it would be traced once and run into what must happen each time.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watch(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
         """Return ``output``, of which the gradient will be recorded together with ``inputs``."""
         if not self._active or not torch.is_grad_enabled():
