@@ -65,12 +65,27 @@ class SampledUnit(Unit):
         return [Way("product", kept=True)]
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
-        """Return the gradients."""
+        """Return the gradients.
+
+        Raises:
+            UnsupportedModelError: functorch cannot form them.
+        """
         dtype = widened(grads.dtype)
         if inputs.is_floating_point():
             inputs = inputs.to(dtype)
-        with torch.no_grad():
-            gradients = self._sampler(self.module, [inputs], grads.to(dtype))
+        try:
+            with torch.no_grad():
+                gradients = self._sampler(self.module, [inputs], grads.to(dtype))
+        except RuntimeError as error:
+            functorch = self._sampler is ft_compute_per_sample_gradient
+            if not functorch or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedModelError(
+                f"layer {self.name!r} ({type(self.module).__name__}) has parameters of its own, so "
+                "all of it goes through functorch, which fails. It cannot drop out, draw random "
+                "numbers, or decide by values: move the parameters into a small nn.Module with "
+                "nothing else in it. This step was not taken."
+            ) from error
         _require_known(self, gradients)
         return {p: gradients[p].to(dtype) for p in self.parameters}
 

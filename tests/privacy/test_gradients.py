@@ -510,6 +510,20 @@ def test_layers_that_cannot_be_private_are_refused_by_name(model, words):
     assert "'1.odd'" in str(caught.value)
 
 
+def test_a_module_that_functorch_cannot_do_is_refused_by_name():
+    class Dropping(Scale):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x))
+
+    model = nn.Sequential(nn.Linear(5, 4), Dropping(4))
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    with engine.recording():
+        loss = loss_of(model, torch.randn(BATCH, 5))
+        with pytest.raises(UnsupportedModelError, match=r"'1' \(Dropping\).*functorch"):
+            loss.backward()
+
+
 def test_normalisation_by_frozen_statistics_is_fine():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False).eval())
     assert len(find_units(model)) == 1
