@@ -241,6 +241,8 @@ def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     for group in groups.values():
         first = group[0]
         alike = len(group) > 1 and len({type(record.unit) for record in group}) == 1
+        # Computed again by a checkpoint, an earlier use seemed the only one, and was reduced.
+        alike = alike and all(record.inputs is not None for record in group)
         pair = first.unit.joined(group) if alike else None
         merged += group if pair is None else [Record(first.unit, *pair, scale=first.scale)]
     uses = Counter(id(p) for record in merged for p in record.unit.parameters)

@@ -25,6 +25,7 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.units.base import GHOST, Way
 
 BATCH, TIME, SIZE, WORDS = 4, 5, 8, 11
 
@@ -380,14 +381,17 @@ def test_evaluation_says_what_it_said_before_and_leaves_no_record(nested):
 # ---------------------------------------------------------------- activation checkpointing
 
 
+@pytest.mark.parametrize("way", [GHOST, Way("product", kept=True), Way("product", kept=False)])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_layers_that_are_computed_again_are_recorded_once(reentrant):
+def test_layers_that_are_computed_again_are_recorded_once(reentrant, way):
     def norms(reentrant):
         torch.manual_seed(0)
         model = Checkpointed(reentrant=reentrant).double()
         x = torch.randn(BATCH, TIME, SIZE, dtype=torch.float64)
         engine = GradientEngine(model, max_grad_norm=1.0)
         engine.attach()
+        for unit in engine.units:  # which otherwise choose by time
+            unit._way, unit._timed_rows = way if unit.has_ghost else None, BATCH
         torch.manual_seed(1)
         with engine.recording(rows=BATCH):
             engine.scaled(loss_of(model, x), BATCH).backward()
