@@ -43,6 +43,7 @@ class Recorder:
         self._alone = {unit for unit in units if all(uses[id(p)] == 1 for p in unit.parameters)}
         self._active = False
         self._whole = False
+        self._rows: int | None = None
         # With all parameters frozen no layer's output may require grad; this leaf makes it.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -57,17 +58,20 @@ class Recorder:
             self._handles.pop()()
 
     @contextlib.contextmanager
-    def recording(self, *, whole: bool = False) -> Iterator[None]:
+    def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
         """Record what runs in the block, with the units' parameters frozen.
 
         Args:
+            rows: Rows of the batch. If it is given, a layer that is called once for all of them, as
+                position embeddings are, with a first dimension of one, has its output repeated
+                for each: what was broadcast is the same, and each row's part can be told.
             whole: Whether inputs and gradients are kept in any case. Otherwise a layer that is
                 used once is reduced to its norms while the backward pass is still running, which
                 frees what it does not need any more.
         """
         self._pending = []
         self._calls.clear()
-        self._whole = whole
+        self._whole, self._rows = whole, rows
         # Not those that the user has frozen since: they must be found frozen afterwards.
         parameters = [p for unit in self._units for p in unit.parameters if p.requires_grad]
         for parameter in parameters:
@@ -84,12 +88,13 @@ class Recorder:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def take(self, batch: int) -> list[Record]:
+    def take(self, batch: int, *, factor: float = 1.0) -> list[Record]:
         """Return the records of the last block and forget them.
 
         Args:
             batch: Rows of the chunk. The loss is taken to be their mean, so the gradient of one
                 sample's own loss is so many times what reached the layer.
+            factor: What the loss was multiplied by before it went backward.
 
         Raises:
             UnsupportedModelError: A layer's first dimension is not the batch, so its gradients
@@ -106,7 +111,7 @@ class Recorder:
                     "as the first dimension through every layer with parameters (expand what is "
                     "shared, do not fold other dimensions into it). This step was not taken."
                 )
-            record.scale = float(batch)
+            record.scale = batch / factor
         return records
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,23 +119,28 @@ class Recorder:
         nothing = {"_pending": [], "_handles": [], "_active": False, "_calls": Counter()}
         return {**self.__dict__, **nothing}
 
+    # Compiled, it would be traced once and run into what must happen each time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watch(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
         """Return ``output``, of which the gradient will be recorded together with ``inputs``."""
         if not self._active or not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             output = _anchored(output, self._anchor)
+        rows = self._rows or 1
+        if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
+            inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
-        hook = partial(self._after_backward, unit, inputs.detach())
-        cast("Any", output).register_hook(hook)
+        hook = partial(self._after_backward, unit, inputs.detach(), output.shape)
+        cast("Any", _not_a_view(output)).register_hook(hook)
         return output
 
-    def _after_backward(self, unit: Unit, inputs: Tensor, grads: Tensor) -> None:
+    def _after_backward(self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor) -> None:
         if not self._active:
             return
-        record = Record(unit, inputs, grads.detach())
+        record = Record(unit, inputs, grads.detach().reshape(shape))
         self._pending.append(record)
-        batched = bool(grads.ndim and inputs.ndim) and len(grads) == len(inputs)
+        batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
         if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:
             record.release_inputs()
 
@@ -154,7 +164,22 @@ class _Anchored(torch.autograd.Function):
 
 def _anchored(tensor: Tensor, anchor: Tensor) -> Tensor:
     apply: Callable[..., Tensor] = _Anchored.apply
+    if tensor._is_view():  # of a compiled layer, which made it without grad: cannot be changed
+        tensor = tensor.clone()
     return apply(tensor, anchor)
+
+
+def _not_a_view(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient is the output's, also if the output is changed in place.
+
+    ``nn.Linear`` over time returns a view. What ``+=`` or ``nn.ReLU(inplace=True)`` then does to it
+    is the history of the tensor that it is a view of, and goes past the view's own hooks.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return base
+    return output
 
 
 def per_sample_norms(records: Sequence[Record]) -> Tensor:
@@ -216,6 +241,8 @@ def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     for group in groups.values():
         first = group[0]
         alike = len(group) > 1 and len({type(record.unit) for record in group}) == 1
+        # Computed again by a checkpoint, an earlier use seemed the only one, and was reduced.
+        alike = alike and all(record.inputs is not None for record in group)
         pair = first.unit.joined(group) if alike else None
         merged += group if pair is None else [Record(first.unit, *pair, scale=first.scale)]
     uses = Counter(id(p) for record in merged for p in record.unit.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lightning_secure.errors import ConfigError
@@ -42,6 +43,10 @@ class DPConfig:
         max_physical_batch_size: Most rows that go through the model at once. A larger draw is
             processed in several chunks and is still one step. By default four standard
             deviations above the expected batch.
+        loss_scale: By what the loss is multiplied before it goes backward, a power of two: per-row
+            gradients that would round to zero in float16 then do not. ``16-mixed`` needs it, such
+            as ``2**12``, because Lightning's own scale depends on the rows. It never changes.
+            Rows that overflow by it are left out, so choose it smaller if little is learned.
 
     What breaks the promise, for tests:
 
@@ -66,6 +71,7 @@ class DPConfig:
     noise_multiplier: float | None = None
     expected_batch_size: int | None = None
     max_physical_batch_size: int | None = None
+    loss_scale: float | None = None
     public_dataset_size: int | None = None
     planned_epochs: int | None = None
     accountant: str = "pld"
@@ -78,7 +84,13 @@ class DPConfig:
             max_grad_norm=self.max_grad_norm,
             target_epsilon=self.target_epsilon,
             noise_multiplier=self.noise_multiplier,
+            loss_scale=self.loss_scale,
         )
+        if self.loss_scale is not None and math.frexp(self.loss_scale)[0] != 0.5:
+            raise ConfigError(
+                f"loss_scale={self.loss_scale} is not a power of two, so taking it out of the "
+                "gradients again would round them. Use for example 2**12."
+            )
         positive_int(
             expected_batch_size=self.expected_batch_size,
             max_physical_batch_size=self.max_physical_batch_size,

@@ -65,12 +65,27 @@ class SampledUnit(Unit):
         return [Way("product", kept=True)]
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
-        """Return the gradients."""
+        """Return the gradients.
+
+        Raises:
+            UnsupportedModelError: functorch cannot form them.
+        """
         dtype = widened(grads.dtype)
         if inputs.is_floating_point():
             inputs = inputs.to(dtype)
-        with torch.no_grad():
-            gradients = self._sampler(self.module, [inputs], grads.to(dtype))
+        try:
+            with torch.no_grad():
+                gradients = self._sampler(self.module, [inputs], grads.to(dtype))
+        except RuntimeError as error:
+            functorch = self._sampler is ft_compute_per_sample_gradient
+            if not functorch or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedModelError(
+                f"layer {self.name!r} ({type(self.module).__name__}) has parameters of its own, so "
+                "all of it goes through functorch, which fails. It cannot drop out, draw random "
+                "numbers, or decide by values: move the parameters into a small nn.Module with "
+                "nothing else in it. This step was not taken."
+            ) from error
         _require_known(self, gradients)
         return {p: gradients[p].to(dtype) for p in self.parameters}
 
@@ -225,12 +240,13 @@ class GradientEngine:
     Args:
         model: Its trainable parameters are those that require grad now.
         max_grad_norm: Clipping bound.
+        loss_scale: Power of two by which :meth:`scaled` multiplies, for gradients in float16.
 
     Raises:
         UnsupportedModelError: See :func:`find_units`, and if nothing is trainable.
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float) -> None:
+    def __init__(self, model: nn.Module, *, max_grad_norm: float, loss_scale: float = 1.0) -> None:
         self.units = find_units(model)
         self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit.parameters))
         if not self.parameters:
@@ -238,6 +254,8 @@ class GradientEngine:
         self._covered = frozenset(map(id, self.parameters))
         self.require_covered(model.named_parameters())
         self._max_grad_norm = max_grad_norm
+        self._loss_scale = loss_scale
+        self._factor = 1.0
         self._recorder = Recorder(self.units)
         self._sums: dict[nn.Parameter, Tensor] = {}
 
@@ -273,14 +291,44 @@ class GradientEngine:
                 del unit.module.ft_compute_sample_grad
 
     @contextlib.contextmanager
-    def recording(self, *, whole: bool = False) -> Iterator[None]:
+    def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
         """Record a forward and a backward pass; parameters are frozen in the block.
 
         Args:
+            rows: Rows of the batch; see :meth:`Recorder.recording`.
             whole: Whether the records keep inputs and gradients whatever the norms need.
         """
-        with self._recorder.recording(whole=whole):
+        self._factor = 1.0
+        with self._recorder.recording(rows=rows, whole=whole):
             yield
+
+    def scaled(self, loss: Tensor, rows: int) -> Tensor:
+        """Return what goes backward in place of a mean loss; records are scaled back.
+
+        It is the sum of the rows' losses, times the fixed scale. Backward from a mean, each row's
+        gradient is divided by the number of rows, and rounded in the precision of the layer: one
+        more row would change the rounding of all others together, and in float16 decide which of
+        them overflow. So the others' number stays out of it.
+
+        Args:
+            loss: The mean over ``rows`` rows, a scalar.
+            rows: How many.
+
+        Raises:
+            UnsupportedModelError: The loss is a float16.
+        """
+        if loss.dtype == torch.float16:
+            raise UnsupportedModelError(
+                "the loss is a float16, which ends at 65504: its gradient would overflow by the "
+                "number of rows that were drawn. Compute it in float32, as the losses of torch "
+                "do under autocast, or from model(x).float(). This step was not taken."
+            )
+        self._factor = rows * self._loss_scale
+        return loss.to(widened(loss.dtype)) * self._factor
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """Return an ordinary gradient as it would be without :meth:`scaled`."""
+        return gradient.to(widened(gradient.dtype)) / self._factor
 
     def take(self, batch: int) -> list[Record]:
         """Return and forget the records of the last block.
@@ -288,7 +336,7 @@ class GradientEngine:
         Raises:
             UnsupportedModelError: There are none, or a layer's first dimension is not the batch.
         """
-        records = self._recorder.take(batch)
+        records = self._recorder.take(batch, factor=self._factor)
         if not records:
             raise UnsupportedModelError(
                 "the loss does not depend on any trainable layer: nothing could be clipped. This "

@@ -24,6 +24,7 @@ from lightning_secure.privacy.trial import (
     NO_STEP,
     Run,
     Trial,
+    differing,
     exact_arithmetic,
     row_differs,
     same_layers,
@@ -224,11 +225,11 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
         for parameter, total in record.weighted_sum(weights).items():
             recorded[parameter] = recorded[parameter] + total if parameter in recorded else total
     names = {parameter: name for name, parameter in trial.model.named_parameters()}
-    gradients = trial.ordinary(batch)
+    gradients = trial.ordinary(batch, rows=rows)
     for parameter, gradient in zip(trial.engine.parameters, gradients, strict=True):
         zero = torch.zeros_like(parameter, dtype=torch.float32)
         ours = recorded.get(parameter, zero)
-        theirs = zero if gradient is None else gradient.float()
+        theirs = zero if gradient is None else gradient
         scale = torch.linalg.vector_norm(theirs) + torch.linalg.vector_norm(ours)
         difference = torch.linalg.vector_norm(ours - theirs)
         tolerance = _TOLERANCE if parameter.dtype.itemsize >= 4 else _COARSE
@@ -256,7 +257,8 @@ def _moved(run: Run, changed: Run) -> bool:
 
 def _require_unmoved(run: Run, changed: Run, kept: int) -> None:
     _require_same_layers(run, changed)
-    if not row_differs(run, changed, kept, tolerance=_TOLERANCE):
+    layer = differing(run, changed, kept, tolerance=_TOLERANCE)
+    if layer is None:
         return
     # Backward order: the last record whose input moved is the first such layer going forward.
     mixed = [
@@ -268,8 +270,8 @@ def _require_unmoved(run: Run, changed: Run, kept: int) -> None:
         f"rows are mixed in the forward pass, before layer {mixed[-1]!r} (batch statistics, or "
         "attention or pooling across the batch)"
         if mixed
-        else "rows are mixed in the loss (a contrastive term, or a divisor that counts the other "
-        "rows' tokens or classes), or in a backward() of the module's own"
+        else f"rows are mixed in the loss, after layer {layer!r} (a contrastive term, or a divisor "
+        "that counts the other rows' tokens or classes), or in a backward() of the module's own"
     )
     raise UnsupportedModelError(
         f"one row's gradient changes when another row does, so clipping bounds nothing: {where}. "
@@ -297,9 +299,10 @@ def _require_mean(trial: Trial, batch: Any) -> None:
     tolerance, floor = (_TOLERANCE, 1e-10) if exact else (_COARSE, 1e-4)
     for rows, run in few.items():
         for row in range(rows):
-            if row_differs(run, whole, row, tolerance=tolerance, floor=floor):
+            layer = differing(run, whole, row, tolerance=tolerance, floor=floor)
+            if layer is not None:
                 sizes = [float(item.squares()[:, row].sum()) for item in (whole, run)]
-                raise _no_mean(larger=sizes[0] > sizes[1])
+                raise _no_mean(larger=sizes[0] > sizes[1], where=f" at layer {layer!r}")
 
 
 def _require_mean_on_average(trial: Trial, batch: Any) -> None:
@@ -316,14 +319,14 @@ def _require_mean_on_average(trial: Trial, batch: Any) -> None:
         raise _no_mean(larger=sizes[_ROWS] > sizes[1])
 
 
-def _no_mean(*, larger: bool) -> UnsupportedModelError:
+def _no_mean(*, larger: bool, where: str = "") -> UnsupportedModelError:
     what = (
         "the loss is a sum over the batch, or grows with its rows in another way, and not a mean"
         if larger
         else "the loss shrinks as the batch grows, and is not a mean over its rows"
     )
     return UnsupportedModelError(
-        f"{what}: each row's gradient would depend on how many rows were drawn, so that adding one "
-        "changes those of all others. Return the mean, as with reduction='mean'. "
+        f"{what}: each row's gradient{where} would depend on how many rows were drawn, so that "
+        "adding one changes those of all others. Return the mean, as with reduction='mean'. "
         f"{NO_STEP}"
     )

@@ -22,6 +22,7 @@ __all__ = [
     "NO_STEP",
     "Run",
     "Trial",
+    "differing",
     "exact_arithmetic",
     "row_differs",
     "same_layers",
@@ -67,16 +68,17 @@ class Trial:
             seed: The same one has dropout and augmentations do the same.
 
         Raises:
-            UnsupportedModelError: There is no gradient, or one that is not finite.
+            UnsupportedModelError: There is no gradient, or one that is not finite, or the model is
+                compiled in a way that leaves no place to record.
         """
         _seed(seed)
-        with self.engine.recording(whole=True):
-            loss = self.loss_of(batch)
+        with self.engine.recording(rows=rows, whole=True):
+            loss = self._loss(batch)
             if not loss.requires_grad:
                 raise UnsupportedModelError(
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
                 )
-            self.backward(loss)
+            self.backward(self.engine.scaled(loss, rows))
         run = Run(self.engine.take(rows))
         if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
             raise UnsupportedModelError(
@@ -85,12 +87,27 @@ class Trial:
             )
         return run
 
-    def ordinary(self, batch: Any) -> list[Tensor | None]:
+    def _loss(self, batch: Any) -> Tensor:
+        try:
+            return self.loss_of(batch)
+        except Exception as error:
+            if not type(error).__module__.startswith("torch._dynamo"):
+                raise
+            raise UnsupportedModelError(
+                "torch.compile cannot compile the training step together with what records each "
+                f"layer ({type(error).__name__}): fullgraph=True leaves no place for it, and "
+                "self.log of some versions of Lightning cannot be compiled. Compile submodules, "
+                f"without fullgraph. {NO_STEP}"
+            ) from error
+
+    def ordinary(self, batch: Any, *, rows: int) -> list[Tensor | None]:
         """Run forward and backward without records; return the gradient of each parameter."""
         _seed(0)
         self.model.zero_grad(set_to_none=True)
-        self.backward(self.loss_of(batch))
-        gradients = [parameter.grad for parameter in self.engine.parameters]
+        self.backward(self.engine.scaled(self.loss_of(batch), rows))
+        gradients = [
+            None if p.grad is None else self.engine.unscaled(p.grad) for p in self.engine.parameters
+        ]
         self.model.zero_grad(set_to_none=True)  # the model's own code must not find them
         return gradients
 
@@ -107,7 +124,14 @@ def same_layers(one: Run, other: Run) -> bool:
 
 
 def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12) -> bool:
-    """Return whether a row's gradient is another one in another pass.
+    """Return whether a row's gradient is another one in another pass; see :func:`differing`."""
+    return differing(one, other, row, tolerance=tolerance, floor=floor) is not None
+
+
+def differing(
+    one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12
+) -> str | None:
+    """Return the layer, the last one in the model, in which a row's gradient is another one.
 
     Args:
         one: A pass.
@@ -123,8 +147,8 @@ def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: floa
         a, b = _gradient(before, row), _gradient(after, row)
         scale = max(_square(a.values()), _square(b.values()))
         if _square(a[p] - b[p] for p in a) > tolerance**2 * scale + floor * largest:
-            return True
-    return False
+            return before.unit.name
+    return None
 
 
 def _same_evidence(before: Record, after: Record, row: int) -> bool:

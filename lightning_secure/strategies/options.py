@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +36,7 @@ from lightning_secure.privacy.promise import require_same_promise
 
 __all__ = [
     "carry_ledger",
+    "fixed_scale",
     "planned_steps",
     "require_no_accumulation",
     "require_optimizers",
@@ -94,12 +96,8 @@ def require_trainer_options(
         (
             not _exact_precision(precision),
             f"precision plugin {type(precision).__name__} scales gradients by what it sees in "
-            "them, or is unknown. Use '32-true', 'bf16-mixed', 'bf16-true' or '64-true'.",
-        ),
-        (
-            getattr(module, "_compiler_ctx", None) is not None,
-            "a compiled LightningModule runs past the hooks that clip. Pass the module itself to "
-            "fit.",
+            "them, and skips steps by it, or is unknown. Use '32-true', 'bf16-mixed', 'bf16-true' "
+            "or '64-true'; or '16-mixed' with a scale that never changes, DPConfig(loss_scale=).",
         ),
     ]
     for wrong, reason in refused:
@@ -170,6 +168,17 @@ def require_optimizers(optimizers: Sequence[Optimizer]) -> None:
             "LBFGS evaluates the loss several times a step, and each evaluation is a release of "
             "its own. Use SGD or Adam. No step was taken."
         )
+
+
+def fixed_scale(precision: Precision, config: DPConfig) -> Precision:
+    """Return what to compute with: for 16-mixed with a ``loss_scale``, a copy without a scaler.
+
+    Lightning's scaler changes its scale, and skips steps, by what it sees in the gradients.
+    """
+    if type(precision) is MixedPrecision and config.loss_scale is not None:
+        precision = copy.copy(precision)
+        precision.scaler = None
+    return precision
 
 
 def _exact_precision(precision: Precision) -> bool:

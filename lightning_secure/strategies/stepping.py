@@ -132,9 +132,9 @@ class SteppingStrategy(AccountedStrategy):
             self._preflight_due = False
         data = self._on_device(chunk.data)
         results.batch, results.batch_size = data, None
-        with engine.recording(), metrics_kept_apart(self._module):
+        with engine.recording(rows=chunk.size), metrics_kept_apart(self._module):
             output = super().training_step(data, *rest, **kwargs)
-            self._backward(loss_of(output))
+            self._backward(engine.scaled(loss_of(output), chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
         return output
 

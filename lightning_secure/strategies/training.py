@@ -23,6 +23,7 @@ from lightning_secure.strategies.account import (
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
     carry_ledger,
+    fixed_scale,
     planned_steps,
     require_optimizers,
     require_trainer_options,
@@ -50,6 +51,7 @@ class PrivateTraining(SteppingStrategy):
         # A module that was trained privately before goes on with its own account.
         self._ledger = restored or account_of(module)
         if fitting:
+            self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
             require_trainer_options(trainer, module, self.precision_plugin, self.config)
             if self._ledger is not None:
                 require_same_weights(module, self._ledger)
@@ -62,7 +64,11 @@ class PrivateTraining(SteppingStrategy):
         if not fitting:
             return
         require_optimizers(self.optimizers)
-        self._engine = GradientEngine(module, max_grad_norm=self.config.max_grad_norm)
+        self._engine = GradientEngine(
+            module,
+            max_grad_norm=self.config.max_grad_norm,
+            loss_scale=self.config.loss_scale or 1.0,
+        )
         self._engine.attach()
         self._preflight_due = True
         self._results = GuardedResults(self._public_metrics, self._released.metrics)

@@ -33,6 +33,8 @@ GOOD = {"target_epsilon": 3.0, "delta": 1e-5, "max_grad_norm": 1.0}
         {"public_dataset_size": -3},
         {"planned_epochs": 0},
         {"insecure_noise_off": True},
+        {"loss_scale": 0.0},
+        {"loss_scale": 1000.0},
     ],
 )
 def test_a_wrong_value_is_refused_by_name(change):

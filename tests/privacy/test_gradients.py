@@ -168,6 +168,13 @@ ZOO = {
         lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 3, bias=False)),
         floats(5),
     ),
+    "in place over time": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True),
+            nn.Linear(4, 3), nn.Flatten(),
+        ),
+        floats(3, 5),
+    ),
     "linear over time": (
         lambda: nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 30), nn.Flatten()),
         floats(3, 5),
@@ -208,7 +215,7 @@ ZOO = {
     ),
     "partly frozen": (partly_frozen, floats(5)),
     "bias over time only": (lambda: frozen_weight(), floats(4, 5)),
-}
+}  # fmt: skip
 
 
 def lazily(model, shape):
@@ -501,6 +508,20 @@ def test_layers_that_cannot_be_private_are_refused_by_name(model, words):
     with pytest.raises(UnsupportedModelError, match=words) as caught:
         find_units(wrapped)
     assert "'1.odd'" in str(caught.value)
+
+
+def test_a_module_that_functorch_cannot_do_is_refused_by_name():
+    class Dropping(Scale):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x))
+
+    model = nn.Sequential(nn.Linear(5, 4), Dropping(4))
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    with engine.recording():
+        loss = loss_of(model, torch.randn(BATCH, 5))
+        with pytest.raises(UnsupportedModelError, match=r"'1' \(Dropping\).*functorch"):
+            loss.backward()
 
 
 def test_normalisation_by_frozen_statistics_is_fine():

@@ -142,7 +142,7 @@ def batch_attention(model, batch):
 
 @pytest.mark.parametrize("loss", [contrastive, root_of_the_mean, class_balanced, largest_only])
 def test_a_loss_that_mixes_rows_is_refused_as_such(loss):
-    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
+    with pytest.raises(UnsupportedModelError, match="mixed in the loss, after layer 'b'"):
         check(Net(), loss)
 
 
@@ -150,6 +150,22 @@ def test_a_loss_that_mixes_rows_is_refused_as_such(loss):
 def test_a_forward_pass_that_mixes_rows_is_refused_with_the_layer(loss):
     with pytest.raises(UnsupportedModelError, match="before layer 'b'"):
         check(Net(), loss)
+
+
+@pytest.mark.parametrize("term", ["a", "b"])
+def test_of_several_terms_the_one_at_fault_is_told_by_its_layer(term):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def loss(model, batch):
+        x, y = batch
+        kind = {"a": "mean", "b": "mean", term: "sum"}
+        return sum(F.cross_entropy(getattr(model, n)(x), y, reduction=r) for n, r in kind.items())
+
+    with pytest.raises(UnsupportedModelError, match=f"at layer '{term}'"):
+        check(Two(), loss)
 
 
 def test_a_sum_is_refused():

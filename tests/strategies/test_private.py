@@ -379,12 +379,6 @@ def test_a_gradient_scaler_is_refused(tmp_path):
         trainer(tmp_path, plugins=[plugin]).fit(Model())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-def test_a_compiled_module_is_refused(tmp_path):
-    with pytest.raises(UnsupportedTrainerOptionError, match="compiled"):
-        trainer(tmp_path).fit(torch.compile(Model()))
-
-
 @pytest.mark.parametrize(
     ("option", "words"), [("devices", "devices=1"), ("num_nodes", "num_nodes=2")]
 )

@@ -17,8 +17,8 @@ CATALOGUE = [
     Mutation(
         "trial runs go backward by another way than the step",
         "privacy/trial.py",
-        "            self.backward(loss)\n",
-        "            torch.autograd.backward(loss)\n",
+        "            self.backward(self.engine.scaled(loss, rows))\n",
+        "            torch.autograd.backward(self.engine.scaled(loss, rows))\n",
         f"{ATTACKS} -k backward_that_mixes",
     ),
     Mutation(
@@ -38,8 +38,8 @@ CATALOGUE = [
     Mutation(
         "a metric carries training rows into validation",
         "strategies/stepping.py",
-        "with engine.recording(), metrics_kept_apart(self._module):",
-        "with engine.recording():",
+        "with engine.recording(rows=chunk.size), metrics_kept_apart(self._module):",
+        "with engine.recording(rows=chunk.size):",
         f"{ATTACKS} -k carry_training_rows",
     ),
     Mutation(

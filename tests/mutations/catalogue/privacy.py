@@ -170,8 +170,8 @@ CATALOGUE = [
     Mutation(
         "rows that are mixed pass the preflight",
         "privacy/preflight.py",
-        "    if not row_differs(run, changed, kept, tolerance=_TOLERANCE):",
-        "    if True:",
+        "    layer = differing(run, changed, kept, tolerance=_TOLERANCE)\n",
+        "    layer = None\n",
         "tests/privacy/test_preflight.py -k mixes",
     ),
     Mutation(
