@@ -135,23 +135,14 @@ class Filler:
                 each = np.repeat(np.arange(len(some)), np.diff(ends))
                 layout = self._layout(records)
                 columns, length, _ = layout
-                together = self._together(reader, some, layout, scratch)
+                together = reader.decrypt_several(some, scratch)
+                self._check(reader, some, layout, together)
                 rows.gather(
                     columns, targets[chosen], together, length, records, each, sources[chosen]
                 )
                 continue
             for number, low, high in zip(some, ends, ends[1:], strict=False):
                 self.fill(rows, reader, number, scratch, targets[low:high], sources[low:high])
-
-    def _together(
-        self, reader: ShardReader, segments: list[int], layout: _Layout, scratch: Scratch
-    ) -> memoryview:
-        """Return the plaintext of segments, one after another."""
-        length = layout[1]
-        together = scratch.plaintext(length * len(segments))
-        for place, number in zip(range(0, len(together), length), segments, strict=True):
-            self._decrypt(reader, number, layout, scratch, together[place : place + length])
-        return together
 
     def _layout(self, records: int) -> _Layout:
         layout = self._layouts.get(records)
@@ -171,13 +162,25 @@ class Filler:
     ) -> memoryview:
         """Return the plaintext of one segment, which is what its schema says."""
         plaintext = reader.decrypt(segment, scratch, out)
-        # As decode_segment does, which need not be called here: the layout is known.
-        if len(plaintext) != layout[1] or any(
-            np.frombuffer(plaintext, np.uint8, end - start, start).max() > largest
-            for start, end, largest in layout[2]
-        ):
-            raise reader.corrupted(f"segment {segment} does not fit the schema")
+        self._check(reader, [segment], layout, plaintext)
         return plaintext
+
+    @staticmethod
+    def _check(
+        reader: ShardReader, segments: list[int], layout: _Layout, plaintext: memoryview
+    ) -> None:
+        """Look whether segments, one after another, are what their schema says."""
+        # As decode_segment does, which need not be called here: the layout is known.
+        _, length, limits = layout
+        if len(plaintext) != length * len(segments):
+            raise reader.corrupted(f"segment {segments[0]} does not fit the schema")
+        for first, segment in enumerate(segments if limits else ()):
+            if any(
+                np.frombuffer(plaintext, np.uint8, end - start, first * length + start).max()
+                > largest
+                for start, end, largest in limits
+            ):
+                raise reader.corrupted(f"segment {segment} does not fit the schema")
 
     def _fill_slowly(
         self, rows: Rows, reader: ShardReader, segment: int, targets: Ints, sources: Ints | None

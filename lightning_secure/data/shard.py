@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import hmac
 import secrets
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from lightning_secure.data.format import (
     decode_segment,
     encode_segment,
 )
+from lightning_secure.data.scratch import Scratch
 from lightning_secure.data.segmentation import plan_segments
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.verification import read_tags, tags_root
@@ -188,29 +188,6 @@ def _write(
     )
 
 
-class Scratch(threading.local):
-    """Memory for segments, used again from one to the next. Each thread has its own.
-
-    Fresh memory costs about as much as decryption, in page faults and zeros.
-    """
-
-    def __init__(self) -> None:
-        self._sealed = memoryview(bytearray())
-        self._plaintext = memoryview(bytearray())
-
-    def sealed(self, length: int) -> memoryview:
-        """Return room for ``length`` sealed bytes."""
-        if length > len(self._sealed):
-            self._sealed = memoryview(bytearray(length))
-        return self._sealed[:length]
-
-    def plaintext(self, length: int) -> memoryview:
-        """Return room for ``length`` bytes of plaintext."""
-        if length > len(self._plaintext):
-            self._plaintext = memoryview(bytearray(length))
-        return self._plaintext[:length]
-
-
 class ShardReader:
     """An open shard that was found to be the one its manifest names.
 
@@ -324,23 +301,36 @@ class ShardReader:
             ShardCorruptedError: The segment was altered since the shard was opened.
             StorageError: The storage did not answer, or refused.
         """
-        return self._retrying(self._decrypt, index, scratch, out)
+        return self._retrying(self._decrypt, (index,), scratch, out)
 
-    def _decrypt(self, index: int, scratch: Scratch, out: memoryview | None) -> memoryview:
-        header = self.header
-        offset = header.segment_offset(index)
-        length = min(header.segment_bytes + TAG_BYTES, self._size - offset)
-        sealed = scratch.sealed(length)
-        if out is None or len(out) != length - TAG_BYTES:
-            out = scratch.plaintext(length - TAG_BYTES)
-        complete = self._file.read_into(offset, sealed) == length
-        tag = self._tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
-        if not (complete and hmac.compare_digest(sealed[-TAG_BYTES:], tag)):
-            raise self.corrupted(f"tag mismatch in segment {index}")
-        try:
-            self._cipher.open_into(index, sealed, records=header.records_in(index), out=out)
-        except IntegrityError as error:
-            raise self.corrupted(str(error)) from None
+    def decrypt_several(self, indices: Sequence[int], scratch: Scratch) -> memoryview:
+        """Return the plaintext of segments that are equally long, one after another.
+
+        It is valid until the scratch memory is used again. Raises what :meth:`decrypt` does.
+        """
+        return self._retrying(self._decrypt, indices, scratch, None)
+
+    def _decrypt(
+        self, indices: Sequence[int], scratch: Scratch, out: memoryview | None
+    ) -> memoryview:
+        header, tags = self.header, self._tags
+        begin, stride = header.segment_offset(0), header.segment_bytes + TAG_BYTES
+        length = min(stride, self._size - begin - indices[0] * stride)
+        sealed, opened = scratch.sealed(length), length - TAG_BYTES
+        if out is None or len(out) != opened * len(indices):
+            out = scratch.plaintext(opened * len(indices))
+        found, start = sealed[opened:], 0
+        for index in indices:
+            complete = self._file.read_into(begin + index * stride, sealed) == length
+            tag = tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
+            if not (complete and hmac.compare_digest(found, tag)):
+                raise self.corrupted(f"tag mismatch in segment {index}")
+            records, part = header.records_in(index), out[start : start + opened]
+            try:
+                self._cipher.open_into(index, sealed, records=records, out=part)
+            except IntegrityError as error:
+                raise self.corrupted(str(error)) from None
+            start += opened
         return out
 
     def read_segment(self, index: int) -> dict[str, ColumnData]:

@@ -56,8 +56,11 @@ class LocalFile:
 
     def read_into(self, offset: int, out: Buffer) -> int:
         """Fill ``out`` from ``offset`` and return how many bytes there were; fewer at the end."""
-        done = os.preadv(self._fd, [out], offset)
-        with memoryview(out).cast("B") as view:
+        done = os.preadv(self._fd, (out,), offset)
+        whole = memoryview(out)
+        if done == whole.nbytes:
+            return done
+        with whole.cast("B") as view:
             while 0 < done < len(view):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
                 if count == 0:

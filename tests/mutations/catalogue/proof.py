@@ -68,8 +68,8 @@ CATALOGUE = [
     Mutation(
         "the fast way of reading takes any byte",
         "data/filling.py",
-        "if len(plaintext) != layout[1] or any(",
-        "if len(plaintext) != layout[1] or False and any(",
+        "enumerate(segments if limits else ())",
+        "enumerate(())",
         f"{FUZZ} -k 'fixed_rows and bool'",
     ),
     Mutation(

@@ -38,7 +38,7 @@ CATALOGUE = [
     Mutation(
         "a reader can rewrite rows while the shard is open",
         "data/shard.py",
-        "if not (complete and hmac.compare_digest(sealed[-TAG_BYTES:], tag)):",
+        "if not (complete and hmac.compare_digest(found, tag)):",
         "if False:",
         f"{STORAGE} -k rewrites",
     ),
