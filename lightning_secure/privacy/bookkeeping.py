@@ -263,4 +263,7 @@ def _added(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
 
 
 def _accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
-    sums[parameter] = sums[parameter] + value if parameter in sums else value
+    if parameter in sums:
+        sums[parameter].add_(value)
+    else:
+        sums[parameter] = value

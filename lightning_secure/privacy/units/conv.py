@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, cast
 
@@ -9,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_secure.privacy.layers import gram_squares
-from lightning_secure.privacy.units.base import Gradients, Unit, require_default, trainable, widened
+from lightning_secure.privacy.layers import gram_squares, grams_squares
+from lightning_secure.privacy.units.base import (
+    Gradients,
+    Unit,
+    Way,
+    require_default,
+    trainable,
+    widened,
+)
 
 __all__ = ["ConvUnit", "unfolded"]
 
@@ -22,7 +30,9 @@ class ConvUnit(Unit):
 
     Two ways form its per-sample gradients: a product with the unfolded input, and one convolution
     whose groups are the samples (Rochette et al. 2019, arXiv:1912.06015). The ghost norm on the
-    unfolded input (Bu et al. 2022, arXiv:2205.10683) forms none.
+    unfolded input (Bu et al. 2022, arXiv:2205.10683) forms none. What two places of the output see
+    are the same offsets of two places of the input, so where it is small, the Gram matrix of the
+    unfolded input is a sum of shifted ones of the input itself, and nothing is unfolded.
     """
 
     forms = ("grouped", "unfold")
@@ -73,12 +83,64 @@ class ConvUnit(Unit):
         inputs, grads = self._widened(inputs, grads)
         squares = torch.zeros(len(grads), dtype=grads.dtype, device=grads.device)
         if self.weight is not None:
-            columns, flat = self._columns(inputs, grads)
-            places = columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
-            squares = squares + gram_squares(*places).view(len(grads), -1).sum(1)
+            found = self._shifted if self._small(inputs, grads) else self._unfolded
+            squares = squares + found(inputs, grads).view(len(grads), -1).sum(1)
         if self.bias is not None:
             squares = squares + grads.flatten(2).sum(2).square().sum(1)
         return squares
+
+    def _unfolded(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        columns, flat = self._columns(inputs, grads)
+        return gram_squares(
+            columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
+        )
+
+    def _shifted(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        groups, places = self._groups, grads.shape[2:]
+        padded = functional.pad(inputs, self._padding())
+        pixels = padded.reshape(len(padded) * groups, -1, math.prod(padded.shape[2:]))
+        gram = torch.bmm(pixels.transpose(1, 2), pixels).view(-1, *2 * padded.shape[2:])
+        total = torch.zeros(len(pixels), *2 * places, dtype=gram.dtype, device=gram.device)
+        for offset in itertools.product(*map(range, self._kernel)):
+            seen = [
+                slice(o * d, o * d + (n - 1) * s + 1, s)
+                for o, d, n, s in zip(offset, self._dilation, places, self._stride, strict=True)
+            ]
+            total += gram[(slice(None), *seen, *seen)]
+        flat = grads.reshape(len(pixels), -1, math.prod(places))
+        size = flat.shape[2]
+        terms = pixels.shape[1] * math.prod(self._kernel) + flat.shape[1]
+        other = torch.bmm(flat.transpose(1, 2), flat)
+        return grams_squares([(total.view(-1, size, size), other, True)], terms=terms)
+
+    def _small(self, inputs: Tensor, grads: Tensor) -> bool:
+        """Return whether the input's own Gram matrix is cheaper than that of its unfolding."""
+        places, kernel = math.prod(grads.shape[2:]), math.prod(self._kernel)
+        return kernel > 1 and self._pixels(inputs) ** 2 < places**2 * kernel
+
+    def _pixels(self, inputs: Tensor) -> int:
+        pads = self._padding()
+        ends = zip(inputs.shape[2:], pads[-2::-2], pads[::-2], strict=True)
+        return math.prod(n + before + after for n, before, after in ends)
+
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return how many bytes a row takes on the way."""
+        columns = inputs.shape[1] * math.prod(self._kernel)
+        places = math.prod(grads.shape[2:])
+        numbers = self.formed_bytes(inputs[:1], grads[:1]) // widened(grads.dtype).itemsize
+        if way.form:
+            numbers += columns * places if way.form == "unfold" else 2 * inputs[0].numel()
+        elif self._small(inputs, grads):
+            numbers = self._groups * (self._pixels(inputs) ** 2 + 2 * places**2)
+        else:
+            numbers = columns * places + 2 * self._groups * places**2
+        return numbers * widened(grads.dtype).itemsize
+
+    def ghost_is_hopeless(self, inputs: Tensor, grads: Tensor) -> bool:
+        """Return whether Gram matrices cost several times the products."""
+        places, groups = math.prod(grads.shape[2:]), self._groups
+        size_in, size_out = inputs.shape[1] * math.prod(self._kernel), grads.shape[1]
+        return places * (size_in + size_out) * groups > 8 * size_in * size_out
 
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, as autograd would compute them from weighted gradients."""

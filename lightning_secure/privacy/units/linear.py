@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,18 @@ class LinearUnit(Unit):
         if self.weight is None:
             return [Way("product", kept=True)]
         return [GHOST] if inputs.ndim == 2 else super().ways(inputs, grads)
+
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return how many bytes a row takes on the way."""
+        if way.form or inputs.ndim == 2:
+            return super().working_bytes(inputs, grads, way)
+        return 2 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
+
+    def ghost_is_hopeless(self, inputs: Tensor, grads: Tensor) -> bool:
+        """Return whether Gram matrices cost several times the products."""
+        size_in, size_out = inputs.shape[-1], grads.shape[-1]
+        time = math.prod(inputs.shape[1:-1])
+        return time * (size_in + size_out) > 8 * size_in * size_out
 
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms by Gram matrices."""
