@@ -131,13 +131,23 @@ class Recorder:
         if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
             inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
-        hook = partial(self._after_backward, unit, inputs.detach(), output.shape)
+        # The graph holds its hooks until all of it is done: the input is handed over, not shared.
+        hook = partial(self._after_backward, unit, [inputs.detach()], output.shape)
         cast("Any", _not_a_view(output)).register_hook(hook)
         return output
 
-    def _after_backward(self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor) -> None:
+    def _after_backward(
+        self, unit: Unit, handed: list[Tensor], shape: torch.Size, grads: Tensor
+    ) -> None:
         if not self._active:
             return
+        if not handed:
+            raise UnsupportedModelError(
+                f"layer {unit.name!r} got a gradient a second time for one call, as from "
+                "backward(retain_graph=True) run twice. Add the losses up and run backward once. "
+                "This step was not taken."
+            )
+        inputs = handed.pop()
         record = Record(unit, inputs, grads.detach().reshape(shape))
         self._pending.append(record)
         batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -61,13 +62,10 @@ class ConvUnit(Unit):
         if self.weight is not None:
             shape = (len(grads), *self.weight.shape)
             if form == "grouped":
-                padded = functional.pad(inputs, self._padding())
                 weight = self._backward(
-                    padded.flatten(0, 1).unsqueeze(0),
+                    inputs.flatten(0, 1).unsqueeze(0),
                     grads.flatten(0, 1).unsqueeze(0),
-                    self.weight.detach()
-                    .to(grads.dtype)
-                    .repeat(len(grads), *[1] * (self.weight.ndim - 1)),
+                    (len(grads) * self.weight.shape[0], *self.weight.shape[1:]),
                     groups=len(grads) * self._groups,
                 )
             else:
@@ -148,9 +146,9 @@ class ConvUnit(Unit):
         scaled = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
-            padded = functional.pad(inputs, self._padding())
-            weight = self.weight.detach().to(grads.dtype)
-            found[self.weight] = self._backward(padded, scaled, weight, groups=self._groups)
+            found[self.weight] = self._backward(
+                inputs, scaled, self.weight.shape, groups=self._groups
+            )
         if self.bias is not None:
             found[self.bias] = scaled.flatten(2).sum((0, 2))
         return found
@@ -162,15 +160,20 @@ class ConvUnit(Unit):
     def _padding(self) -> list[int]:
         return list(cast("Any", self._conv)._reversed_padding_repeated_twice)
 
-    def _backward(self, inputs: Tensor, grads: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    def _backward(
+        self, inputs: Tensor, grads: Tensor, shape: Sequence[int], *, groups: int
+    ) -> Tensor:
+        """Return the gradient of a weight of such a shape, whose values do not matter."""
         zeros = [0] * len(self._kernel)
+        pads = self._padding()[::-1]
+        even = pads[::2] == pads[1::2]
         _, result, _ = torch.ops.aten.convolution_backward(
             grads.contiguous(),
-            inputs,
-            weight,
+            inputs if even else functional.pad(inputs, self._padding()),
+            grads.new_empty(1).expand(*shape),
             None,
             self._stride,
-            zeros,
+            pads[::2] if even else zeros,
             self._dilation,
             False,
             zeros,
