@@ -59,7 +59,8 @@ class SecureGaps:
         bits = np.frombuffer(self._stream.read(8 * size), np.uint64) >> np.uint64(11)
         tosses = np.log((bits + 0.5) * 2.0**-53) / math.log1p(-p)
         # The rarest success at the smallest rate is beyond what an integer holds.
-        return np.minimum(tosses, 2.0**62).astype(np.int64) + 1
+        gaps: npt.NDArray[np.int64] = np.minimum(tosses, 2.0**62).astype(np.int64) + 1
+        return gaps
 
 
 def poisson_draw(

@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,8 @@ FORMED_BYTES: Final = 512 * 2**20
 #: What is formed for a moment is formed for so many rows at a time as fit into this many bytes.
 PIECE_BYTES: Final = 8 * 2**20
 PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
+#: A way that takes so many times another's multiplications is not even tried.
+HOPELESS: Final = 4
 _TRIALS: Final = 3
 
 
@@ -125,20 +128,21 @@ class Unit(ABC):
         """Return about how many bytes a row takes for a moment, on the way to its norm."""
         return self.formed_bytes(inputs[:1], grads[:1]) if way.form else 0
 
-    def ghost_is_hopeless(self, inputs: Tensor, grads: Tensor) -> bool:
-        """Return whether the ghost norm need not be timed where there are other ways."""
-        return False
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return about how many multiplications the ghost norm takes for one of the product."""
+        return 1.0
 
     def ways(self, inputs: Tensor, grads: Tensor) -> list[Way]:
         """Return the ways that memory allows; at least one."""
         size = self.formed_bytes(inputs, grads)
         held = grads.nbytes + inputs.nbytes
+        share = self.ghost_share(inputs, grads) if self.has_ghost else math.inf
         found: list[Way] = []
-        if size <= FORMED_BYTES * len(grads) or not self.has_ghost:
+        if (share > 1 / HOPELESS and size <= FORMED_BYTES * len(grads)) or not self.has_ghost:
             found += [Way(form, kept=False) for form in self.forms]
         if size <= max(KEPT_BYTES, KEPT_RATIO * held) or not self.has_ghost:
             found += [Way(form, kept=True) for form in self.forms]
-        if self.has_ghost and not (found and self.ghost_is_hopeless(inputs, grads)):
+        if self.has_ghost and not (found and share > HOPELESS):
             found = [GHOST, *found]
         return found
 

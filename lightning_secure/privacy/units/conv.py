@@ -134,11 +134,14 @@ class ConvUnit(Unit):
             numbers = columns * places + 2 * self._groups * places**2
         return numbers * widened(grads.dtype).itemsize
 
-    def ghost_is_hopeless(self, inputs: Tensor, grads: Tensor) -> bool:
-        """Return whether Gram matrices cost several times the products."""
-        places, groups = math.prod(grads.shape[2:]), self._groups
-        size_in, size_out = inputs.shape[1] * math.prod(self._kernel), grads.shape[1]
-        return places * (size_in + size_out) * groups > 8 * size_in * size_out
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return the multiplications of Gram matrices over those of products."""
+        places, kernel = math.prod(grads.shape[2:]), math.prod(self._kernel)
+        size_in, size_out = inputs.shape[1], grads.shape[1]
+        products = places * size_in * kernel * size_out / self._groups
+        if self._small(inputs, grads):
+            return (self._pixels(inputs) ** 2 * size_in + places**2 * size_out) / products
+        return places**2 * (size_in * kernel + size_out) / products
 
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, as autograd would compute them from weighted gradients."""

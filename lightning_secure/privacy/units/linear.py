@@ -66,11 +66,10 @@ class LinearUnit(Unit):
             return super().working_bytes(inputs, grads, way)
         return 2 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
 
-    def ghost_is_hopeless(self, inputs: Tensor, grads: Tensor) -> bool:
-        """Return whether Gram matrices cost several times the products."""
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return the multiplications of Gram matrices over those of products."""
         size_in, size_out = inputs.shape[-1], grads.shape[-1]
-        time = math.prod(inputs.shape[1:-1])
-        return time * (size_in + size_out) > 8 * size_in * size_out
+        return math.prod(inputs.shape[1:-1]) * (size_in + size_out) / (size_in * size_out)
 
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms by Gram matrices."""
@@ -92,8 +91,14 @@ class LinearUnit(Unit):
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Lay several uses one after another in time."""
-        pairs = [_timed(*record.evidence()) for record in records]
+        pairs = [self.timed(*record.evidence()) for record in records]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
+
+    @staticmethod
+    def timed(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both widened, ``(batch, time, features)``."""
+        inputs, grads = _flat(inputs, grads)
+        return (inputs, grads) if inputs.ndim == 3 else (inputs.unsqueeze(1), grads.unsqueeze(1))
 
     def _named(self, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         named = ((self.weight, weight), (self.bias, bias))
@@ -107,8 +112,3 @@ def _flat(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     if inputs.ndim > 3:
         inputs, grads = inputs.flatten(1, -2), grads.flatten(1, -2)
     return inputs, grads
-
-
-def _timed(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    inputs, grads = _flat(inputs, grads)
-    return (inputs, grads) if inputs.ndim == 3 else (inputs.unsqueeze(1), grads.unsqueeze(1))
