@@ -16,13 +16,6 @@ CATALOGUE = [
         f"{NOISE} -k used_twice",
     ),
     Mutation(
-        "a fork repeats the noise that was ready",
-        "privacy/noise.py",
-        "if self._process != os.getpid():",
-        "if False:",
-        f"{NOISE} -k fork",
-    ),
-    Mutation(
         "secure noise is one number and not four",
         "privacy/noise.py",
         "return four.sum(1).div_(2).view(-1)",

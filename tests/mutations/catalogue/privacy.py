@@ -83,8 +83,8 @@ CATALOGUE = [
     Mutation(
         "draws follow seed_everything",
         "privacy/sampling.py",
-        "self._rng = np.random.default_rng(self._seed)",
-        "self._rng = np.random.default_rng(np.random.randint(2**31))",
+        "else np.random.default_rng(self._seed)",
+        "else np.random.default_rng(np.random.randint(2**31))",
         "tests/privacy/test_sampling.py -k seed",
     ),
     Mutation(
