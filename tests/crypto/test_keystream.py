@@ -93,3 +93,14 @@ def test_it_is_neither_copied_nor_shown(duplicate):
 def test_a_short_key_is_refused():
     with pytest.raises(KeyAccessError, match="32 bytes"):
         Keystream(bytes(16))
+
+
+def test_what_a_fork_does_without_forking():
+    """The tests above leave no trace in the coverage of this process."""
+    stream, given = Keystream(), Keystream(KEY)
+    before = stream._encryptor
+    stream._process = given._process = -1  # as if these were copies in a child
+    stream.read(1)
+    assert stream._encryptor is not before
+    with pytest.raises(KeyAccessError, match="forked process"):
+        given.read(1)
