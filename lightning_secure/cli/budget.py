@@ -208,6 +208,7 @@ def show(
             "dataset_size": ledger.public.dataset_size,
             "dataset_size_declared": ledger.public.dataset_size_declared,
             "insecure": list(ledger.insecure),
+            "secure_noise": ledger.secure_noise,
             "run_id": ledger.run_id,
             "releases": [list(release) for release in ledger.releases],
         }

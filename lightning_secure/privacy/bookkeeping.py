@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.layers import clip_factor
 from lightning_secure.privacy.units.base import Record, Unit, combined, norm_squared, zero_rows
+from lightning_secure.privacy.units.tied import tied_pairs
 
 __all__ = ["Recorder", "add_clipped_sums", "per_sample_norms"]
 
@@ -131,13 +132,23 @@ class Recorder:
         if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
             inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
-        hook = partial(self._after_backward, unit, inputs.detach(), output.shape)
+        # The graph holds its hooks until all of it is done: the input is handed over, not shared.
+        hook = partial(self._after_backward, unit, [inputs.detach()], output.shape)
         cast("Any", _not_a_view(output)).register_hook(hook)
         return output
 
-    def _after_backward(self, unit: Unit, inputs: Tensor, shape: torch.Size, grads: Tensor) -> None:
+    def _after_backward(
+        self, unit: Unit, handed: list[Tensor], shape: torch.Size, grads: Tensor
+    ) -> None:
         if not self._active:
             return
+        if not handed:
+            raise UnsupportedModelError(
+                f"layer {unit.name!r} got a gradient a second time for one call, as from "
+                "backward(retain_graph=True) run twice. Add the losses up and run backward once. "
+                "This step was not taken."
+            )
+        inputs = handed.pop()
         record = Record(unit, inputs, grads.detach().reshape(shape))
         self._pending.append(record)
         batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
@@ -187,12 +198,10 @@ def per_sample_norms(records: Sequence[Record]) -> Tensor:
 
     A layer that was called several times, or a parameter that several layers share, has the
     gradient that is the sum of its uses, whose norm is not the sum of theirs: such uses are made
-    one, or their gradients are formed and added, before the norm is taken.
+    one, or their inner product is taken, or their gradients are formed and added, before the norm.
     """
-    simple, shared = separated(records)
-    squares = [record.squares() for record in simple]
-    squares += [norm_squared(grads) for grads in _added(shared).values()]
-    return torch.stack(squares).sum(0).sqrt()
+    norms, _, _ = _sorted_out(records)
+    return norms
 
 
 def add_clipped_sums(
@@ -208,11 +217,7 @@ def add_clipped_sums(
     Returns:
         The norms before clipping, shape ``(batch,)``. They are not private.
     """
-    simple, shared = separated(records)
-    added = _added(shared)
-    squares = [record.squares() for record in simple]
-    squares += [norm_squared(grads) for grads in added.values()]
-    norms = torch.stack(squares).sum(0).sqrt()
+    norms, simple, added = _sorted_out(records)
     factors = clip_factor(norms, max_grad_norm=max_grad_norm)
     finite = torch.isfinite(norms)
     # A factor of zero times infinity is NaN: the rows themselves must go.
@@ -228,21 +233,35 @@ def add_clipped_sums(
     return norms
 
 
+def _sorted_out(
+    records: Sequence[Record],
+) -> tuple[Tensor, list[Record], dict[nn.Parameter, Tensor]]:
+    """Return norms, records of which the sums simply add up, and other gradients by sample."""
+    simple, shared = separated(records)
+    pairs, shared = tied_pairs(shared)
+    added = _added(shared)
+    squares = [record.squares() for record in simple]
+    squares += [pair.squares() for pair in pairs]
+    squares += [norm_squared(grads) for grads in added.values()]
+    simple += [record for pair in pairs for record in pair]
+    return torch.stack(squares).sum(0).sqrt(), simple, added
+
+
 def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Separate records that are the only use of their parameters from the others.
 
     Several uses of the same parameters by layers of one kind become one use where the unit can lay
     them one after another.
     """
-    groups: dict[tuple[int, ...], list[Record]] = {}
+    groups: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(map(id, record.unit.parameters)), []).append(record)
+        kind = (type(record.unit), *map(id, record.unit.parameters))
+        groups.setdefault(kind, []).append(record)
     merged: list[Record] = []
     for group in groups.values():
         first = group[0]
-        alike = len(group) > 1 and len({type(record.unit) for record in group}) == 1
         # Computed again by a checkpoint, an earlier use seemed the only one, and was reduced.
-        alike = alike and all(record.inputs is not None for record in group)
+        alike = len(group) > 1 and all(record.inputs is not None for record in group)
         pair = first.unit.joined(group) if alike else None
         merged += group if pair is None else [Record(first.unit, *pair, scale=first.scale)]
     uses = Counter(id(p) for record in merged for p in record.unit.parameters)
@@ -263,4 +282,7 @@ def _added(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
 
 
 def _accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
-    sums[parameter] = sums[parameter] + value if parameter in sums else value
+    if parameter in sums:
+        sums[parameter].add_(value)
+    else:
+        sums[parameter] = value

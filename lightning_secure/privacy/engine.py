@@ -376,4 +376,4 @@ class GradientEngine:
             if total is None:  # no row was drawn, or none came this way: noise all the same
                 total = torch.zeros_like(parameter, dtype=torch.float32)
             noise.add_(total, std=noise_multiplier * self._max_grad_norm)
-            parameter.grad = (total / expected_batch_size).to(parameter.dtype)
+            parameter.grad = total.div_(expected_batch_size).to(parameter.dtype)

@@ -10,6 +10,9 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,14 @@ from lightning_secure.validate import positive
 __all__ = [
     "clip_factor",
     "gram_squares",
+    "grams_squares",
     "linear_ghost_squares",
     "linear_per_sample",
     "linear_weighted_sum",
 ]
+
+#: From so many time steps on, Gram matrices are formed in quarters.
+_HALVED: Final = 64
 
 
 def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
@@ -68,15 +75,52 @@ def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
         Li et al. 2021, arXiv:2110.05679; Higham 2002, Accuracy and Stability of Numerical
         Algorithms, section 3.1 (the bound).
     """
-    grams = torch.bmm(inputs, inputs.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))
+    terms = inputs.shape[2] + grads.shape[2]
+    time = inputs.shape[1]
+    if time < _HALVED:
+        return grams_squares([(_gram(inputs, inputs), _gram(grads, grads), True)], terms=terms)
+    # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
+    halves = [slice(0, time // 2), slice(time // 2, time)]
+    quarters = [(halves[0], halves[0]), (halves[1], halves[1]), halves]
+    return grams_squares(
+        (
+            (_gram(inputs[:, a], inputs[:, b]), _gram(grads[:, a], grads[:, b]), a is b)
+            for a, b in quarters
+        ),
+        terms=terms,
+    )
+
+
+def grams_squares(blocks: Iterable[tuple[Tensor, Tensor, bool]], *, terms: int) -> Tensor:
+    """Return the squared norms from Gram matrices, with a bound of their rounding error.
+
+    Args:
+        blocks: Of the inputs and of the output gradients the same block of their Gram matrices,
+            ``(batch, time, time)``, and whether it lies on the diagonal. One beside it counts
+            twice. The first may be overwritten.
+        terms: How many products the inner products of both are sums of.
+
+    Returns:
+        Shape ``(batch,)``.
+    """
+    totals: list[Tensor] = []
+    steps: list[Tensor] = []
+    for inputs, grads, diagonal in blocks:
+        if diagonal:
+            lengths = [item.diagonal(dim1=1, dim2=2).sqrt() for item in (inputs, grads)]
+            steps.append((lengths[0] * lengths[1]).sum(1))
+        total = inputs.mul_(grads).sum((1, 2), dtype=torch.float64)
+        totals.append(total if diagonal else 2 * total)
+        dtype = inputs.dtype
     # n * eps times the sum of the magnitudes, which Cauchy and Schwarz bound by the steps' norms;
     # the last sum, over time, is in float64 and adds nothing to n but its products' own rounding.
-    terms = inputs.shape[2] + grads.shape[2] + 2
-    steps = torch.linalg.vector_norm(inputs, dim=2) * torch.linalg.vector_norm(grads, dim=2)
-    error = terms * torch.finfo(inputs.dtype).eps * steps.sum(1).square()
-    total = grams.sum((1, 2), dtype=torch.float64).to(grams.dtype)
-    result: Tensor = total.clamp(min=0) + error
+    error = (terms + 2) * torch.finfo(dtype).eps * torch.stack(steps).sum(0).square()
+    result: Tensor = torch.stack(totals).sum(0).to(dtype).clamp(min=0) + error
     return result
+
+
+def _gram(one: Tensor, other: Tensor) -> Tensor:
+    return torch.bmm(one, other.transpose(1, 2))
 
 
 def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
@@ -112,7 +156,12 @@ def linear_weighted_sum(
     Returns:
         Shapes ``(features_out, features_in)`` and ``(features_out,)``.
     """
-    scaled = (grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))).flatten(0, -2)
+    weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
+    rows = grads.flatten(0, -2)
+    if inputs.shape[-1] < grads.shape[-1]:  # the smaller one is weighed
+        weight = rows.T @ (inputs * weights).flatten(0, -2)
+        return weight, weights.expand(*grads.shape[:-1], 1).flatten() @ rows if bias else None
+    scaled = (grads * weights).flatten(0, -2)
     return scaled.T @ inputs.flatten(0, -2), scaled.sum(0) if bias else None
 
 

@@ -58,6 +58,8 @@ class Ledger:
         run_id: 32 hexadecimal digits, the same in every checkpoint of a run.
         releases: Steps taken, equal ones together.
         insecure: Why the run is not private; empty if it is.
+        secure_noise: Whether every draw and all noise came from a cryptographic keystream; see
+            :class:`~lightning_secure.DPConfig`.
         accountant: By which :meth:`epsilon` is computed and the budget kept.
         beside: Noise multipliers of the metrics that each step releases of its draw.
         budget: What :meth:`charge` may not exceed; the strategy's, and in no checkpoint.
@@ -76,6 +78,7 @@ class Ledger:
     run_id: str = field(default_factory=lambda: secrets.token_hex(16))
     releases: list[Release] = field(default_factory=list)
     insecure: tuple[str, ...] = ()
+    secure_noise: bool = False
     accountant: str = "pld"
     beside: tuple[float, ...] = ()
     budget: float | None = field(default=None, compare=False)
@@ -248,6 +251,7 @@ class Ledger:
             "public": dataclasses.asdict(self.public),
             "releases": [list(release) for release in self.releases],
             "insecure": list(self.insecure),
+            "secure_noise": self.secure_noise,
             "accountant": self.accountant,
             "beside": list(self.beside),
             "abandoned": self.abandoned,
@@ -310,6 +314,8 @@ class Ledger:
             run_id=run_id,
             releases=[Release(*release) for release in state["releases"]],
             insecure=tuple(state["insecure"]),
+            # Ledgers from before there was such noise do not have it.
+            secure_noise=bool(state.get("secure_noise", False)),
             accountant=state["accountant"],
             beside=tuple(state.get("beside", ())),  # since metrics can be released
             abandoned=int(state["abandoned"]),

@@ -62,6 +62,7 @@ def begin_ledger(
         noise_multiplier=config.noise_multiplier or 0.0,
         public=public,
         insecure=config.insecure,
+        secure_noise=config.secure_noise,
         accountant=config.accountant,
         beside=tuple(beside),
         budget=config.target_epsilon,
@@ -108,7 +109,8 @@ def _left_for_the_gradient(together: float, beside: Sequence[float]) -> float:
 def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
     """Compare a configuration with the promise that a run was begun with.
 
-    The budget itself may change: it is compared with what was spent before each step.
+    The budget itself may change: it is compared with what was spent before each step. Noise may
+    become secure; the account of the run does not say so, because its first part was not.
 
     Raises:
         LedgerError: They differ; the message says in what.
@@ -128,6 +130,8 @@ def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
     ]
     if config.insecure != ledger.insecure:
         changed.append(f"insecure settings were {ledger.insecure} and are {config.insecure}")
+    if ledger.secure_noise and not config.secure_noise:
+        changed.append("secure_noise was True and is False")
     if changed:
         raise LedgerError(
             f"the run cannot go on under another promise: {'; '.join(changed)}. Resume with the "

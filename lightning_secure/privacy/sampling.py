@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 from torch.utils.data._utils import pin_memory as _torch_pinning
 
-__all__ = ["Chunk", "LogicalBatch", "LogicalCollate", "PoissonBatchSampler", "poisson_draw"]
+from lightning_secure.crypto.keystream import Keystream
+from lightning_secure.errors import ConfigError
+
+__all__ = [
+    "Chunk",
+    "LogicalBatch",
+    "LogicalCollate",
+    "PoissonBatchSampler",
+    "SecureGaps",
+    "poisson_draw",
+]
+
+
+class Gaps(Protocol):
+    """What draws geometric numbers: a numpy generator, or :class:`SecureGaps`."""
+
+    def geometric(self, p: float, size: int) -> npt.NDArray[np.int64]:
+        """Return ``size`` numbers of tosses up to the first success."""
+
+
+class SecureGaps:
+    """Geometric numbers from an AES-256-CTR keystream.
+
+    Args:
+        stream: Source of the bits; by default a new one, keyed by the operating system.
+    """
+
+    def __init__(self, stream: Keystream | None = None) -> None:
+        self._stream = stream or Keystream()
+
+    def geometric(self, p: float, size: int) -> npt.NDArray[np.int64]:
+        """Return ``size`` numbers of tosses up to the first success, by the inverse distribution.
+
+        Args:
+            p: Probability of success, above 0 and at most 1.
+            size: How many.
+
+        The uniform numbers have 53 bits, so probabilities are met to within 2**-53.
+
+        Source:
+            Devroye 1986, Non-Uniform Random Variate Generation, chapter X.2.
+        """
+        if p >= 1:
+            return np.ones(size, np.int64)
+        bits = np.frombuffer(self._stream.read(8 * size), np.uint64) >> np.uint64(11)
+        tosses = np.log((bits + 0.5) * 2.0**-53) / math.log1p(-p)
+        # The rarest success at the smallest rate is beyond what an integer holds.
+        gaps: npt.NDArray[np.int64] = np.minimum(tosses, 2.0**62).astype(np.int64) + 1
+        return gaps
 
 
 def poisson_draw(
-    dataset_size: int, sample_rate: float, rng: np.random.Generator
+    dataset_size: int, sample_rate: float, rng: Gaps | np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Return the rows of one step, each drawn with probability ``sample_rate`` by itself.
 
@@ -54,15 +103,28 @@ class PoissonBatchSampler(Sampler[list[int]]):
         seed: Makes the draws repeatable, and so not private. By default the operating system
             seeds the generator, in each process and copy anew, whatever ``seed_everything`` was
             given.
+        secure: Whether the draws come from an AES-256-CTR keystream instead of numpy's PCG64.
+
+    Raises:
+        ConfigError: ``secure`` with a seed.
     """
 
     def __init__(
-        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None
+        self,
+        dataset_size: int,
+        *,
+        sample_rate: float,
+        steps: int,
+        seed: int | None = None,
+        secure: bool = False,
     ) -> None:
+        if secure and seed is not None:
+            raise ConfigError("secure_noise contradicts insecure_seed. Nothing was drawn.")
         self._dataset_size = dataset_size
         self._sample_rate = sample_rate
         self._steps = steps
         self._seed = seed
+        self._secure = secure
         self._begin()
 
     def __len__(self) -> int:
@@ -76,7 +138,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._rng = np.random.default_rng(self._seed)
+        self._rng: Gaps | np.random.Generator
+        self._rng = SecureGaps() if self._secure else np.random.default_rng(self._seed)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not draw the same rows.

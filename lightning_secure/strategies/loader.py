@@ -38,6 +38,7 @@ class PrivateDataLoader(DataLoader[Any]):
         steps: Steps an epoch.
         max_physical_batch_size: Most rows of a chunk.
         seed: Makes the draws repeatable, and so not private.
+        secure: Whether a cryptographic keystream draws; see :class:`PoissonBatchSampler`.
 
     What dataset and collate function draw at random, for example to augment rows, comes from
     generators that the operating system has seeded, in this process and in workers.
@@ -54,6 +55,7 @@ class PrivateDataLoader(DataLoader[Any]):
         steps: int,
         max_physical_batch_size: int,
         seed: int | None,
+        secure: bool = False,
     ) -> None:
         workers: dict[str, Any] = {}
         if loader.num_workers:
@@ -73,6 +75,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 sample_rate=sample_rate,
                 steps=steps,
                 seed=seed,
+                secure=secure,
             ),
             collate_fn=LogicalCollate(
                 loader.collate_fn, max_physical_batch_size=max_physical_batch_size

@@ -77,7 +77,7 @@ class SteppingStrategy(AccountedStrategy):
                 "under one name, what the module logs itself would pass without any."
             )
         self._engine: GradientEngine | None = None
-        self._noise = GaussianNoise(config.insecure_seed)
+        self._noise = GaussianNoise(config.insecure_seed, secure=config.secure_noise)
         self._randomness = FreshRandomness(config.insecure_seed, stream=1)
         self._results: GuardedResults | None = None
         self._preflight_due = True

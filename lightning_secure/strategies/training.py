@@ -96,6 +96,7 @@ class PrivateTraining(SteppingStrategy):
             max_physical_batch_size=self.config.max_physical_batch_size
             or public.expected_batch_size + 4 * int(public.expected_batch_size**0.5 + 1),
             seed=self.config.insecure_seed,
+            secure=self.config.secure_noise,
         )
 
     def on_train_start(self) -> None:

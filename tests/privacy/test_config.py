@@ -35,6 +35,7 @@ GOOD = {"target_epsilon": 3.0, "delta": 1e-5, "max_grad_norm": 1.0}
         {"insecure_noise_off": True},
         {"loss_scale": 0.0},
         {"loss_scale": 1000.0},
+        {"secure_noise": True, "insecure_seed": 1},
     ],
 )
 def test_a_wrong_value_is_refused_by_name(change):

@@ -77,7 +77,7 @@ def test_a_calibrated_run_needs_no_second_look():
 
 
 def test_it_travels_in_a_weights_only_checkpoint():
-    account = ledger(insecure=("insecure_seed",))
+    account = ledger(insecure=("insecure_seed",), secure_noise=True)
     account.record()
     buffer = io.BytesIO()
     torch.save(account.state_dict(), buffer)
@@ -219,6 +219,21 @@ def test_a_run_does_not_go_on_under_another_promise(change):
     require_same_promise(config(target_epsilon=9.0), account)  # the budget may change
     with pytest.raises(LedgerError, match="another promise"):
         require_same_promise(config(**change), account)
+
+
+def test_a_run_of_secure_noise_goes_on_with_it_only():
+    account = begin(secure_noise=True)
+    assert account.secure_noise
+    require_same_promise(config(secure_noise=True), account)
+    with pytest.raises(LedgerError, match="secure_noise was True"):
+        require_same_promise(config(), account)
+    require_same_promise(config(secure_noise=True), begin())
+
+
+def test_a_ledger_from_before_secure_noise_had_none():
+    state = ledger().state_dict()
+    del state["secure_noise"]
+    assert not Ledger.from_state_dict(state).secure_noise
 
 
 def test_who_has_a_ledger():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 
 import lightning as L
@@ -9,20 +10,24 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_secure.crypto.keystream import Keystream
+from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.sampling import (
     Chunk,
     LogicalBatch,
     LogicalCollate,
     PoissonBatchSampler,
+    SecureGaps,
     poisson_draw,
 )
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize(
     ("size", "rate"), [(500, 0.03), (300, 0.4), (50, 0.9), (40, 1.0), (7, 0.5)]
 )
-def test_each_row_is_drawn_at_the_rate(size, rate):
-    rng = np.random.default_rng(11)
+def test_each_row_is_drawn_at_the_rate(size, rate, secure):
+    rng = SecureGaps(Keystream(bytes(32))) if secure else np.random.default_rng(11)
     draws = [poisson_draw(size, rate, rng) for _ in range(2000)]
     counts = np.bincount(np.concatenate(draws), minlength=size)
     assert len(counts) == size
@@ -47,12 +52,12 @@ def test_rows_are_drawn_independently():
 
 
 def test_rows_come_in_order_without_repetition_and_inside_the_dataset():
-    rng = np.random.default_rng(1)
-    for size, rate in [(10, 0.99), (1000, 0.001), (3, 1e-9), (1, 0.5), (10**9, 1e-8)]:
-        for _ in range(50):
-            rows = poisson_draw(size, rate, rng)
-            assert (np.diff(rows) > 0).all()
-            assert rows.size == 0 or (rows[0] >= 0 and rows[-1] < size)
+    for rng in (np.random.default_rng(1), SecureGaps()):
+        for size, rate in [(10, 0.99), (1000, 0.001), (3, 1e-9), (1, 0.5), (10**9, 1e-8)]:
+            for _ in range(50):
+                rows = poisson_draw(size, rate, rng)
+                assert (np.diff(rows) > 0).all()
+                assert rows.size == 0 or (rows[0] >= 0 and rows[-1] < size)
 
 
 def test_empty_draws_happen_and_are_draws():
@@ -75,6 +80,22 @@ def test_seed_everything_does_not_decide_who_is_drawn():
 def test_a_seed_repeats_the_draws():
     one, two = (list(PoissonBatchSampler(99, sample_rate=0.3, steps=4, seed=8)) for _ in range(2))
     assert one == two
+
+
+def test_secure_draws_take_no_seed_and_a_copy_draws_others():
+    with pytest.raises(ConfigError, match="insecure_seed"):
+        PoissonBatchSampler(9, sample_rate=0.5, steps=1, seed=1, secure=True)
+    sampler = PoissonBatchSampler(1000, sample_rate=0.1, steps=1, secure=True)
+    draws = [*sampler, *sampler, *pickle.loads(pickle.dumps(sampler))]
+    assert len({tuple(draw) for draw in draws}) == 3
+
+
+def test_gaps_are_those_of_the_inverse_distribution():
+    gaps = SecureGaps(Keystream(bytes(32))).geometric(0.2, 20_000)
+    counts = np.bincount(gaps, minlength=20)[1:15]
+    expected = 20_000 * 0.2 * 0.8 ** np.arange(14)
+    assert stats.chi2.cdf(((counts - expected) ** 2 / expected).sum(), 14) < 0.9999
+    assert SecureGaps().geometric(1e-300, 3).min() > 10**15
 
 
 def test_a_draw_is_split_into_chunks():

@@ -8,9 +8,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.layers import gram_squares
 from lightning_secure.privacy.units import base
 from lightning_secure.privacy.units.base import GHOST, Record, Way
 from lightning_secure.privacy.units.conv import ConvUnit, unfolded
@@ -43,6 +45,80 @@ def test_large_gradients_are_neither_kept_nor_formed(monkeypatch):
     assert unit.ways(inputs, grads) == [GHOST]
 
 
+def test_a_second_backward_through_one_call_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    with engine.recording():
+        loss = model(torch.randn(4, 3)).square().mean()
+        loss.backward(retain_graph=True)
+        with pytest.raises(UnsupportedModelError, match="second time"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([True, False, True, True, False, True, True])])
+@pytest.mark.parametrize("way", [GHOST, Way("product", kept=False), Way("product", kept=True)])
+def test_pieces_of_a_batch_give_the_whole(monkeypatch, way, keep):
+    unit, inputs, grads = linear(7)
+    whole = Record(unit, inputs, grads, scale=7.0, way=way)
+    expected = whole.squares(), whole.weighted_sum(torch.arange(7.0), keep), whole.per_sample()
+    monkeypatch.setattr(base, "PIECE_BYTES", 2 * unit.working_bytes(inputs, grads, way))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the room grows with threads
+    parts = Record(unit, inputs, grads, scale=7.0, way=way)
+    torch.testing.assert_close(parts.squares(), expected[0])
+    if way.kept:
+        assert [len(formed[unit.weight]) for _, formed in parts._kept] == [2, 2, 2, 1]
+    for p in unit.parameters:
+        torch.testing.assert_close(
+            parts.weighted_sum(torch.arange(7.0), keep)[p], expected[1][p], rtol=1e-5, atol=1e-4
+        )
+        torch.testing.assert_close(parts.per_sample()[p], expected[2][p])
+
+
+@pytest.mark.parametrize("time", [63, 64, 65, 131])
+def test_norms_from_quarters_are_those_of_the_whole(time):
+    inputs = torch.randn(3, time, 4, dtype=torch.float64)
+    grads = torch.randn(3, time, 5, dtype=torch.float64)
+    expected = torch.einsum("bto,bti->boi", grads, inputs).flatten(1).square().sum(1)
+    torch.testing.assert_close(gram_squares(inputs, grads), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [(5,), (5, 4), (3, 4, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_input_of_a_small_convolution_is_not_unfolded(monkeypatch, size, groups):
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+    layer = kind(4, 6, 3, padding=1, groups=groups).double()
+    unit = ConvUnit("layer", layer)
+    inputs = torch.randn(3, 4, *size, dtype=torch.float64)
+    grads = torch.randn_like(layer(inputs))
+    expected = Record(unit, inputs, grads, way=Way("unfold", kept=True)).squares()
+    monkeypatch.setattr("lightning_secure.privacy.units.conv.unfolded", None)
+    torch.testing.assert_close(unit.ghost_squares(inputs, grads), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("time", [2, 2000])
+def test_what_is_hopeless_is_not_timed(time):
+    unit = LinearUnit.of("layer", nn.Linear(600, 500))
+    forms = {way.form for way in unit.ways(torch.empty(1, time, 600), torch.empty(1, time, 500))}
+    assert forms == ({""} if time == 2 else {"product"})
+
+
+def test_an_input_is_let_go_while_the_graph_is_still_there():
+    """The graph keeps its hooks until it ends, and what they hold would be held with them."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    engine = watched(model)
+    unit = engine.units[0]
+    unit._way, unit._timed_rows = Way("product", kept=True), 4
+    with engine.recording():
+        inputs = torch.randn(4, 50, 3)
+        storage = StorageWeakRef(inputs.untyped_storage())
+        loss = model(inputs).square().mean()
+        del inputs
+        assert not storage.expired()
+        loss.backward()
+        assert storage.expired()
+
+
 def test_a_much_larger_batch_is_timed_again(monkeypatch):
     unit, inputs, grads = linear(6)
     timed = []
@@ -50,7 +126,7 @@ def test_a_much_larger_batch_is_timed_again(monkeypatch):
     monkeypatch.setattr(unit, "_cost", lambda way, a, g: timed.append(len(g)) or cost(way, a, g))
     for rows in (2, 2, 4, 6, 3):
         unit.way(inputs[:rows], grads[:rows])
-    assert timed == [2, 2, 2, 6, 6, 6]
+    assert timed == 9 * [2] + 9 * [6]  # three ways, three times each
 
 
 def test_what_is_not_needed_any_more_is_let_go():

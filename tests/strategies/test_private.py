@@ -649,6 +649,17 @@ def test_a_run_marked_insecure_is_never_private(tmp_path):
     assert state["insecure"] == ["insecure_seed"]
 
 
+def test_a_run_with_secure_noise_says_so(tmp_path, monkeypatch):
+    run = trainer(tmp_path, config(secure_noise=True))
+    # Neither draws nor noise may come from it.
+    monkeypatch.setattr("numpy.random.default_rng", None)
+    run.fit(Model())
+    path = run.checkpoint_callback.best_model_path
+    state = torch.load(path, weights_only=True)["lightning_secure"]["privacy"]
+    assert state["secure_noise"] is True
+    assert run.strategy._noise._secure
+
+
 def test_a_seeded_run_repeats_itself(tmp_path):
     def trained():
         model = Model()

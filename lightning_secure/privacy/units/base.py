@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +40,17 @@ Gradients = Mapping[nn.Parameter, Tensor]
 Watch = Callable[["Unit", Tensor, Tensor], Tensor]
 
 #: Per-sample gradients of one layer may be kept until the norms are known up to this many bytes,
-#: or up to the bytes of the input and output gradient that they make superfluous.
-KEPT_BYTES: Final = 32 * 2**20
-#: And may be formed for a moment up to this many.
+#: or up to a little more than the input and output gradient that they make superfluous.
+KEPT_BYTES: Final = 2**20
+KEPT_RATIO: Final = 1.25
+#: One sample's may be formed for a moment up to this many.
 FORMED_BYTES: Final = 512 * 2**20
-_TRIALS: Final = 2
+#: What is formed for a moment is formed for so many rows at a time as fit into this many bytes.
+PIECE_BYTES: Final = 8 * 2**20
+PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
+#: A way that takes so many times another's multiplications is not even tried.
+HOPELESS: Final = 4
+_TRIALS: Final = 3
 
 
 class Way(NamedTuple):
@@ -117,15 +124,26 @@ class Unit(ABC):
         numbers = sum(p.numel() for p in self.parameters)
         return len(grads) * numbers * widened(grads.dtype).itemsize
 
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return about how many bytes a row takes for a moment, on the way to its norm."""
+        return self.formed_bytes(inputs[:1], grads[:1]) if way.form else 0
+
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return about how many multiplications the ghost norm takes for one of the product."""
+        return 1.0
+
     def ways(self, inputs: Tensor, grads: Tensor) -> list[Way]:
         """Return the ways that memory allows; at least one."""
         size = self.formed_bytes(inputs, grads)
         held = grads.nbytes + inputs.nbytes
-        found = [GHOST] if self.has_ghost else []
-        if size <= FORMED_BYTES or not found:
+        share = self.ghost_share(inputs, grads) if self.has_ghost else math.inf
+        found: list[Way] = []
+        if (share > 1 / HOPELESS and size <= FORMED_BYTES * len(grads)) or not self.has_ghost:
             found += [Way(form, kept=False) for form in self.forms]
-        if size <= max(KEPT_BYTES, held) or not self.has_ghost:
+        if size <= max(KEPT_BYTES, KEPT_RATIO * held) or not self.has_ghost:
             found += [Way(form, kept=True) for form in self.forms]
+        if self.has_ghost and not (found and share > HOPELESS):
+            found = [GHOST, *found]
         return found
 
     def way(self, inputs: Tensor, grads: Tensor) -> Way:
@@ -139,24 +157,23 @@ class Unit(ABC):
             if len(ways) == 1:
                 self._way, self._timed_rows = ways[0], len(grads)
                 return ways[0]
-            costs = [self._cost(way, inputs, grads) for way in ways]
+            # In turns, so that a busy moment of the machine is not one way's alone.
+            trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
+            costs = [min(trial) for trial in zip(*trials, strict=True)]
             self._way = ways[costs.index(min(costs))]
             self._timed_rows = len(grads)
         return self._way
 
     def _cost(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
-        """Return the seconds that a way takes, at best."""
+        """Return the seconds that a way takes."""
         weights = torch.ones(len(grads), dtype=widened(grads.dtype), device=grads.device)
-        seconds = []
-        for _ in range(_TRIALS):
-            _synchronise(grads.device)
-            start = time.perf_counter()
-            record = Record(self, inputs, grads, scale=1.0, way=way)
-            record.squares()
-            record.weighted_sum(weights)
-            _synchronise(grads.device)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        _synchronise(grads.device)
+        start = time.perf_counter()
+        record = Record(self, inputs, grads, scale=1.0, way=way)
+        record.squares()
+        record.weighted_sum(weights)
+        _synchronise(grads.device)
+        return time.perf_counter() - start
 
 
 @dataclass(eq=False)
@@ -177,7 +194,7 @@ class Record:
     grads: Tensor | None
     scale: float = 1.0
     way: Way | None = None
-    _kept: Gradients | None = None
+    _kept: list[tuple[slice, Gradients]] | None = None
     _squares: Tensor | None = None
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
@@ -191,14 +208,19 @@ class Record:
             inputs, grads = self.evidence()
             way = self.way or self.unit.way(inputs, grads)
             self.way = way
-            if not way.form:
-                squares = self.unit.ghost_squares(inputs, grads)
-            else:
-                formed = self.unit.per_sample(inputs, grads, form=way.form)
-                squares = torch.stack([norm_squared(item) for item in formed.values()]).sum(0)
+            squares: list[Tensor] = []
+            kept: list[tuple[slice, Gradients]] = []
+            for rows in _pieces(self.unit, inputs, grads, way):
+                a, g = inputs[rows], grads[rows]
+                if not way.form:
+                    squares.append(self.unit.ghost_squares(a, g))
+                    continue
+                formed = self.unit.per_sample(a, g, form=way.form)
+                squares.append(torch.stack([norm_squared(item) for item in formed.values()]).sum(0))
                 if way.kept:
-                    self._kept = formed
-            self._squares = squares
+                    kept.append((rows, formed))
+            self._kept = kept if way.kept else None
+            self._squares = squares[0] if len(squares) == 1 else torch.cat(squares)
         result: Tensor = self._squares * self.scale**2
         return result
 
@@ -211,11 +233,14 @@ class Record:
     def per_sample(self) -> Gradients:
         """Return each sample's own gradient, shape ``(batch, *parameter.shape)``."""
         if self._kept is not None:
-            formed = self._kept
+            pieces = [formed for _, formed in self._kept]
         else:
             inputs, grads = self.evidence()
-            formed = self.unit.per_sample(inputs, grads, form=self.unit.forms[0])
-        return {parameter: item * self.scale for parameter, item in formed.items()}
+            pieces = [self.unit.per_sample(inputs, grads, form=self.unit.forms[0])]
+        return {
+            parameter: torch.cat([piece[parameter] for piece in pieces]) * self.scale
+            for parameter in pieces[0]
+        }
 
     def weighted_sum(self, weights: Tensor, keep: Tensor | None = None) -> Gradients:
         """Return ``sum_i weights[i] * gradient_i`` over the samples' own gradients.
@@ -226,20 +251,31 @@ class Record:
                 zero would make NaN of an infinity.
         """
         weights = weights * self.scale
-        if keep is not None:
-            weights = weights[keep]
-            if not len(weights):
-                return {p: torch.zeros_like(p, dtype=weights.dtype) for p in self.unit.parameters}
         if self._kept is not None:
-            kept = self._kept
-            return combined(
-                kept if keep is None else {p: item[keep] for p, item in kept.items()}, weights
-            )
+            return self._combined(self._kept, weights, keep)
         inputs, grads = self.evidence()
         if keep is not None:
             # Taken out, and not set to zero: a layer may well make NaN of an input of zeros.
-            inputs, grads = inputs[keep], grads[keep]
+            inputs, grads, weights = inputs[keep], grads[keep], weights[keep]
+            if not len(weights):
+                return {p: torch.zeros_like(p, dtype=weights.dtype) for p in self.unit.parameters}
         return self.unit.weighted_sum(inputs, grads, weights)
+
+    @staticmethod
+    def _combined(
+        kept: Sequence[tuple[slice, Gradients]], weights: Tensor, keep: Tensor | None
+    ) -> Gradients:
+        totals: dict[nn.Parameter, Tensor] = {}
+        for rows, piece in kept:
+            own = weights[rows]
+            if keep is not None:
+                own, piece = own[keep[rows]], {p: item[keep[rows]] for p, item in piece.items()}
+            for parameter, total in combined(piece, own).items():
+                if parameter in totals:
+                    totals[parameter].add_(total)
+                else:
+                    totals[parameter] = total
+        return totals
 
     def evidence(self) -> tuple[Tensor, Tensor]:
         """Return the input and the output's gradient, which must still be there."""
@@ -291,6 +327,15 @@ def require_default(unit: Unit, option: str, *, ok: bool, advice: str) -> None:
             f"layer {unit.name!r} ({type(unit.module).__name__}) has {option}, which the "
             f"per-sample rules do not cover. {advice} No step was taken."
         )
+
+
+def _pieces(unit: Unit, inputs: Tensor, grads: Tensor, way: Way) -> list[slice]:
+    """Return the rows that are looked at together."""
+    room = PIECE_BYTES * torch.get_num_threads()
+    if grads.device.type != "cpu":
+        room = PIECE_BYTES_ON_DEVICES
+    size = max(1, room // max(1, unit.working_bytes(inputs, grads, way)))
+    return [slice(start, start + size) for start in range(0, len(grads), size)]
 
 
 def _after_forward(

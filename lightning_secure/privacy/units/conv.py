@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_secure.privacy.layers import gram_squares
-from lightning_secure.privacy.units.base import Gradients, Unit, require_default, trainable, widened
+from lightning_secure.privacy.layers import gram_squares, grams_squares
+from lightning_secure.privacy.units.base import (
+    Gradients,
+    Unit,
+    Way,
+    require_default,
+    trainable,
+    widened,
+)
 
 __all__ = ["ConvUnit", "unfolded"]
 
@@ -22,7 +31,9 @@ class ConvUnit(Unit):
 
     Two ways form its per-sample gradients: a product with the unfolded input, and one convolution
     whose groups are the samples (Rochette et al. 2019, arXiv:1912.06015). The ghost norm on the
-    unfolded input (Bu et al. 2022, arXiv:2205.10683) forms none.
+    unfolded input (Bu et al. 2022, arXiv:2205.10683) forms none. What two places of the output see
+    are the same offsets of two places of the input, so where it is small, the Gram matrix of the
+    unfolded input is a sum of shifted ones of the input itself, and nothing is unfolded.
     """
 
     forms = ("grouped", "unfold")
@@ -51,13 +62,10 @@ class ConvUnit(Unit):
         if self.weight is not None:
             shape = (len(grads), *self.weight.shape)
             if form == "grouped":
-                padded = functional.pad(inputs, self._padding())
                 weight = self._backward(
-                    padded.flatten(0, 1).unsqueeze(0),
+                    inputs.flatten(0, 1).unsqueeze(0),
                     grads.flatten(0, 1).unsqueeze(0),
-                    self.weight.detach()
-                    .to(grads.dtype)
-                    .repeat(len(grads), *[1] * (self.weight.ndim - 1)),
+                    (len(grads) * self.weight.shape[0], *self.weight.shape[1:]),
                     groups=len(grads) * self._groups,
                 )
             else:
@@ -73,12 +81,67 @@ class ConvUnit(Unit):
         inputs, grads = self._widened(inputs, grads)
         squares = torch.zeros(len(grads), dtype=grads.dtype, device=grads.device)
         if self.weight is not None:
-            columns, flat = self._columns(inputs, grads)
-            places = columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
-            squares = squares + gram_squares(*places).view(len(grads), -1).sum(1)
+            found = self._shifted if self._small(inputs, grads) else self._unfolded
+            squares = squares + found(inputs, grads).view(len(grads), -1).sum(1)
         if self.bias is not None:
             squares = squares + grads.flatten(2).sum(2).square().sum(1)
         return squares
+
+    def _unfolded(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        columns, flat = self._columns(inputs, grads)
+        return gram_squares(
+            columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
+        )
+
+    def _shifted(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        groups, places = self._groups, grads.shape[2:]
+        padded = functional.pad(inputs, self._padding())
+        pixels = padded.reshape(len(padded) * groups, -1, math.prod(padded.shape[2:]))
+        gram = torch.bmm(pixels.transpose(1, 2), pixels).view(-1, *2 * padded.shape[2:])
+        total = torch.zeros(len(pixels), *2 * places, dtype=gram.dtype, device=gram.device)
+        for offset in itertools.product(*map(range, self._kernel)):
+            seen = [
+                slice(o * d, o * d + (n - 1) * s + 1, s)
+                for o, d, n, s in zip(offset, self._dilation, places, self._stride, strict=True)
+            ]
+            total += gram[(slice(None), *seen, *seen)]
+        flat = grads.reshape(len(pixels), -1, math.prod(places))
+        size = flat.shape[2]
+        terms = pixels.shape[1] * math.prod(self._kernel) + flat.shape[1]
+        other = torch.bmm(flat.transpose(1, 2), flat)
+        return grams_squares([(total.view(-1, size, size), other, True)], terms=terms)
+
+    def _small(self, inputs: Tensor, grads: Tensor) -> bool:
+        """Return whether the input's own Gram matrix is cheaper than that of its unfolding."""
+        places, kernel = math.prod(grads.shape[2:]), math.prod(self._kernel)
+        return kernel > 1 and self._pixels(inputs) ** 2 < places**2 * kernel
+
+    def _pixels(self, inputs: Tensor) -> int:
+        pads = self._padding()
+        ends = zip(inputs.shape[2:], pads[-2::-2], pads[::-2], strict=True)
+        return math.prod(n + before + after for n, before, after in ends)
+
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return how many bytes a row takes on the way."""
+        columns = inputs.shape[1] * math.prod(self._kernel)
+        places = math.prod(grads.shape[2:])
+        numbers = self.formed_bytes(inputs[:1], grads[:1]) // widened(grads.dtype).itemsize
+        if way.form:
+            numbers += columns * places if way.form == "unfold" else 2 * inputs[0].numel()
+        elif self._small(inputs, grads):
+            numbers = self._groups * (self._pixels(inputs) ** 2 + 2 * places**2)
+        else:
+            numbers = columns * places + 2 * self._groups * places**2
+        return numbers * widened(grads.dtype).itemsize
+
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return the multiplications of Gram matrices over those of products."""
+        places, kernel = math.prod(grads.shape[2:]), math.prod(self._kernel)
+        size_in, size_out = inputs.shape[1], grads.shape[1]
+        products = places * size_in * kernel * size_out / self._groups
+        if self._small(inputs, grads):
+            return (self._pixels(inputs) ** 2 * size_in + places**2 * size_out) / products
+        return places**2 * (size_in * kernel + size_out) / products
 
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, as autograd would compute them from weighted gradients."""
@@ -86,9 +149,9 @@ class ConvUnit(Unit):
         scaled = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
-            padded = functional.pad(inputs, self._padding())
-            weight = self.weight.detach().to(grads.dtype)
-            found[self.weight] = self._backward(padded, scaled, weight, groups=self._groups)
+            found[self.weight] = self._backward(
+                inputs, scaled, self.weight.shape, groups=self._groups
+            )
         if self.bias is not None:
             found[self.bias] = scaled.flatten(2).sum((0, 2))
         return found
@@ -100,15 +163,20 @@ class ConvUnit(Unit):
     def _padding(self) -> list[int]:
         return list(cast("Any", self._conv)._reversed_padding_repeated_twice)
 
-    def _backward(self, inputs: Tensor, grads: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    def _backward(
+        self, inputs: Tensor, grads: Tensor, shape: Sequence[int], *, groups: int
+    ) -> Tensor:
+        """Return the gradient of a weight of such a shape, whose values do not matter."""
         zeros = [0] * len(self._kernel)
+        pads = self._padding()[::-1]
+        even = pads[::2] == pads[1::2]
         _, result, _ = torch.ops.aten.convolution_backward(
             grads.contiguous(),
-            inputs,
-            weight,
+            inputs if even else functional.pad(inputs, self._padding()),
+            grads.new_empty(1).expand(*shape),
             None,
             self._stride,
-            zeros,
+            pads[::2] if even else zeros,
             self._dilation,
             False,
             zeros,

@@ -43,7 +43,7 @@ class EmbeddingUnit(Unit):
 
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms: each token's gradients are added before they are squared."""
-        tokens, flat = self._flat(inputs, grads)
+        tokens, flat = self.timed(inputs, grads)
         rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
         keys = (rows * self.weight.shape[0] + tokens).flatten()
         uniques, places = torch.unique(keys, return_inverse=True)
@@ -54,25 +54,25 @@ class EmbeddingUnit(Unit):
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
         """Return a table for each sample."""
-        tokens, flat = self._flat(inputs, grads)
+        tokens, flat = self.timed(inputs, grads)
         table = flat.new_zeros(len(tokens), *self.weight.shape)
         index = tokens.unsqueeze(-1).expand_as(flat)
         return {self.weight: table.scatter_add_(1, index, flat)}
 
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums of the rows that were looked up."""
-        tokens, flat = self._flat(inputs, grads)
+        tokens, flat = self.timed(inputs, grads)
         scaled = flat * weights.to(flat.dtype).view(-1, 1, 1)
         table = flat.new_zeros(self.weight.shape)
         return {self.weight: table.index_add_(0, tokens.flatten(), scaled.flatten(0, 1))}
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Lay several uses one after another in time."""
-        pairs = [self._flat(*record.evidence()) for record in records]
+        pairs = [self.timed(*record.evidence()) for record in records]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
 
-    def _flat(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens ``(batch, time)`` and gradients ``(batch, time, features)``."""
+    def timed(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens ``(batch, time)`` and their gradients ``(batch, time, features)``."""
         tokens = inputs.reshape(len(inputs), -1)
         flat = grads.to(widened(grads.dtype)).reshape(*tokens.shape, -1)
         if self.padding is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,17 @@ class LinearUnit(Unit):
             return [Way("product", kept=True)]
         return [GHOST] if inputs.ndim == 2 else super().ways(inputs, grads)
 
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return how many bytes a row takes on the way."""
+        if way.form or inputs.ndim == 2:
+            return super().working_bytes(inputs, grads, way)
+        return 2 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
+
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return the multiplications of Gram matrices over those of products."""
+        size_in, size_out = inputs.shape[-1], grads.shape[-1]
+        return math.prod(inputs.shape[1:-1]) * (size_in + size_out) / (size_in * size_out)
+
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms by Gram matrices."""
         return linear_ghost_squares(*_flat(inputs, grads), bias=self.bias is not None)
@@ -79,8 +91,14 @@ class LinearUnit(Unit):
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Lay several uses one after another in time."""
-        pairs = [_timed(*record.evidence()) for record in records]
+        pairs = [self.timed(*record.evidence()) for record in records]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
+
+    @staticmethod
+    def timed(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both widened, ``(batch, time, features)``."""
+        inputs, grads = _flat(inputs, grads)
+        return (inputs, grads) if inputs.ndim == 3 else (inputs.unsqueeze(1), grads.unsqueeze(1))
 
     def _named(self, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         named = ((self.weight, weight), (self.bias, bias))
@@ -94,8 +112,3 @@ def _flat(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     if inputs.ndim > 3:
         inputs, grads = inputs.flatten(1, -2), grads.flatten(1, -2)
     return inputs, grads
-
-
-def _timed(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    inputs, grads = _flat(inputs, grads)
-    return (inputs, grads) if inputs.ndim == 3 else (inputs.unsqueeze(1), grads.unsqueeze(1))

@@ -34,8 +34,8 @@ CATALOGUE = [
     Mutation(
         "a resumed run repeats the noise",
         "strategies/stepping.py",
-        "GaussianNoise(config.insecure_seed)",
-        "GaussianNoise(torch.initial_seed())",
+        "GaussianNoise(config.insecure_seed, ",
+        "GaussianNoise(torch.initial_seed(), ",
         f"{FAILURES} -k resumed",
     ),
     Mutation(

@@ -45,7 +45,7 @@ CATALOGUE = [
     Mutation(
         "a row left out is set to zero",
         "privacy/units/base.py",
-        "inputs, grads = inputs[keep], grads[keep]",
+        "inputs, grads, weights = inputs[keep], grads[keep], weights[keep]",
         "inputs, grads = zero_rows(inputs, keep), zero_rows(grads, keep)\n"
         "            weights = keep.to(grads.dtype)",
         f"{ATTACKS} -k no_way_to_a_sum",

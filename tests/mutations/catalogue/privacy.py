@@ -68,23 +68,23 @@ CATALOGUE = [
     Mutation(
         "the noise follows seed_everything",
         "privacy/noise.py",
-        "default_rng(self._seed)",
-        "default_rng(torch.initial_seed() if self._seed is None else self._seed)",
+        "Keystream(None if self._seed is None else _key_of(self._seed))",
+        "Keystream(_key_of(torch.initial_seed() if self._seed is None else self._seed))",
         "tests/privacy/test_noise.py",
     ),
     Mutation(
         "a copy repeats the noise",
         "privacy/noise.py",
-        "    def __getstate__(self) -> dict[str, int | None]:",
-        "    def __getstate__(self) -> dict[str, int | None]:\n        self._seed = self._seed "
-        "or 7\n        self._on_cpu = None",
+        "    def __getstate__(self) -> dict[str, Any]:",
+        "    def __getstate__(self) -> dict[str, Any]:\n        self._seed = self._seed or 7\n"
+        "        self._begin()",
         "tests/privacy/test_noise.py -k copy",
     ),
     Mutation(
         "draws follow seed_everything",
         "privacy/sampling.py",
-        "self._rng = np.random.default_rng(self._seed)",
-        "self._rng = np.random.default_rng(np.random.randint(2**31))",
+        "else np.random.default_rng(self._seed)",
+        "else np.random.default_rng(np.random.randint(2**31))",
         "tests/privacy/test_sampling.py -k seed",
     ),
     Mutation(

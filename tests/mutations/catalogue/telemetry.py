@@ -46,15 +46,15 @@ CATALOGUE = [
     Mutation(
         "the noise of a run hangs on 32 bits",
         "privacy/noise.py",
-        "default_rng(self._seed)",
-        "default_rng(self._seed and self._seed % 2**32)",
+        "else _key_of(self._seed))",
+        "else _key_of(self._seed % 2**32))",
         f"{PRIVACY} -k 32_bits",
     ),
     Mutation(
         "rounding hides a row's norm",
         "privacy/layers.py",
-        "total.clamp(min=0) + error",
-        "total.clamp(min=0)",
+        "clamp(min=0) + error",
+        "clamp(min=0)",
         f"{PRIVACY} -k cancellation",
     ),
     Mutation(

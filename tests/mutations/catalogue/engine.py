@@ -1,0 +1,47 @@
+"""Norms and sums of the engine's shorter ways."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+GRADIENTS = "tests/privacy/test_gradients.py"
+UNITS = "tests/privacy/test_units.py"
+TIED = "tests/privacy/test_tied.py"
+
+CATALOGUE = [
+    Mutation(
+        "a tied weight's norm is that of its two uses",
+        "privacy/units/tied.py",
+        "self.head.squares() + 2 * scale * cross",
+        "self.head.squares()",
+        f"{TIED} -k exact",
+    ),
+    Mutation(
+        "uses of a tied weight that cancel are rounded away",
+        "privacy/units/tied.py",
+        "parts.clamp(min=0).to(error.dtype) + 2 * scale * error",
+        "parts.clamp(min=0).to(error.dtype)",
+        f"{TIED} -k cancel",
+    ),
+    Mutation(
+        "what stands beside a Gram matrix's diagonal counts once",
+        "privacy/layers.py",
+        "totals.append(total if diagonal else 2 * total)",
+        "totals.append(total)",
+        f"{UNITS} -k quarters",
+    ),
+    Mutation(
+        "inputs are held until the graph goes",
+        "privacy/bookkeeping.py",
+        "inputs = handed.pop()",
+        "inputs = handed[0]",
+        f"{UNITS} -k 'let_go or second_backward'",
+    ),
+    Mutation(
+        "the last rows of a layer are left out of its norms",
+        "privacy/units/base.py",
+        "for start in range(0, len(grads), size)]",
+        "for start in range(0, len(grads) - len(grads) % size, size)]",
+        f"{UNITS} -k pieces",
+    ),
+]
