@@ -11,7 +11,14 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 from torch.utils.data._utils import pin_memory as _torch_pinning
 
-__all__ = ["Chunk", "LogicalBatch", "LogicalCollate", "PoissonBatchSampler", "poisson_draw"]
+__all__ = [
+    "Chunk",
+    "LogicalBatch",
+    "LogicalCollate",
+    "PoissonBatchSampler",
+    "poisson_draw",
+    "seed_of_rank",
+]
 
 
 def poisson_draw(
@@ -44,6 +51,20 @@ def poisson_draw(
     return rows[rows < dataset_size]
 
 
+def seed_of_rank(seed: int | None, rank: int) -> int | None:
+    """Return the seed of one of several processes, of which no two draw alike.
+
+    Args:
+        seed: Of the run; the first process has it unchanged. None stays None: the operating
+            system seeds each process by itself.
+        rank: Number of the process, from 0.
+    """
+    if seed is None or rank == 0:
+        return seed
+    words = np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(2)
+    return int(words[0]) << 31 | int(words[1]) >> 1
+
+
 class PoissonBatchSampler(Sampler[list[int]]):
     """Yields the rows of one epoch's steps.
 
@@ -54,12 +75,23 @@ class PoissonBatchSampler(Sampler[list[int]]):
         seed: Makes the draws repeatable, and so not private. By default the operating system
             seeds the generator, in each process and copy anew, whatever ``seed_everything`` was
             given.
+        rank: Number of this process among those that train together.
+        world_size: How many they are. Each draws from every ``world_size``-th row, a part that
+            follows from the rows' numbers alone, with the rate and not the rate times its part: so
+            each row is drawn by one coin toss in one process, as if there were one sampler.
     """
 
     def __init__(
-        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None
+        self,
+        dataset_size: int,
+        *,
+        sample_rate: float,
+        steps: int,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self._dataset_size = dataset_size
+        self._part = range(rank, dataset_size, world_size)
         self._sample_rate = sample_rate
         self._steps = steps
         self._seed = seed
@@ -72,7 +104,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         for _ in range(self._steps):
             if self._process != os.getpid():
                 self._begin()  # a fork has its parent's generator, and would draw its rows
-            yield poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()
+            drawn = poisson_draw(len(self._part), self._sample_rate, self._rng)
+            yield (self._part.start + self._part.step * drawn).tolist()
 
     def _begin(self) -> None:
         self._process = os.getpid()
