@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_secure.errors import ConfigError
+from lightning_secure.errors import ConfigError, UnsupportedTrainerOptionError
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
@@ -211,6 +211,11 @@ def test_the_budget_stops_all_at_the_same_step(tmp_path):
     assert one["raised"] is other["raised"] is None
     assert one["steps"] == other["steps"] == one["account"] > 0
     assert one["epsilon"] <= 4.0
+
+
+def test_no_process_publishes_a_value_with_noise_of_its_own():
+    with pytest.raises(UnsupportedTrainerOptionError, match="Nothing was released"):
+        PrivateDDPStrategy(CONFIG).release(torch.ones(3), bounds=(0, 1), noise_multiplier=1.0)
 
 
 # ---------------------------------------------------------------- names
