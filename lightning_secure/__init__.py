@@ -67,7 +67,9 @@ if TYPE_CHECKING:
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
     from lightning_secure.redaction.redactor import Redactor
+    from lightning_secure.strategies.ddp import PrivateDDPStrategy
     from lightning_secure.strategies.private import PrivateStrategy
+    from lightning_secure.strategies.registry import register_strategies
 
 __all__ = [
     "AnonymizationPlan",
@@ -104,6 +106,7 @@ __all__ = [
     "PrivacyAudit",
     "PrivacyBudget",
     "PrivateAccuracy",
+    "PrivateDDPStrategy",
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
@@ -126,6 +129,7 @@ __all__ = [
     "erase_subject",
     "finish_erasure",
     "load_encrypted_checkpoint",
+    "register_strategies",
     "remove_recipient",
     "rotate_data",
     "rotate_kek",
@@ -169,6 +173,7 @@ _HOMES = {
     "PrivacyAudit": "callbacks.privacy_audit",
     "PrivacyBudget": "callbacks.budget",
     "PrivateAccuracy": "metrics.private",
+    "PrivateDDPStrategy": "strategies.ddp",
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
@@ -190,6 +195,7 @@ _HOMES = {
     "erase_subject": "data.erasure",
     "finish_erasure": "data.finishing",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "register_strategies": "strategies.registry",
     "remove_recipient": "data.rotation",
     "rotate_data": "data.rotation",
     "rotate_kek": "data.rotation",

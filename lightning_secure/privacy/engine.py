@@ -357,7 +357,12 @@ class GradientEngine:
         return add_clipped_sums(self._sums, self.take(batch), max_grad_norm=self._max_grad_norm)
 
     def release(
-        self, noise: GaussianNoise, *, noise_multiplier: float, expected_batch_size: int
+        self,
+        noise: GaussianNoise,
+        *,
+        noise_multiplier: float,
+        expected_batch_size: int,
+        combine: Callable[[dict[nn.Parameter, Tensor], bool], None] | None = None,
     ) -> None:
         """Put the noised mean gradient into ``.grad`` of every trainable parameter.
 
@@ -365,15 +370,20 @@ class GradientEngine:
             noise: Source of the noise.
             noise_multiplier: Its standard deviation over the clipping norm.
             expected_batch_size: The public divisor.
+            combine: Makes sums over several processes of those of each, in place; it is told
+                whether noise was added to them here.
 
         The sums are gone afterwards, also if this fails.
         """
         sums, self._sums = self._sums, {}
+        std = noise_multiplier * self._max_grad_norm
         for parameter in self.parameters:
-            total = sums.pop(parameter, None)
-            if not parameter.requires_grad:  # frozen by the user since
-                continue
-            if total is None:  # no row was drawn, or none came this way: noise all the same
-                total = torch.zeros_like(parameter, dtype=torch.float32)
-            noise.add_(total, std=noise_multiplier * self._max_grad_norm)
-            parameter.grad = total.div_(expected_batch_size).to(parameter.dtype)
+            if parameter not in sums:  # no row was drawn, or none came this way
+                sums[parameter] = torch.zeros_like(parameter, dtype=widened(parameter.dtype))
+            noise.add_(sums[parameter], std=std)
+        if combine is not None:
+            combine(sums, std > 0)
+        for parameter in self.parameters:
+            total = sums.pop(parameter)
+            if parameter.requires_grad:  # and was not frozen by the user since
+                parameter.grad = total.div_(expected_batch_size).to(parameter.dtype)

@@ -22,6 +22,7 @@ __all__ = [
     "PoissonBatchSampler",
     "SecureGaps",
     "poisson_draw",
+    "seed_of_rank",
 ]
 
 
@@ -93,6 +94,20 @@ def poisson_draw(
     return rows[rows < dataset_size]
 
 
+def seed_of_rank(seed: int | None, rank: int) -> int | None:
+    """Return the seed of one of several processes, of which no two draw alike.
+
+    Args:
+        seed: Of the run; the first process has it unchanged. None stays None: the operating
+            system seeds each process by itself.
+        rank: Number of the process, from 0.
+    """
+    if seed is None or rank == 0:
+        return seed
+    words = np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(2)
+    return int(words[0]) << 31 | int(words[1]) >> 1
+
+
 class PoissonBatchSampler(Sampler[list[int]]):
     """Yields the rows of one epoch's steps.
 
@@ -104,6 +119,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
             seeds the generator, in each process and copy anew, whatever ``seed_everything`` was
             given.
         secure: Whether the draws come from an AES-256-CTR keystream instead of numpy's PCG64.
+        rank: Number of this process among those that train together.
+        world_size: How many they are. Each draws from every ``world_size``-th row, a part that
+            follows from the rows' numbers alone, with the rate and not the rate times its part: so
+            each row is drawn by one coin toss in one process, as if there were one sampler.
 
     Raises:
         ConfigError: ``secure`` with a seed.
@@ -117,10 +136,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
         steps: int,
         seed: int | None = None,
         secure: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if secure and seed is not None:
             raise ConfigError("secure_noise contradicts insecure_seed. Nothing was drawn.")
-        self._dataset_size = dataset_size
+        self._part = range(rank, dataset_size, world_size)
         self._sample_rate = sample_rate
         self._steps = steps
         self._seed = seed
@@ -134,7 +155,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         for _ in range(self._steps):
             if self._process != os.getpid():
                 self._begin()  # a fork has its parent's generator, and would draw its rows
-            yield poisson_draw(self._dataset_size, self._sample_rate, self._rng).tolist()
+            drawn = poisson_draw(len(self._part), self._sample_rate, self._rng)
+            yield (self._part.start + self._part.step * drawn).tolist()
 
     def _begin(self) -> None:
         self._process = os.getpid()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
@@ -23,6 +24,9 @@ from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum
 
 __all__ = ["AccountedStrategy"]
+
+
+T = TypeVar("T")
 
 
 class AccountedStrategy(Strategy):
@@ -70,7 +74,9 @@ class AccountedStrategy(Strategy):
         ledger = ledger_of(self._module)
         if ledger is not None:
             checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
-        announce_plain(self.checkpoint_io, str(filepath), int(checkpoint.get("global_step", 0)))
+        if self.is_global_zero:  # which alone writes it
+            step = int(checkpoint.get("global_step", 0))
+            announce_plain(self.checkpoint_io, str(filepath), step)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(
@@ -90,6 +96,16 @@ class AccountedStrategy(Strategy):
         """Take over weights and their account together, also where the run is then refused."""
         bring_ledger(self._module, checkpoint)
         super().load_model_state_dict(checkpoint, strict=strict)
+
+    # Where several processes train together, they go on or fail together.
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Run a block in every process, which goes on in none if it fails in one."""
+        return nullcontext()
+
+    def _once(self, action: Callable[[], T]) -> T:
+        """Run something in one process, and return its result in every one."""
+        return action()
 
     @property
     def _module(self) -> pl.LightningModule:

@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
-from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler
+from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
 
 __all__ = ["PrivateDataLoader", "RandomAccess", "require_plain_loader"]
@@ -39,6 +39,8 @@ class PrivateDataLoader(DataLoader[Any]):
         max_physical_batch_size: Most rows of a chunk.
         seed: Makes the draws repeatable, and so not private.
         secure: Whether a cryptographic keystream draws; see :class:`PoissonBatchSampler`.
+        rank: Number of this process among those that train together.
+        world_size: How many they are.
 
     What dataset and collate function draw at random, for example to augment rows, comes from
     generators that the operating system has seeded, in this process and in workers.
@@ -56,6 +58,8 @@ class PrivateDataLoader(DataLoader[Any]):
         max_physical_batch_size: int,
         seed: int | None,
         secure: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         workers: dict[str, Any] = {}
         if loader.num_workers:
@@ -66,6 +70,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 "persistent_workers": loader.persistent_workers,
             }
         self._user_collate = loader.collate_fn
+        seed = seed_of_rank(seed, rank)
         self._randomness = FreshRandomness(seed, stream=2)
         user_init = loader.worker_init_fn
         super().__init__(
@@ -76,6 +81,8 @@ class PrivateDataLoader(DataLoader[Any]):
                 steps=steps,
                 seed=seed,
                 secure=secure,
+                rank=rank,
+                world_size=world_size,
             ),
             collate_fn=LogicalCollate(
                 loader.collate_fn, max_physical_batch_size=max_physical_batch_size

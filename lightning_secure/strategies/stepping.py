@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from lightning_secure.errors import (
@@ -98,7 +99,10 @@ class SteppingStrategy(AccountedStrategy):
             hands it to callbacks, ``optimizer_step`` and ``on_before_backward``. With it, entries
             of the module's dict that ``public_metrics`` names.
         """
-        batch, *rest = args
+        with self._until_combined():
+            return self._sum_chunks(*args, **kwargs)
+
+    def _sum_chunks(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
         if not isinstance(batch, LogicalBatch):
             raise UnsupportedModelError(
                 "training_step does not get a batch of this strategy's own sampling: it takes a "
@@ -188,15 +192,17 @@ class SteppingStrategy(AccountedStrategy):
         The chunks went backward already; this is where Lightning expects gradients to appear.
         """
         ledger, engine = required(self._ledger), required(self._engine)
-        self.precision_plugin.pre_backward(closure_loss, self._module)
-        engine.require_covered(self._module.named_parameters())
-        groups = self.optimizers[0].param_groups
-        engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
-        ledger.record()
+        with self._until_combined():
+            self.precision_plugin.pre_backward(closure_loss, self._module)
+            engine.require_covered(self._module.named_parameters())
+            groups = self.optimizers[0].param_groups
+            engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
+            ledger.record()
         engine.release(
             self._noise,
-            noise_multiplier=ledger.noise_multiplier,
+            noise_multiplier=self._noise_multiplier(),
             expected_batch_size=ledger.public.expected_batch_size,
+            combine=self._combine,
         )
         self._publish(ledger)
         return self.precision_plugin.post_backward(closure_loss, self._module)
@@ -247,6 +253,19 @@ class SteppingStrategy(AccountedStrategy):
         metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
         total, count = metric.summed(values)
         return float(metric.released(total, count, account=self._account(), noise=self._noise))
+
+    # Where several processes train together, their sums become one, with the noise in it once.
+
+    def _until_combined(self) -> AbstractContextManager[None]:
+        """Run a part of a step, which is taken in no process if the part fails in one."""
+        return nullcontext()
+
+    def _noise_multiplier(self) -> float:
+        """Return that of the noise which this process adds."""
+        return required(self._ledger).noise_multiplier
+
+    def _combine(self, sums: dict[Parameter, Tensor], noised: bool) -> None:
+        """Add up the sums of all processes, in place; one of them was ``noised``."""
 
     def optimizer_step(
         self,

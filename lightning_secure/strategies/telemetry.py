@@ -54,6 +54,10 @@ class GuardedResults(_ResultCollection):
         if self.muted:
             return
         if name in self._public:
+            if fx == "training_step":
+                # Of several processes each has its own number of chunks, and would wait for the
+                # others' values in vain.
+                kwargs["sync_dist"] = False
             super().log(fx, name, *args, **kwargs)
         elif name not in self._withheld | self._released:
             self._withheld.add(name)

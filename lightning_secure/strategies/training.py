@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.ledger import Ledger
-from lightning_secure.privacy.promise import begin_ledger
+from lightning_secure.privacy.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.promise import begin_ledger, require_same_promise
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
@@ -51,25 +52,27 @@ class PrivateTraining(SteppingStrategy):
         # A module that was trained privately before goes on with its own account.
         self._ledger = restored or account_of(module)
         if fitting:
-            self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
-            require_trainer_options(trainer, module, self.precision_plugin, self.config)
-            if self._ledger is not None:
-                require_same_weights(module, self._ledger)
-                self._ledger.release_beside(self._released.noise_multipliers)
-                carry_ledger(trainer, self._ledger, self.config, self._journal)
+            with self._together():
+                self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
+                require_trainer_options(trainer, module, self.precision_plugin, self.config)
+                if self._ledger is not None:
+                    require_same_weights(module, self._ledger)
+                    self._ledger.release_beside(self._released.noise_multipliers)
+            self._ledger = self._carried(lambda: self._ledger)
         if self._ledger is not None:
             self._ledger.budget = self.config.target_epsilon
         lend_account(module, self._account())
         super().setup(trainer)
         if not fitting:
             return
-        require_optimizers(self.optimizers)
-        self._engine = GradientEngine(
-            module,
-            max_grad_norm=self.config.max_grad_norm,
-            loss_scale=self.config.loss_scale or 1.0,
-        )
-        self._engine.attach()
+        with self._together():
+            require_optimizers(self.optimizers)
+            self._engine = GradientEngine(
+                module,
+                max_grad_norm=self.config.max_grad_norm,
+                loss_scale=self.config.loss_scale or 1.0,
+            )
+            self._engine.attach()
         self._preflight_due = True
         self._results = GuardedResults(self._public_metrics, self._released.metrics)
         trainer.fit_loop.epoch_loop._results = self._results
@@ -86,17 +89,22 @@ class PrivateTraining(SteppingStrategy):
         trainer = self._module.trainer
         if not trainer.training:
             return dataloader
-        loader = require_plain_loader(dataloader)
-        ledger = self._open_ledger(trainer, loader)
-        public = ledger.public
+        with self._together():
+            loader = require_plain_loader(dataloader)
+        rank, world_size = self._part(len(loader.dataset))  # type: ignore[arg-type]
+        if self._ledger is None:
+            self._ledger = self._carried(partial(self._begun, loader, world_size))
+        public = required(self._ledger).public
         return PrivateDataLoader(
             loader,
             sample_rate=public.sample_rate,
             steps=public.steps_per_epoch,
             max_physical_batch_size=self.config.max_physical_batch_size
-            or public.expected_batch_size + 4 * int(public.expected_batch_size**0.5 + 1),
+            or _rarely_exceeded(-(-public.expected_batch_size // world_size)),
             seed=self.config.insecure_seed,
             secure=self.config.secure_noise,
+            rank=rank,
+            world_size=world_size,
         )
 
     def on_train_start(self) -> None:
@@ -108,18 +116,37 @@ class PrivateTraining(SteppingStrategy):
                 "several, or something exchanged it. No step was taken."
             )
 
-    def _open_ledger(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Ledger:
-        """Return the account, begun with the first fit's public numbers."""
-        if self._ledger is None:
-            self._ledger = begin_ledger(
-                self.config,
-                rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
-                batch_size=loader.batch_size or 1,
-                planned_steps=partial(planned_steps, trainer, self.config),
-                beside=self._released.noise_multipliers,
-            )
-            carry_ledger(trainer, self._ledger, self.config, self._journal)
-        return self._ledger
+    def _begun(self, loader: DataLoader[Any], world_size: int) -> Ledger:
+        """Return a new account, with the public numbers of the first fit."""
+        return begin_ledger(
+            self.config,
+            rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
+            batch_size=(loader.batch_size or 1) * world_size,
+            planned_steps=partial(planned_steps, self._module.trainer, self.config),
+            beside=self._released.noise_multipliers,
+        )
+
+    def _carried(self, ledger_of_run: Callable[[], Ledger | None]) -> Ledger | None:
+        """Let the module carry an account, and its run's journal cover it."""
+
+        def carried() -> Ledger | None:
+            ledger = ledger_of_run()
+            if ledger is not None:
+                carry_ledger(self._module.trainer, ledger, self.config, self._journal)
+                # What this finds out is part of the account that others are given.
+                ledger.affords_a_step(self.config.target_epsilon)
+            return ledger
+
+        ledger = self._once(carried)
+        if ledger is not None:
+            keep_ledger(self._module, ledger)
+            with self._together():
+                require_same_promise(self.config, ledger)
+        return ledger
+
+    def _part(self, rows: int) -> tuple[int, int]:
+        """Return which part of how many parts of the rows this process draws from."""
+        return 0, 1
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
@@ -131,3 +158,7 @@ class PrivateTraining(SteppingStrategy):
         if self._lightning_module is not None:
             vars(self._lightning_module).pop("_on_before_batch_transfer", None)
         super().teardown()
+
+
+def _rarely_exceeded(expected: int) -> int:
+    return expected + 4 * int(expected**0.5 + 1)

@@ -20,8 +20,8 @@ CATALOGUE = [
     Mutation(
         "the gradient gets half its noise, before the eyes of the canary audit",
         "privacy/engine.py",
-        "noise.add_(total, std=noise_multiplier * self._max_grad_norm)",
-        "noise.add_(total, std=noise_multiplier * self._max_grad_norm / 2)",
+        "noise.add_(sums[parameter], std=std)",
+        "noise.add_(sums[parameter], std=std / 2)",
         CANARY,
     ),
     Mutation(

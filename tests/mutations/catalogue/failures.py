@@ -20,15 +20,17 @@ CATALOGUE = [
     Mutation(
         "noise is added twice",
         "privacy/engine.py",
-        "            noise.add_(total, std=noise_multiplier * self._max_grad_norm)\n",
-        "            noise.add_(total, std=noise_multiplier * self._max_grad_norm)\n" * 2,
+        "            noise.add_(sums[parameter], std=std)\n",
+        "            noise.add_(sums[parameter], std=std)\n" * 2,
         f"{STRATEGY} -k fresh_noise",
     ),
     Mutation(
         "a draw of nothing is released without noise",
         "privacy/engine.py",
-        "                total = torch.zeros_like(parameter, dtype=torch.float32)\n",
-        "                parameter.grad = torch.zeros_like(parameter)\n                continue\n",
+        "                sums[parameter] = torch.zeros_like("
+        "parameter, dtype=widened(parameter.dtype))\n",
+        "                sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)\n"
+        "                continue\n",
         f"{STRATEGY} -k draw_of_nothing",
     ),
     Mutation(

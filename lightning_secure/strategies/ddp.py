@@ -1,0 +1,108 @@
+"""``Trainer(strategy=PrivateDDPStrategy(...))``: DP-SGD on several devices and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.strategies.processes import SeveralProcesses
+from lightning_secure.strategies.steps import required
+
+__all__ = ["PrivateDDPStrategy"]
+
+
+class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
+    """:class:`~lightning_secure.strategies.private.PrivateStrategy` on several devices.
+
+    Args:
+        config: As for one device; ``expected_batch_size`` is that of all processes together.
+        public_metrics: As for one device.
+        journal: As for one device. The first process alone reads and writes it.
+        accelerator: As for any strategy; normally left to the Trainer.
+        parallel_devices: As for any strategy; normally left to the Trainer.
+        cluster_environment: As for any strategy; normally found by the Trainer.
+        checkpoint_io: As for any strategy; normally a plugin of the Trainer.
+        precision_plugin: As for any strategy; normally left to the Trainer.
+        process_group_backend: As for ``DDPStrategy``: by default NCCL on CUDA and Gloo on the CPU.
+        timeout: How long a process waits for the others before it fails.
+
+    Every process holds the whole model and reads the whole dataset, and draws from every
+    ``world_size``-th row. As with ``DDPStrategy``, a DataLoader's ``batch_size`` is that of one
+    device: without ``expected_batch_size``, a step draws ``batch_size * world_size`` rows on
+    average. A run may go on with another number of processes; its public numbers stay.
+
+    There is no torch DDP wrapper, which would average gradients before they are clipped and noised:
+    the module runs as it is. What ``training_step`` logs is each process's own.
+
+    Raises:
+        UnsupportedModelError: As for one device, and if a training step exchanges something with
+            other processes.
+        UnsupportedTrainerOptionError: As for one device, and if the processes have training
+            datasets of different lengths.
+        PrivacyError: Another process has failed, or the noise is not in the sum exactly once.
+
+    Guarantees:
+        Those of ``PrivateStrategy``, for the rows of all processes together. The processes trust
+        each other and the network between them: clipped sums travel over it before the noise is
+        in them, and the account when training begins.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133; Bu et al. 2023, arXiv:2210.00038.
+    """
+
+    strategy_name = "private_ddp"
+
+    def __init__(
+        self,
+        config: DPConfig,
+        *,
+        public_metrics: Sequence[str] = (),
+        journal: str | Path | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        # Processes are started as scripts only: a process that was forked or spawned would hand
+        # its weights back to this one, and their account would stay behind.
+        super().__init__(
+            config,
+            public_metrics=public_metrics,
+            journal=journal,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def configure_ddp(self) -> None:
+        """Give every process the weights and buffers of the first one, and wrap nothing."""
+        _sync_module_states(required(self.model))
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint in every process, or in none.
+
+        Raises:
+            LedgerError: It is to be trained further and has no account.
+        """
+        with self._together():
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)

@@ -1,0 +1,243 @@
+"""Private training in several processes that take each step together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor, distributed, nn
+from torchmetrics import Metric
+
+from lightning_secure.errors import (
+    LightningSecureError,
+    PrivacyError,
+    UnsupportedModelError,
+    UnsupportedTrainerOptionError,
+)
+from lightning_secure.privacy.sampling import Chunk, seed_of_rank
+from lightning_secure.privacy.units.base import widened
+from lightning_secure.strategies.randomness import FreshRandomness
+from lightning_secure.strategies.reduction import add_over_processes
+from lightning_secure.strategies.steps import required
+from lightning_secure.strategies.training import PrivateTraining
+
+__all__ = ["SeveralProcesses"]
+
+T = TypeVar("T")
+
+
+class SeveralProcesses(PrivateTraining, ParallelStrategy):
+    """What private training takes where several processes share a step.
+
+    Each process draws from its own part of the rows, clips, and adds up. The first one adds the
+    noise to its sum; then the sums of all are added up, and all have the same noised gradient.
+    There is one account: the first process keeps the journal, gives the others its account at the
+    start, and all enter the same steps.
+
+    Guarantees:
+        The noise is in the gradient exactly once: in every step the processes count who added it.
+        If preparing or taking a step fails in one process, it fails in all, and nothing is
+        released. One that fails elsewhere ends its connection, so that the others fail when they
+        next wait for it.
+    """
+
+    _shared_failure: BaseException | None = None
+    _in_chunk = False
+
+    # Setting up
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set up as in one process, with this one's part of the rows and its own randomness."""
+        self._shared_failure = None
+        if trainer.state.fn == TrainerFn.FITTING:
+            seed = seed_of_rank(self.config.insecure_seed, self.global_rank)
+            self._randomness = FreshRandomness(seed, stream=1)
+            connector = trainer._data_connector
+            # Otherwise Lightning puts a sampler of its own in the place of the user's, and nobody
+            # can tell any more whether that drew all rows alike.
+            vars(connector)["_prepare_dataloader"] = partial(_as_it_is, connector)
+        super().setup(trainer)
+
+    def _part(self, rows: int) -> tuple[int, int]:
+        counts = [0] * self.world_size
+        counts[self.global_rank] = rows
+        if len(set(self._added(counts))) > 1:
+            self._fail_together(
+                UnsupportedTrainerOptionError(
+                    "the training datasets of the processes have different numbers of rows. Give "
+                    "each process the whole dataset; it draws from its own part. No step was taken."
+                )
+            )
+        return self.global_rank, self.world_size
+
+    # Going on, or failing, together
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        with self._telling(lambda: self._added([1])):
+            yield
+        if self._added([0])[0]:
+            self._fail_together(_failed_elsewhere())
+
+    def _once(self, action: Callable[[], T]) -> T:
+        result: Any = None
+        with self._together():
+            if self.is_global_zero:
+                result = action()
+        shared: T = self.broadcast(result)
+        return shared
+
+    @contextlib.contextmanager
+    def _until_combined(self) -> Iterator[None]:
+        with self._telling(self._tell_where_sums_are_due):
+            yield
+
+    @contextlib.contextmanager
+    def _telling(self, tell: Callable[[], Any]) -> Iterator[None]:
+        """Tell the others if the block fails, where they will next look for it."""
+        try:
+            yield
+        except Exception as error:
+            self._shared_failure = error
+            with contextlib.suppress(PrivacyError):  # who has gone already need not be told
+                tell()
+            raise
+
+    def _tell_where_sums_are_due(self) -> None:
+        sums = [
+            torch.zeros_like(parameter, dtype=widened(parameter.dtype))
+            for parameter in required(self._engine).parameters
+        ]
+        self._added([1, 0], sums)
+
+    def _added(self, counts: Sequence[int], tensors: Sequence[Tensor] = ()) -> list[int]:
+        return add_over_processes(tensors, counts, device=self.root_device)
+
+    def _fail_together(self, error: LightningSecureError) -> NoReturn:
+        self._shared_failure = error
+        raise error
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the connection if the others do not know of this failure."""
+        super().on_exception(exception)
+        if exception is not self._shared_failure and distributed.is_initialized():
+            with contextlib.suppress(Exception):
+                _disconnect()
+
+    # One step
+
+    def _noise_multiplier(self) -> float:
+        return super()._noise_multiplier() if self.is_global_zero else 0.0
+
+    def _combine(self, sums: dict[nn.Parameter, Tensor], noised: bool) -> None:
+        tensors = [sums[parameter] for parameter in required(self._engine).parameters]
+        failed, noises = self._added([0, int(noised)], tensors)
+        if failed:
+            self._fail_together(_failed_elsewhere())
+        if noises != int(required(self._ledger).noise_multiplier > 0):
+            self._fail_together(
+                PrivacyError(
+                    f"{noises} processes added noise in this step, and exactly one has to. The "
+                    "step was not taken."
+                )
+            )
+
+    def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self._in_chunk = True
+        try:
+            with _metrics_of_this_process(self._module):
+                return super()._chunk(chunk, rest, kwargs)
+        finally:
+            self._in_chunk = False
+
+    def release(self, *args: Any, **kwargs: Any) -> float:
+        """Publish nothing: each process has its own noise, which could be averaged away.
+
+        Raises:
+            UnsupportedTrainerOptionError: Always.
+        """
+        raise UnsupportedTrainerOptionError(
+            "a strategy in several processes releases no values: each process would add noise of "
+            "its own to the same rows. Use PrivateMean or PrivateAccuracy. Nothing was released."
+        )
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's; not within a training step."""
+        self._require_no_chunk()
+        return super().reduce(*args, **kwargs)  # type: ignore[safe-super]
+
+    def all_gather(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Lightning's; not within a training step."""
+        self._require_no_chunk()
+        return super().all_gather(*args, **kwargs)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """As Lightning's; not within a training step."""
+        self._require_no_chunk()
+        return super().broadcast(obj, src)  # type: ignore[safe-super]
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; not within a training step."""
+        self._require_no_chunk()
+        super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+
+    def _require_no_chunk(self) -> None:
+        if self._in_chunk:
+            raise UnsupportedModelError(
+                "training_step exchanges something with other processes (all_gather, reduce, "
+                "broadcast or barrier). Clipping bounds a row only if its gradient depends on "
+                "nothing else, and each process has its own number of chunks, so the others would "
+                "wait in vain. Exchange in hooks outside of the step. This step was not taken."
+            )
+
+    def teardown(self) -> None:
+        """Take everything off again."""
+        if self._lightning_module is not None and self._module._trainer is not None:
+            vars(self._module._trainer._data_connector).pop("_prepare_dataloader", None)
+        super().teardown()
+        self._shared_failure = None
+
+
+def _failed_elsewhere() -> PrivacyError:
+    return PrivacyError(
+        "another process of this run has failed, so nothing was released here either; its own "
+        "message says why. The last checkpoint holds the weights and the account."
+    )
+
+
+def _as_it_is(
+    connector: _DataConnector, dataloader: object, shuffle: bool, mode: RunningStage
+) -> object:
+    """Leave a training loader as the user made it, and prepare others as ever."""
+    if mode == RunningStage.TRAINING:
+        return dataloader
+    return _DataConnector._prepare_dataloader(connector, dataloader, shuffle, mode)
+
+
+@contextlib.contextmanager
+def _metrics_of_this_process(model: nn.Module) -> Iterator[None]:
+    """Have metrics not wait for those of other processes, which have their own number of chunks."""
+    metrics = [module for module in model.modules() if isinstance(module, Metric)]
+    settings = [(metric.dist_sync_on_step, metric.sync_on_compute) for metric in metrics]
+    try:
+        for metric in metrics:
+            metric.dist_sync_on_step = metric.sync_on_compute = False
+        yield
+    finally:
+        for metric, setting in zip(metrics, settings, strict=True):
+            metric.dist_sync_on_step, metric.sync_on_compute = setting
+
+
+def _disconnect() -> None:
+    """End the connections to the other processes, without waiting for them."""
+    if distributed.get_backend() == "nccl":
+        distributed.distributed_c10d._abort_process_group()
+    else:
+        distributed.destroy_process_group()

@@ -1,0 +1,232 @@
+"""One process of the runs that test_ddp.py looks at: ``ddp_run.py FOLDER SCENARIO...``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.strategies.ddp import PrivateDDPStrategy
+
+ROWS, RANK = 33, int(os.environ["LOCAL_RANK"])
+SECONDS = timedelta(seconds=15)
+CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 0.3}
+
+
+def rows(count=ROWS):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 5, generator=generator)
+    return TensorDataset(x, (x.sum(1) > 0).long(), torch.arange(count))
+
+
+class Model(L.LightningModule):
+    """An ordinary module, which begins with other weights in every process."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(RANK)
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.rows = rows()
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("withheld", loss, sync_dist=True)
+        self.log("constant", 1.0, sync_dist=True, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=4, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(rows(32), batch_size=4)
+
+
+class Watch(Callback):
+    """Keeps draws and gradients; empties the draw of some processes in some steps."""
+
+    def __init__(self, empty=()):
+        self.empty = set(empty)
+        self.drawn, self.grads = [], []
+        self.first = None
+
+    def on_train_start(self, trainer, module):
+        self.first = weights(module).clone()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.global_step, RANK) in self.empty:
+            batch.chunks = ()
+        self.drawn.append([int(row) for chunk in batch.chunks for row in chunk.data[2]])
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.grads.append(torch.cat([p.grad.flatten() for p in module.parameters()]).clone())
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trainer(folder, *callbacks, strategy=None, **options):
+    config = DPConfig(**{**CONFIG, **options.pop("config", {})})
+    return L.Trainer(
+        **{
+            "strategy": PrivateDDPStrategy(
+                config, public_metrics=["constant"], timeout=SECONDS, **(strategy or {})
+            ),
+            "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": False,
+            "limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False,
+            "enable_model_summary": False, "default_root_dir": folder,
+            "callbacks": list(callbacks), **options,
+        }
+    )  # fmt: skip
+
+
+def quiet(folder):
+    watch, model = Watch(empty=[(0, 1), (2, 0), (2, 1)]), Model()
+    off = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
+    run = trainer(folder, watch, config={**off, "max_physical_batch_size": 3})
+    run.fit(model)
+    public = run.strategy.ledger.public
+    return {
+        "drawn": watch.drawn, "first": watch.first, "weights": weights(model),
+        "public": (public.expected_batch_size, public.dataset_size, public.steps_per_epoch),
+    }  # fmt: skip
+
+
+def noisy(folder):
+    L.seed_everything(42, verbose=False)
+    checkpoint = ModelCheckpoint(folder / "c", filename="{step}")
+    watch, model = Watch(empty=[(1, 1), (3, 0), (3, 1)]), Model()
+    run = trainer(
+        folder, watch, checkpoint, enable_checkpointing=True, limit_val_batches=1.0,
+        max_epochs=2, config={"noise_multiplier": 1000.0},
+    )  # fmt: skip
+    run.fit(model)
+    return {
+        "drawn": watch.drawn, "grads": torch.stack(watch.grads), "weights": weights(model),
+        "ledger": run.strategy.ledger.state_dict(),
+        "journals": [str(path.name) for path in (folder / "privacy_journal").iterdir()],
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
+        "by_hand": float(F.cross_entropy(model.net(rows(32)[:][0]), rows(32)[:][1])),
+        "wrapped": type(run.strategy.model).__name__, "saved": checkpoint.best_model_path,
+    }  # fmt: skip
+
+
+def resumed(folder):
+    path = folder.parent / "noisy" / "c" / "step=10.ckpt"
+    run = trainer(folder.parent / "noisy", config={"noise_multiplier": 1000.0}, max_epochs=3)
+    model = Model()
+    run.fit(model, ckpt_path=path, weights_only=True)
+    return {"ledger": run.strategy.ledger.state_dict(), "weights": weights(model)}
+
+
+def failing(model, *callbacks, **options):
+    """Return what every process raises, and how long it took to do so."""
+
+    def scenario(folder):
+        made = model() if callable(model) else model
+        run, start = trainer(folder, *callbacks, **options), time.monotonic()
+        raised = None
+        try:
+            run.fit(made)
+        except Exception as error:  # noqa: BLE001 # whatever it is is what is looked for
+            raised = (type(error).__name__, str(error))
+        ledger = run.strategy.ledger
+        return {
+            "raised": raised, "seconds": time.monotonic() - start, "steps": run.global_step,
+            "account": ledger and ledger.steps,
+            "epsilon": ledger and run.strategy.ledger.epsilon(),
+        }  # fmt: skip
+
+    return scenario
+
+
+class FailsLater(Model):
+    def training_step(self, batch, batch_idx):
+        if RANK == 1 and self.trainer.global_step == 2:
+            raise ValueError("out of memory, say")
+        return super().training_step(batch, batch_idx)
+
+
+class Contrastive(Model):
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        out = F.normalize(self.net(x))
+        return F.cross_entropy(out @ out.T, torch.arange(len(x)))
+
+
+class Gathers(Model):
+    def training_step(self, batch, batch_idx):
+        everyone = self.all_gather(self.net(batch[0]).mean(0))
+        return super().training_step(batch, batch_idx) + 0 * everyone.sum()
+
+
+class Uneven(Model):
+    def __init__(self):
+        super().__init__()
+        self.rows = rows(ROWS + RANK)
+
+
+def promises(folder):
+    return failing(Model, config={"max_grad_norm": 0.3 + RANK})(folder)
+
+
+class FailsOutside(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if RANK == 1 and trainer.global_step == 2:
+            raise ValueError("outside of the step")
+
+
+def in_the_way(folder):
+    (folder / "journal").write_text("not a folder")
+    return failing(Model, strategy={"journal": folder / "journal"})(folder)
+
+
+SCENARIOS = {
+    "quiet": quiet,
+    "noisy": noisy,
+    "resumed": resumed,
+    "fails_later": failing(FailsLater, max_epochs=3),
+    "contrastive": failing(Contrastive),
+    "gathers": failing(Gathers),
+    "uneven": failing(Uneven),
+    "clipped": failing(Model, gradient_clip_val=1.0),
+    "journal": in_the_way,
+    "promises": promises,
+    "budget": failing(Model, config={"target_epsilon": 4.0}, max_epochs=50),
+    "fails_outside": failing(Model, FailsOutside(), max_epochs=3),  # last: it ends the connection
+}
+
+
+def main(folder, *names):
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found = {}
+    for name in names:
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        found[name] = SCENARIOS[name](place)
+    torch.save(found, Path(folder) / f"rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

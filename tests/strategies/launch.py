@@ -1,0 +1,92 @@
+"""Starts the processes of one distributed run on this machine."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+SECONDS = 30
+
+
+def launch(script: Path, folder: Path, *arguments: str, world: int = 2) -> list[dict]:
+    """Run a script in several processes; return what each has saved as ``rank<n>.pt``.
+
+    They are forked, because the imports take longer than the tests; where torch has more than one
+    thread, which a fork would lose, they are started anew.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    start = _forked if torch.get_num_threads() == 1 else _started
+    waits = [
+        start(script, [str(folder), *arguments], {**common, "LOCAL_RANK": str(rank)}, folder, rank)
+        for rank in range(world)
+    ]
+    codes = [wait() for wait in waits]
+    outputs = [(folder / f"output{rank}").read_text()[-6000:] for rank in range(world)]
+    assert codes == [0] * world, "\n".join(outputs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _started(script, arguments, environment, folder, rank):
+    output = (folder / f"output{rank}").open("w")
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments],
+        env={**os.environ, **environment},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+    return lambda: process.wait(SECONDS)
+
+
+def _forked(script, arguments, environment, folder, rank):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return lambda: _ended(pid)
+    code = 1
+    try:
+        fd = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ.update(environment)
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except BaseException:  # noqa: BLE001 # whoever reads the output wants to know
+        traceback.print_exc()
+    finally:
+        _save_coverage()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _save_coverage():
+    """What a process that is forked has covered counts too."""
+    if "coverage" in sys.modules and (running := sys.modules["coverage"].Coverage.current()):
+        running.stop()
+        running.save()
+
+
+def _ended(pid):
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return "hung"
