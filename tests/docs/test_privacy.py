@@ -21,8 +21,6 @@ CATALOGUE = [
     for path in sorted((ROOT / "tests" / "mutations" / "catalogue").glob("*.py"))
     for mutation in importlib.import_module(f"catalogue.{path.stem}").CATALOGUE
 ]
-#: It has one device by its nature, and there is no guard to take away.
-WITHOUT = {"test_more_than_one_device_is_refused"}
 
 
 def defined(file):
@@ -54,6 +52,4 @@ def test_the_tests_exist(file, name):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][1])
 def test_some_mutation_turns_a_test_of_each_row_red(row):
-    if {name for _, name in row} <= WITHOUT:
-        return
     assert any(turns_red(mutation, *test) for test in row for mutation in CATALOGUE)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 
-ROWS, RANK = 33, int(os.environ["LOCAL_RANK"])
+ROWS, RANK = 33, int(os.environ.get("LOCAL_RANK", "0"))
 SECONDS = timedelta(seconds=15)
 CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 0.3}
 
