@@ -38,7 +38,8 @@ class _ReleasedMean(Metric):
     ) -> None:
         super().__init__()
         self._sum = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
-        self._noise = GaussianNoise(insecure_seed)
+        # One number at a time: what secure noise costs more does not matter here.
+        self._noise = GaussianNoise(insecure_seed, secure=insecure_seed is None)
         self._payer = _Payer(account)
         self._released: tuple[int, Tensor] | None = None
         zero = torch.zeros((), dtype=torch.float64)
