@@ -26,8 +26,12 @@ CATALOGUE = [
 
 def mutated(mutation, folder: Path) -> Path:
     copy = folder / "lightning_secure"
-    shutil.copytree(ROOT / "lightning_secure", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    # With the bytecode, which stays valid for what is not changed.
+    halves = shutil.ignore_patterns("*.pyc.*")  # what another process is writing
+    shutil.copytree(ROOT / "lightning_secure", copy, ignore=halves)
     path = copy / mutation.file
+    for stale in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        stale.unlink()
     text = path.read_text()
     for old, new in ((mutation.old, mutation.new), *mutation.more):
         assert text.count(old) == 1, f"{mutation.file} no longer has this text exactly once: {old}"
