@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.accounting import require_accountant
+from lightning_secure.privacy.clipping.rules import (
+    AdaptiveClipping,
+    ClippingRule,
+    PerLayerClipping,
+    rule_of,
+)
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 __all__ = ["DPConfig"]
@@ -25,6 +31,11 @@ class DPConfig:
         delta: Probability with which the epsilon may fail to hold. Choose it well below one in
             the number of people.
         max_grad_norm: The L2 norm to which each sample's gradient is clipped.
+        clipping: ``flat``, in one piece; ``per_layer`` or
+            :class:`~lightning_secure.privacy.clipping.rules.PerLayerClipping`, each layer to its
+            share of ``max_grad_norm``; ``adaptive`` or
+            :class:`~lightning_secure.privacy.clipping.rules.AdaptiveClipping`, to a bound that
+            begins at ``max_grad_norm`` and follows the norms, for which each step pays.
         expected_batch_size: Rows that a step draws on average; each row is drawn by itself with
             probability ``expected_batch_size / dataset size``. By default the DataLoader's
             ``batch_size``.
@@ -72,6 +83,7 @@ class DPConfig:
 
     delta: float
     max_grad_norm: float
+    clipping: str | PerLayerClipping | AdaptiveClipping = "flat"
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     expected_batch_size: int | None = None
@@ -109,6 +121,7 @@ class DPConfig:
                 f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, and "
                 "nobody may know it."
             )
+        rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:
             if not self.insecure_noise_off:
                 raise ConfigError(
@@ -120,6 +133,11 @@ class DPConfig:
                 "insecure_noise_off contradicts target_epsilon and noise_multiplier: a run without "
                 "noise has no epsilon."
             )
+
+    @property
+    def clipping_rule(self) -> ClippingRule:
+        """What ``clipping`` stands for."""
+        return rule_of(self.clipping)
 
     @property
     def insecure(self) -> tuple[str, ...]:

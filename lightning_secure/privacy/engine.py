@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import Recorder, add_clipped_sums
+from lightning_secure.privacy.clipping.layers import layer_groups
+from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.units.attention import AttentionUnit
 from lightning_secure.privacy.units.base import Gradients, Record, Unit, Way, widened
@@ -25,6 +27,7 @@ from lightning_secure.privacy.units.conv import ConvUnit
 from lightning_secure.privacy.units.embedding import EmbeddingUnit
 from lightning_secure.privacy.units.linear import LinearUnit
 from lightning_secure.privacy.units.norms import NormUnit
+from lightning_secure.validate import positive
 
 _handlers = logging.root.handlers[:]
 from opacus.grad_sample.functorch import (  # noqa: E402
@@ -41,6 +44,7 @@ logging.root.handlers[:] = _handlers
 
 __all__ = ["GradientEngine", "find_units"]
 
+_FLAT: Final = FlatClipping()
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
 
@@ -241,12 +245,21 @@ class GradientEngine:
         model: Its trainable parameters are those that require grad now.
         max_grad_norm: Clipping bound.
         loss_scale: Power of two by which :meth:`scaled` multiplies, for gradients in float16.
+        clipping: Whether it is for all layers together or shared out among them.
 
     Raises:
-        UnsupportedModelError: See :func:`find_units`, and if nothing is trainable.
+        UnsupportedModelError: See :func:`find_units`, and if nothing is trainable or ``clipping``
+            does not fit the layers.
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float, loss_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        loss_scale: float = 1.0,
+        clipping: ClippingRule = _FLAT,
+    ) -> None:
         self.units = find_units(model)
         self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit.parameters))
         if not self.parameters:
@@ -256,6 +269,9 @@ class GradientEngine:
         self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
         self._factor = 1.0
+        self._layers = None
+        if isinstance(clipping, PerLayerClipping):
+            self._layers = layer_groups(self.units, clipping.parts)
         self._recorder = Recorder(self.units)
         self._sums: dict[nn.Parameter, Tensor] = {}
 
@@ -344,9 +360,17 @@ class GradientEngine:
             )
         return records
 
-    def begin_step(self) -> None:
-        """Forget the sums of the last step."""
+    def begin_step(self, max_grad_norm: float | None = None) -> None:
+        """Forget the sums of the last step.
+
+        Args:
+            max_grad_norm: Bound of this step, to which its rows are clipped and its noise is
+                scaled; by default that of the last one.
+        """
         self._sums = {}
+        if max_grad_norm is not None:
+            positive(max_grad_norm=max_grad_norm)
+            self._max_grad_norm = max_grad_norm
 
     def add_chunk(self, batch: int) -> Tensor:
         """Clip the recorded chunk of ``batch`` rows and add it to the step's sums.
@@ -354,7 +378,12 @@ class GradientEngine:
         Returns:
             The rows' gradient norms before clipping, shape ``(batch,)``. They are not private.
         """
-        return add_clipped_sums(self._sums, self.take(batch), max_grad_norm=self._max_grad_norm)
+        return add_clipped_sums(
+            self._sums,
+            self.take(batch),
+            max_grad_norm=self._max_grad_norm,
+            layers=self._layers,
+        )
 
     def release(
         self,

@@ -63,6 +63,8 @@ class Ledger:
         accountant: By which :meth:`epsilon` is computed and the budget kept.
         beside: Noise multipliers of the metrics that each step releases of its draw.
         budget: What :meth:`charge` may not exceed; the strategy's, and in no checkpoint.
+        clip_bound: Where the clipping bound has got to, if it follows the rows' norms. It comes of
+            noised counts only, which the steps were charged for.
         abandoned: Steps among ``releases`` that were charged because the run's journal has them and
             the checkpoint that it was resumed from had not.
         journaled: Whether the run has a journal, without which it cannot be resumed.
@@ -82,6 +84,7 @@ class Ledger:
     accountant: str = "pld"
     beside: tuple[float, ...] = ()
     budget: float | None = field(default=None, compare=False)
+    clip_bound: float | None = None
     abandoned: int = 0
     journaled: bool = False
     journal_directory: Path | None = None
@@ -254,6 +257,7 @@ class Ledger:
             "secure_noise": self.secure_noise,
             "accountant": self.accountant,
             "beside": list(self.beside),
+            "clip_bound": self.clip_bound,
             "abandoned": self.abandoned,
             "journaled": self.journaled,
             "journal_key": self._journal_key,
@@ -318,6 +322,7 @@ class Ledger:
             secure_noise=bool(state.get("secure_noise", False)),
             accountant=state["accountant"],
             beside=tuple(state.get("beside", ())),  # since metrics can be released
+            clip_bound=state.get("clip_bound"),  # since it may follow
             abandoned=int(state["abandoned"]),
             journaled=bool(state["journaled"]),
             _journal_key=state["journal_key"],
@@ -325,7 +330,7 @@ class Ledger:
         public = ledger.public
         # ConfigError is a ValueError: any number that cannot be is a ledger that cannot be.
         open_unit_interval(delta=ledger.delta)
-        positive(max_grad_norm=ledger.max_grad_norm)
+        positive(max_grad_norm=ledger.max_grad_norm, clip_bound=ledger.clip_bound)
         positive_int(
             dataset_size=public.dataset_size,
             expected_batch_size=public.expected_batch_size,

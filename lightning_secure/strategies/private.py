@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 
+from lightning_secure.privacy.clipping.rules import (
+    AdaptiveClipping,
+    ClippingRule,
+    FlatClipping,
+    PerLayerClipping,
+)
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.steps import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
@@ -60,6 +67,11 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
     """
 
     strategy_name = "private"
+    clippings: ClassVar[tuple[type[ClippingRule], ...]] = (
+        FlatClipping,
+        PerLayerClipping,
+        AdaptiveClipping,
+    )
 
     def __init__(
         self,

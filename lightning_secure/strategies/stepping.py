@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +21,8 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
+from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_count
+from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
@@ -61,6 +63,9 @@ class SteppingStrategy(AccountedStrategy):
         BudgetExhaustedError: The next step would exceed ``target_epsilon``.
     """
 
+    #: What it was shown to clip by; where several processes train, counts must be added up too.
+    clippings: ClassVar[tuple[type[ClippingRule], ...]] = (FlatClipping,)
+
     def __init__(
         self,
         config: DPConfig,
@@ -70,7 +75,13 @@ class SteppingStrategy(AccountedStrategy):
         **options: Any,
     ) -> None:
         super().__init__(config, **options)
-        self._released = StepMetrics(released_metrics or {}, max_grad_norm=config.max_grad_norm)
+        if not isinstance(config.clipping_rule, self.clippings):
+            raise UnsupportedTrainerOptionError(
+                f"{type(self).__name__} does not clip by DPConfig(clipping={config.clipping!r}). "
+                "Use PrivateStrategy, or flat clipping."
+            )
+        released = with_count(config.clipping_rule, released_metrics or {})
+        self._released = StepMetrics(released, max_grad_norm=config.max_grad_norm)
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         if both := self._public_metrics & set(self._released.metrics):
             raise ConfigError(
@@ -123,8 +134,9 @@ class SteppingStrategy(AccountedStrategy):
                 "taken; the last checkpoint holds the weights and the account."
             )
         require_no_accumulation(self._module.trainer)
-        engine.begin_step()
-        self._released.begin_step()
+        bound = clip_bound(self.config, ledger)
+        engine.begin_step(bound)
+        self._released.begin_step(bound)
         with self._randomness.apart(self.root_device):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
             return withheld(outputs, self.root_device, self._public_metrics)
@@ -223,7 +235,7 @@ class SteppingStrategy(AccountedStrategy):
             expected_batch_size=public.expected_batch_size,
             on=ledger.noise_multiplier > 0,
         )
-        required(self._results).publish(metrics)
+        required(self._results).publish({**metrics, **follow(self.config, ledger, metrics)})
 
     def release(
         self,

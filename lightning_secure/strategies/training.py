@@ -71,6 +71,7 @@ class PrivateTraining(SteppingStrategy):
                 module,
                 max_grad_norm=self.config.max_grad_norm,
                 loss_scale=self.config.loss_scale or 1.0,
+                clipping=self.config.clipping_rule,
             )
             self._engine.attach()
         self._preflight_due = True
