@@ -17,6 +17,7 @@ from lightning_secure import errors
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = [
+    "AdaptiveClipping",
     "AnonymizationPlan",
     "AuditLog",
     "AuditSummary",
@@ -47,6 +48,7 @@ PUBLIC = [
     "MembershipInferenceAdvantage",
     "OneRunAudit",
     "Pkcs11KeyProvider",
+    "PerLayerClipping",
     "PrivacyAccount",
     "PrivacyAudit",
     "PrivacyBudget",
