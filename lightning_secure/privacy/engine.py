@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.banded.noise import BandedNoise
 from lightning_secure.privacy.bookkeeping import Recorder, add_clipped_sums
 from lightning_secure.privacy.clipping.layers import layer_groups
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
@@ -387,7 +388,7 @@ class GradientEngine:
 
     def release(
         self,
-        noise: GaussianNoise,
+        noise: GaussianNoise | BandedNoise,
         *,
         noise_multiplier: float,
         expected_batch_size: int,

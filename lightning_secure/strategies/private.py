@@ -58,7 +58,8 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
-        training sets that differ by one row added or removed, with the epsilon of :attr:`ledger`.
+        training sets that differ by one row added or removed, with the epsilon of :attr:`ledger`;
+        with ``mechanism="banded"``, that differ by one row which is made to have no gradient.
         It does not cover validation data, the number of rows, hyperparameters chosen by looking at
         the data, nor what the module writes itself past ``self.log``.
 
@@ -72,6 +73,7 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
         PerLayerClipping,
         AdaptiveClipping,
     )
+    banded = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
+from lightning_secure.privacy.banded.noise import BandedNoise
 from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_count
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
 from lightning_secure.privacy.config import DPConfig
@@ -38,6 +39,7 @@ from lightning_secure.privacy.released.sums import PrivateSum
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
+from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.options import require_no_accumulation
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.steps import loss_of, required, withheld
@@ -65,6 +67,8 @@ class SteppingStrategy(AccountedStrategy):
 
     #: What it was shown to clip by; where several processes train, counts must be added up too.
     clippings: ClassVar[tuple[type[ClippingRule], ...]] = (FlatClipping,)
+    #: Whether it was shown to train with banded noise.
+    banded: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,6 +84,14 @@ class SteppingStrategy(AccountedStrategy):
                 f"{type(self).__name__} does not clip by DPConfig(clipping={config.clipping!r}). "
                 "Use PrivateStrategy, or flat clipping."
             )
+        if config.mechanism == "banded" and (released_metrics or not self.banded):
+            raise UnsupportedTrainerOptionError(
+                "metrics cannot be released with the steps of mechanism='banded', which are one "
+                "release of all rows. Use PrivateMean, or mechanism='poisson'."
+                if released_metrics
+                else f"{type(self).__name__} does not train with mechanism='banded'. Use "
+                "PrivateStrategy."
+            )
         released = with_count(config.clipping_rule, released_metrics or {})
         self._released = StepMetrics(released, max_grad_norm=config.max_grad_norm)
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
@@ -90,6 +102,7 @@ class SteppingStrategy(AccountedStrategy):
             )
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed, secure=config.secure_noise)
+        self._banded: BandedFit | None = None
         self._randomness = FreshRandomness(config.insecure_seed, stream=1)
         self._results: GuardedResults | None = None
         self._preflight_due = True
@@ -127,6 +140,8 @@ class SteppingStrategy(AccountedStrategy):
             )
         batch.spent = True
         ledger, engine = required(self._ledger), required(self._engine)
+        if self._banded is not None:
+            self._banded.require_turn()
         if not ledger.affords_a_step(self.config.target_epsilon):
             raise BudgetExhaustedError(
                 f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
@@ -211,13 +226,18 @@ class SteppingStrategy(AccountedStrategy):
             engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
             ledger.record()
         engine.release(
-            self._noise,
+            self._gradient_noise(),
             noise_multiplier=self._noise_multiplier(),
             expected_batch_size=ledger.public.expected_batch_size,
             combine=self._combine,
         )
         self._publish(ledger)
         return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    def _gradient_noise(self) -> GaussianNoise | BandedNoise:
+        if self._banded is None:
+            return self._noise
+        return self._banded.next_noise(required(self._engine).parameters)
 
     def _publish(self, ledger: Ledger) -> None:
         """Publish the metrics of the draw, which the step's entry in the account has covered."""
@@ -293,7 +313,9 @@ class SteppingStrategy(AccountedStrategy):
 
     def _stop_if_spent(self) -> None:
         ledger, fitting = required(self._ledger), self._engine is not None
-        if fitting and not ledger.affords_a_step(self.config.target_epsilon):
+        if self._banded is not None and self._banded.over:
+            self.stop_training()
+        elif fitting and not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
                 self.config.target_epsilon,

@@ -1,4 +1,4 @@
-"""Clipping by layers, and to a bound that follows."""
+"""Clipping by layers, to a bound that follows, and noise that later steps take back."""
 
 from __future__ import annotations
 
@@ -49,5 +49,26 @@ CATALOGUE = [
         'clip_bound=state.get("clip_bound"),',
         "clip_bound=None,",
         f"{RUNS} -k goes_on_with_its_bound",
+    ),
+    Mutation(
+        "a row that takes part in every epoch pays for one",
+        "privacy/banded/matrix.py",
+        "for step in range(0, steps, separation)",
+        "for step in range(0, 1)",
+        "tests/privacy/banded/test_matrix.py -k 'worst or direction'",
+    ),
+    Mutation(
+        "steps are taken after all that were paid for",
+        "privacy/banded/planned.py",
+        "if self._left == 0:",
+        "if False:",
+        "tests/privacy/banded/test_noise.py -k a_plan",
+    ),
+    Mutation(
+        "rows may come again before their turn",
+        "strategies/banded.py",
+        "if due != found:",
+        "if False:",
+        "tests/strategies/test_banded.py -k left_early",
     ),
 ]
