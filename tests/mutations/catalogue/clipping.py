@@ -45,7 +45,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a resumed run begins again with its first bound",
-        "privacy/ledger.py",
+        "privacy/ledger_state.py",
         'clip_bound=state.get("clip_bound"),',
         "clip_bound=None,",
         f"{RUNS} -k goes_on_with_its_bound",
