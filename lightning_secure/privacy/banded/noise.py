@@ -78,8 +78,8 @@ class BandedNoise:
             self._past = [deque(maxlen=len(self._diagonals) - 1) for _ in ids]
         if ids != self._parameters or self._at not in (0, len(ids)):
             raise PrivacyError(
-                "there are other parameters than when the run began, or a step broke off, and noise "
-                "that hangs together over steps would not any more. The step was not taken."
+                "there are other parameters than when the run began, or a step broke off, and "
+                "noise that hangs together over steps would not any more. The step was not taken."
             )
         self._left -= 1
         self._at = 0

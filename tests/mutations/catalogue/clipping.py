@@ -25,8 +25,8 @@ CATALOGUE = [
     Mutation(
         "the noise stays as it was when the bound has moved",
         "privacy/engine.py",
-        "std=noise_multiplier * self._max_grad_norm)",
-        "std=noise_multiplier * 2.0)",
+        "std = noise_multiplier * self._max_grad_norm\n",
+        "std = noise_multiplier * 2.0\n",
         f"{RUNS} -k noise_follows",
     ),
     Mutation(
