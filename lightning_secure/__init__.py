@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         load_encrypted_checkpoint,
     )
     from lightning_secure.privacy.audit.one_run import OneRunAudit
+    from lightning_secure.privacy.clipping.rules import AdaptiveClipping, PerLayerClipping
     from lightning_secure.privacy.config import DPConfig
     from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
     from lightning_secure.privacy.released.sums import PrivacyAccount
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from lightning_secure.strategies.registry import register_strategies
 
 __all__ = [
+    "AdaptiveClipping",
     "AnonymizationPlan",
     "AuditLog",
     "AuditSummary",
@@ -101,6 +103,7 @@ __all__ = [
     "LocalKeyProvider",
     "MembershipInferenceAdvantage",
     "OneRunAudit",
+    "PerLayerClipping",
     "Pkcs11KeyProvider",
     "PrivacyAccount",
     "PrivacyAudit",
@@ -139,6 +142,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaptiveClipping": "privacy.clipping.rules",
     "AnonymizationPlan": "redaction.anonymize",
     "AuditLog": "audit.log",
     "AuditSummary": "audit.log",
@@ -168,6 +172,7 @@ _HOMES = {
     "LocalKeyProvider": "crypto.providers",
     "MembershipInferenceAdvantage": "metrics.membership",
     "OneRunAudit": "privacy.audit.one_run",
+    "PerLayerClipping": "privacy.clipping.rules",
     "Pkcs11KeyProvider": "crypto.providers",
     "PrivacyAccount": "privacy.released.sums",
     "PrivacyAudit": "callbacks.privacy_audit",

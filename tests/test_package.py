@@ -17,6 +17,7 @@ from lightning_secure import errors
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = [
+    "AdaptiveClipping",
     "AnonymizationPlan",
     "AuditLog",
     "AuditSummary",
@@ -46,6 +47,7 @@ PUBLIC = [
     "LocalKeyProvider",
     "MembershipInferenceAdvantage",
     "OneRunAudit",
+    "PerLayerClipping",
     "Pkcs11KeyProvider",
     "PrivacyAccount",
     "PrivacyAudit",

@@ -85,6 +85,19 @@ class PrivacyAudit(Callback):
                 "all processes OneRunAudit(canaries, included=...)."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make sure that the claim is about rows that are drawn, as canaries are.
+
+        Raises:
+            ConfigError: They come in a fixed order.
+        """
+        ledger = trainer.strategy.ledger if isinstance(trainer.strategy, HasLedger) else None
+        if ledger is not None and ledger.mechanism != "poisson":
+            raise ConfigError(
+                f"PrivacyAudit attacks DP-SGD, and mechanism={ledger.mechanism!r} is another "
+                "mechanism, of which its bounds would say nothing. Leave it out. No step was taken."
+            )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attack, if this was the last epoch."""
         last = (

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.clipping.layers import LayerGroups
 from lightning_secure.privacy.layers import clip_factor
 from lightning_secure.privacy.units.base import Record, Unit, combined, norm_squared, zero_rows
 from lightning_secure.privacy.units.tied import tied_pairs
@@ -200,12 +201,16 @@ def per_sample_norms(records: Sequence[Record]) -> Tensor:
     gradient that is the sum of its uses, whose norm is not the sum of theirs: such uses are made
     one, or their inner product is taken, or their gradients are formed and added, before the norm.
     """
-    norms, _, _ = _sorted_out(records)
-    return norms
+    squares, _, _ = _sorted_out(records)
+    return _norms(squares)
 
 
 def add_clipped_sums(
-    sums: dict[nn.Parameter, Tensor], records: Sequence[Record], *, max_grad_norm: float
+    sums: dict[nn.Parameter, Tensor],
+    records: Sequence[Record],
+    *,
+    max_grad_norm: float,
+    layers: LayerGroups | None = None,
 ) -> Tensor:
     """Clip each sample's gradient and add the sum over samples to ``sums``.
 
@@ -213,38 +218,52 @@ def add_clipped_sums(
         sums: Running sums by parameter, float32; missing ones are begun.
         records: Those of one chunk.
         max_grad_norm: Clipping bound.
+        layers: Which layers are clipped together, to their shares of it; by default all.
 
     Returns:
         The norms before clipping, shape ``(batch,)``. They are not private.
     """
-    norms, simple, added = _sorted_out(records)
-    factors = clip_factor(norms, max_grad_norm=max_grad_norm)
+    squares, simple, added = _sorted_out(records)
+    norms = _norms(squares)
+    if layers is None:
+        factors = dict.fromkeys(
+            (p for record in records for p in record.unit.parameters),
+            clip_factor(norms, max_grad_norm=max_grad_norm),
+        )
+    else:
+        factors = layers.factors(squares, max_grad_norm=max_grad_norm)
     finite = torch.isfinite(norms)
     # A factor of zero times infinity is NaN: the rows themselves must go.
     keep = None if bool(finite.all()) else finite
     for record in simple:
-        for parameter, total in record.weighted_sum(factors, keep).items():
+        weights = factors[record.unit.parameters[0]]
+        for parameter, total in record.weighted_sum(weights, keep).items():
             _accumulate(sums, parameter, total)
-    for parameter, total in combined(
-        {p: grads if keep is None else zero_rows(grads, keep) for p, grads in added.items()},
-        factors,
-    ).items():
-        _accumulate(sums, parameter, total)
+    for parameter, grads in added.items():
+        rows = {parameter: grads if keep is None else zero_rows(grads, keep)}
+        _accumulate(sums, parameter, combined(rows, factors[parameter])[parameter])
     return norms
 
 
 def _sorted_out(
     records: Sequence[Record],
-) -> tuple[Tensor, list[Record], dict[nn.Parameter, Tensor]]:
-    """Return norms, records of which the sums simply add up, and other gradients by sample."""
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[Record], dict[nn.Parameter, Tensor]]:
+    """Return squared norms, records of which the sums simply add up, and other gradients by sample.
+
+    Each squared norm comes with one of the parameters that it is about.
+    """
     simple, shared = separated(records)
     pairs, shared = tied_pairs(shared)
     added = _added(shared)
-    squares = [record.squares() for record in simple]
-    squares += [pair.squares() for pair in pairs]
-    squares += [norm_squared(grads) for grads in added.values()]
+    squares = [(record.unit.parameters[0], record.squares()) for record in simple]
+    squares += [(pair.table.unit.parameters[0], pair.squares()) for pair in pairs]
+    squares += [(parameter, norm_squared(grads)) for parameter, grads in added.items()]
     simple += [record for pair in pairs for record in pair]
-    return torch.stack(squares).sum(0).sqrt(), simple, added
+    return squares, simple, added
+
+
+def _norms(squares: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
+    return torch.stack([square for _, square in squares]).sum(0).sqrt()
 
 
 def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.accounting import require_accountant
+from lightning_secure.privacy.clipping.rules import (
+    AdaptiveClipping,
+    ClippingRule,
+    PerLayerClipping,
+    rule_of,
+)
 from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 __all__ = ["DPConfig"]
@@ -22,9 +28,20 @@ class DPConfig:
         target_epsilon: The budget: no step is taken that would exceed it. Without
             ``noise_multiplier`` the noise is calibrated so that the planned run spends it.
         noise_multiplier: Standard deviation of the noise divided by ``max_grad_norm``.
+        mechanism: ``poisson``, DP-SGD; or ``banded``, DP-FTRL with a banded matrix, for rows that
+            come in a fixed order: each step's noise takes back a part of the last ones', and all
+            steps of a fit are one release. Neighbouring datasets then differ by one row that is
+            made to have no gradient, and ``noise_multiplier`` is that of the whole fit.
+        bands: Over how many steps ``banded`` noise hangs together; at most the steps of an epoch.
+            Each takes as much memory as the parameters.
         delta: Probability with which the epsilon may fail to hold. Choose it well below one in
             the number of people.
         max_grad_norm: The L2 norm to which each sample's gradient is clipped.
+        clipping: ``flat``, in one piece; ``per_layer`` or
+            :class:`~lightning_secure.privacy.clipping.rules.PerLayerClipping`, each layer to its
+            share of ``max_grad_norm``; ``adaptive`` or
+            :class:`~lightning_secure.privacy.clipping.rules.AdaptiveClipping`, to a bound that
+            begins at ``max_grad_norm`` and follows the norms, for which each step pays.
         expected_batch_size: Rows that a step draws on average; each row is drawn by itself with
             probability ``expected_batch_size / dataset size``. By default the DataLoader's
             ``batch_size``.
@@ -72,6 +89,9 @@ class DPConfig:
 
     delta: float
     max_grad_norm: float
+    mechanism: str = "poisson"
+    bands: int | None = None
+    clipping: str | PerLayerClipping | AdaptiveClipping = "flat"
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     expected_batch_size: int | None = None
@@ -102,13 +122,16 @@ class DPConfig:
             max_physical_batch_size=self.max_physical_batch_size,
             public_dataset_size=self.public_dataset_size,
             planned_epochs=self.planned_epochs,
+            bands=self.bands,
         )
+        self._require_mechanism()
         require_accountant(self.accountant, bound=True)
         if self.secure_noise and self.insecure:
             raise ConfigError(
                 f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, and "
                 "nobody may know it."
             )
+        rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:
             if not self.insecure_noise_off:
                 raise ConfigError(
@@ -120,6 +143,24 @@ class DPConfig:
                 "insecure_noise_off contradicts target_epsilon and noise_multiplier: a run without "
                 "noise has no epsilon."
             )
+
+    def _require_mechanism(self) -> None:
+        if self.mechanism not in ("poisson", "banded"):
+            raise ConfigError(f"mechanism must be 'poisson' or 'banded', not {self.mechanism!r}.")
+        if (self.mechanism == "banded") != (self.bands is not None):
+            raise ConfigError(
+                "bands and mechanism='banded' belong together: give both, such as bands=8, or none."
+            )
+        if self.mechanism == "banded" and isinstance(self.clipping_rule, AdaptiveClipping):
+            raise ConfigError(
+                "adaptive clipping releases a count with each step, and banded noise belongs to "
+                "one bound. Use flat or per-layer clipping, or mechanism='poisson'."
+            )
+
+    @property
+    def clipping_rule(self) -> ClippingRule:
+        """What ``clipping`` stands for."""
+        return rule_of(self.clipping)
 
     @property
     def insecure(self) -> tuple[str, ...]:

@@ -316,7 +316,7 @@ def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
             f"the checkpoint alone has {ledger.steps} steps, and {steps} were declared for the "
             "whole run. No journal was begun."
         )
-    rate = ledger.public.sample_rate
+    rate = ledger.step.sample_rate
     # Which metrics another branch has released with its steps is not known: the most of any here.
     noises = [noise for noise, its_rate, _ in (*ledger.releases, ledger.step) if its_rate == rate]
     step = Release(min(noises), rate, more)

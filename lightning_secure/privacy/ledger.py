@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import math
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +17,10 @@ from lightning_secure.privacy.accounting import (
     epsilon_by,
     epsilon_rdp,
     joint_noise,
-    require_accountant,
 )
+from lightning_secure.privacy.banded.planned import Planned
+from lightning_secure.privacy.ledger_state import parsed, state_of
 from lightning_secure.privacy.public import PublicNumbers
-from lightning_secure.validate import open_unit_interval, positive, positive_int
 
 if TYPE_CHECKING:
     from lightning_secure.privacy.journal import Journal
@@ -41,8 +38,6 @@ __all__ = [
 ]
 
 CHECKPOINT_KEY: Final = "lightning_secure"
-# 2 brought the journal; a reader that knows only 1 would resume without it.
-_VERSION: Final = 2
 _ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
@@ -63,6 +58,11 @@ class Ledger:
         accountant: By which :meth:`epsilon` is computed and the budget kept.
         beside: Noise multipliers of the metrics that each step releases of its draw.
         budget: What :meth:`charge` may not exceed; the strategy's, and in no checkpoint.
+        mechanism: ``poisson``, in which each step is a release; or ``banded``, in which all steps
+            of a fit are one, of all rows, and neighbouring datasets differ by one row that has no
+            gradient.
+        clip_bound: Where the clipping bound has got to, if it follows the rows' norms. It comes of
+            noised counts only, which the steps were charged for.
         abandoned: Steps among ``releases`` that were charged because the run's journal has them and
             the checkpoint that it was resumed from had not.
         journaled: Whether the run has a journal, without which it cannot be resumed.
@@ -82,12 +82,15 @@ class Ledger:
     accountant: str = "pld"
     beside: tuple[float, ...] = ()
     budget: float | None = field(default=None, compare=False)
+    mechanism: str = "poisson"
+    clip_bound: float | None = None
     abandoned: int = 0
     journaled: bool = False
     journal_directory: Path | None = None
     weights: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
+    _planned: Planned = field(default_factory=Planned, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -99,7 +102,11 @@ class Ledger:
     def step(self) -> Release:
         """One step: its gradient, and the metrics of the same draw."""
         noise = joint_noise(self.noise_multiplier, *self.beside)
-        return Release(noise, self.public.sample_rate, 1)
+        return Release(noise, self.public.sample_rate if self.mechanism == "poisson" else 1.0, 1)
+
+    def plan(self, steps: int) -> None:
+        """Let the next ``steps`` steps be one release, which is charged at the first of them."""
+        self._planned = Planned(steps)
 
     def release_beside(self, noise_multipliers: Sequence[float]) -> None:
         """Let each step from now on release metrics of its draw, with noise of these multiples."""
@@ -116,8 +123,13 @@ class Ledger:
         """Enter one step. Call it before its result is released.
 
         Raises:
+            BudgetExhaustedError: Steps are one release, and it has no further step.
             LedgerError: The journal cannot be written. The step must not be released.
         """
+        if self.mechanism == "banded":
+            if self._planned.take():
+                self._charge(self.step, at_most=1)
+            return
         left = min((most - self.steps for most in self._certified.values()), default=None)
         self._charge(self.step, at_most=left)
 
@@ -194,7 +206,7 @@ class Ledger:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another branch: it opens the journal for itself.
-        return {**self.__dict__, "_journal": None}
+        return {**self.__dict__, "_journal": None, "_planned": Planned()}
 
     def epsilon(self, *, more_steps: int = 0, accountant: str | None = None) -> float:
         """Return the epsilon spent, or that after ``more_steps`` more; infinite if not private.
@@ -221,6 +233,8 @@ class Ledger:
         The answer is looked up, and computed again only when the steps that are known to fit are
         used up.
         """
+        if self.mechanism == "banded" and (begun := self._planned.goes_on()) is not None:
+            return begun
         if target_epsilon is None or not self.private:
             return True
         steps = self.steps
@@ -229,7 +243,7 @@ class Ledger:
                 target_epsilon=target_epsilon,
                 delta=self.delta,
                 noise_multiplier=self.step.noise_multiplier,
-                sample_rate=self.public.sample_rate,
+                sample_rate=self.step.sample_rate,
                 before=self.releases,
                 accountant=self.accountant,
             )
@@ -242,24 +256,7 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, for a checkpoint."""
-        return {
-            "version": _VERSION,
-            "run_id": self.run_id,
-            "delta": self.delta,
-            "max_grad_norm": self.max_grad_norm,
-            "noise_multiplier": self.noise_multiplier,
-            "public": dataclasses.asdict(self.public),
-            "releases": [list(release) for release in self.releases],
-            "insecure": list(self.insecure),
-            "secure_noise": self.secure_noise,
-            "accountant": self.accountant,
-            "beside": list(self.beside),
-            "abandoned": self.abandoned,
-            "journaled": self.journaled,
-            "journal_key": self._journal_key,
-            "sampling": "poisson",
-            "adjacency": "add-or-remove-one-row",
-        }
+        return state_of(self)
 
     @classmethod
     def from_state_dict(cls, state: Any) -> Self:
@@ -270,7 +267,7 @@ class Ledger:
         """
         ledger: Self | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):
-            ledger = cls._parse(state)
+            ledger = parsed(cls, state)
         if ledger is None:
             raise LedgerError(
                 "the checkpoint's privacy ledger cannot be read, so nobody knows what was spent. "
@@ -289,56 +286,6 @@ class Ledger:
         if not isinstance(state, dict) or "privacy" not in state:
             return None
         return cls.from_state_dict(state["privacy"])
-
-    @classmethod
-    def _parse(cls, state: Any) -> Self | None:
-        if state["version"] not in (1, _VERSION):
-            return None
-        run_id = state["run_id"]
-        if not re.fullmatch("[0-9a-f]{32}", run_id):  # it names a file
-            return None
-        if state["version"] == 1:
-            # Journals came later. Every resume of such a checkpoint must find the same one, so its
-            # key can be no secret: accidents are seen, and other branches, but not a forger.
-            key = hashlib.sha256(b"lightning_secure journal of " + run_id.encode()).hexdigest()
-            state = {**state, "accountant": "pld", "abandoned": 0}
-            state = {**state, "journaled": False, "journal_key": key}
-        if not re.fullmatch("[0-9a-f]{64}", state["journal_key"]):
-            return None
-        require_accountant(state["accountant"], bound=True)
-        ledger = cls(
-            delta=state["delta"],
-            max_grad_norm=state["max_grad_norm"],
-            noise_multiplier=state["noise_multiplier"],
-            public=PublicNumbers(**state["public"]),
-            run_id=run_id,
-            releases=[Release(*release) for release in state["releases"]],
-            insecure=tuple(state["insecure"]),
-            # Ledgers from before there was such noise do not have it.
-            secure_noise=bool(state.get("secure_noise", False)),
-            accountant=state["accountant"],
-            beside=tuple(state.get("beside", ())),  # since metrics can be released
-            abandoned=int(state["abandoned"]),
-            journaled=bool(state["journaled"]),
-            _journal_key=state["journal_key"],
-        )
-        public = ledger.public
-        # ConfigError is a ValueError: any number that cannot be is a ledger that cannot be.
-        open_unit_interval(delta=ledger.delta)
-        positive(max_grad_norm=ledger.max_grad_norm)
-        positive_int(
-            dataset_size=public.dataset_size,
-            expected_batch_size=public.expected_batch_size,
-            steps_per_epoch=public.steps_per_epoch,
-        )
-        mechanisms = [(n, public.sample_rate) for n in (ledger.noise_multiplier, *ledger.beside)]
-        for noise, rate, steps in ledger.releases:
-            positive_int(steps=steps)
-            mechanisms.append((noise, rate))
-        for noise, rate in mechanisms:
-            if not (0 <= noise < math.inf and 0 < rate <= 1):
-                return None
-        return ledger
 
 
 def require_account(checkpoint: Mapping[str, Any]) -> Ledger:

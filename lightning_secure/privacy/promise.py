@@ -64,15 +64,17 @@ def begin_ledger(
         insecure=config.insecure,
         secure_noise=config.secure_noise,
         accountant=config.accountant,
+        mechanism=config.mechanism,
         beside=tuple(beside),
         budget=config.target_epsilon,
     )
     if config.noise_multiplier is None and config.target_epsilon is not None:
-        steps = planned_steps(public.steps_per_epoch)
+        banded = config.mechanism == "banded"
+        steps = 1 if banded else planned_steps(public.steps_per_epoch)
         together = calibrate_noise(
             target_epsilon=config.target_epsilon,
             delta=config.delta,
-            sample_rate=public.sample_rate,
+            sample_rate=ledger.step.sample_rate,
             steps=steps,
             accountant=config.accountant,
         )
@@ -121,6 +123,7 @@ def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
         "noise_multiplier": (config.noise_multiplier, ledger.noise_multiplier),
         "expected_batch_size": (config.expected_batch_size, ledger.public.expected_batch_size),
         "public_dataset_size": (config.public_dataset_size, ledger.public.dataset_size),
+        "mechanism": (config.mechanism, ledger.mechanism),
         "accountant": (config.accountant, ledger.accountant),
     }
     changed = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -15,6 +15,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.steps import required
@@ -62,6 +63,7 @@ class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
     """
 
     strategy_name = "private_ddp"
+    clippings: ClassVar[tuple[type[ClippingRule], ...]] = (FlatClipping, PerLayerClipping)
 
     def __init__(
         self,

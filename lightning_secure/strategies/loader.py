@@ -10,6 +10,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     default_collate,
 )
@@ -41,6 +42,7 @@ class PrivateDataLoader(DataLoader[Any]):
         secure: Whether a cryptographic keystream draws; see :class:`PoissonBatchSampler`.
         rank: Number of this process among those that train together.
         world_size: How many they are.
+        order: Takes the place of Poisson sampling, with batches in an order of its own.
 
     What dataset and collate function draw at random, for example to augment rows, comes from
     generators that the operating system has seeded, in this process and in workers.
@@ -60,6 +62,7 @@ class PrivateDataLoader(DataLoader[Any]):
         secure: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        order: Sampler[list[int]] | None = None,
     ) -> None:
         workers: dict[str, Any] = {}
         if loader.num_workers:
@@ -75,7 +78,9 @@ class PrivateDataLoader(DataLoader[Any]):
         user_init = loader.worker_init_fn
         super().__init__(
             loader.dataset,
-            batch_sampler=PoissonBatchSampler(
+            batch_sampler=order
+            if order is not None
+            else PoissonBatchSampler(
                 len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
                 sample_rate=sample_rate,
                 steps=steps,

@@ -212,8 +212,9 @@ def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -
     bounds = [steps for steps in (by_epochs, by_steps) if steps]
     if not bounds:
         raise ConfigError(
-            "target_epsilon is to be spread over the run, and the Trainer has neither max_epochs "
-            "nor max_steps. Set one, or DPConfig(planned_epochs=) or DPConfig(noise_multiplier=)."
+            "target_epsilon, or the noise of mechanism='banded', is to be spread over the run, and "
+            "the Trainer has neither max_epochs nor max_steps. Set one, or "
+            "DPConfig(planned_epochs=), or DPConfig(noise_multiplier=) for mechanism='poisson'."
         )
     return min(bounds)
 

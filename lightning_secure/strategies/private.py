@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 
+from lightning_secure.privacy.clipping.rules import (
+    AdaptiveClipping,
+    ClippingRule,
+    FlatClipping,
+    PerLayerClipping,
+)
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.steps import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
@@ -51,7 +58,8 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring
-        training sets that differ by one row added or removed, with the epsilon of :attr:`ledger`.
+        training sets that differ by one row added or removed, with the epsilon of :attr:`ledger`;
+        with ``mechanism="banded"``, that differ by one row which is made to have no gradient.
         It does not cover validation data, the number of rows, hyperparameters chosen by looking at
         the data, nor what the module writes itself past ``self.log``.
 
@@ -60,6 +68,12 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
     """
 
     strategy_name = "private"
+    clippings: ClassVar[tuple[type[ClippingRule], ...]] = (
+        FlatClipping,
+        PerLayerClipping,
+        AdaptiveClipping,
+    )
+    banded = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +21,9 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
+from lightning_secure.privacy.banded.noise import BandedNoise
+from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_count
+from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
@@ -36,6 +39,7 @@ from lightning_secure.privacy.released.sums import PrivateSum
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
+from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.options import require_no_accumulation
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.steps import loss_of, required, withheld
@@ -61,6 +65,11 @@ class SteppingStrategy(AccountedStrategy):
         BudgetExhaustedError: The next step would exceed ``target_epsilon``.
     """
 
+    #: What it was shown to clip by; where several processes train, counts must be added up too.
+    clippings: ClassVar[tuple[type[ClippingRule], ...]] = (FlatClipping,)
+    #: Whether it was shown to train with banded noise.
+    banded: ClassVar[bool] = False
+
     def __init__(
         self,
         config: DPConfig,
@@ -70,7 +79,21 @@ class SteppingStrategy(AccountedStrategy):
         **options: Any,
     ) -> None:
         super().__init__(config, **options)
-        self._released = StepMetrics(released_metrics or {}, max_grad_norm=config.max_grad_norm)
+        if not isinstance(config.clipping_rule, self.clippings):
+            raise UnsupportedTrainerOptionError(
+                f"{type(self).__name__} does not clip by DPConfig(clipping={config.clipping!r}). "
+                "Use PrivateStrategy, or flat clipping."
+            )
+        if config.mechanism == "banded" and (released_metrics or not self.banded):
+            raise UnsupportedTrainerOptionError(
+                "metrics cannot be released with the steps of mechanism='banded', which are one "
+                "release of all rows. Use PrivateMean, or mechanism='poisson'."
+                if released_metrics
+                else f"{type(self).__name__} does not train with mechanism='banded'. Use "
+                "PrivateStrategy."
+            )
+        released = with_count(config.clipping_rule, released_metrics or {})
+        self._released = StepMetrics(released, max_grad_norm=config.max_grad_norm)
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         if both := self._public_metrics & set(self._released.metrics):
             raise ConfigError(
@@ -79,6 +102,7 @@ class SteppingStrategy(AccountedStrategy):
             )
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed, secure=config.secure_noise)
+        self._banded: BandedFit | None = None
         self._randomness = FreshRandomness(config.insecure_seed, stream=1)
         self._results: GuardedResults | None = None
         self._preflight_due = True
@@ -116,6 +140,8 @@ class SteppingStrategy(AccountedStrategy):
             )
         batch.spent = True
         ledger, engine = required(self._ledger), required(self._engine)
+        if self._banded is not None:
+            self._banded.require_turn()
         if not ledger.affords_a_step(self.config.target_epsilon):
             raise BudgetExhaustedError(
                 f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
@@ -123,8 +149,9 @@ class SteppingStrategy(AccountedStrategy):
                 "taken; the last checkpoint holds the weights and the account."
             )
         require_no_accumulation(self._module.trainer)
-        engine.begin_step()
-        self._released.begin_step()
+        bound = clip_bound(self.config, ledger)
+        engine.begin_step(bound)
+        self._released.begin_step(bound)
         with self._randomness.apart(self.root_device):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
             return withheld(outputs, self.root_device, self._public_metrics)
@@ -199,13 +226,18 @@ class SteppingStrategy(AccountedStrategy):
             engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
             ledger.record()
         engine.release(
-            self._noise,
+            self._gradient_noise(),
             noise_multiplier=self._noise_multiplier(),
             expected_batch_size=ledger.public.expected_batch_size,
             combine=self._combine,
         )
         self._publish(ledger)
         return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    def _gradient_noise(self) -> GaussianNoise | BandedNoise:
+        if self._banded is None:
+            return self._noise
+        return self._banded.next_noise(required(self._engine).parameters)
 
     def _publish(self, ledger: Ledger) -> None:
         """Publish the metrics of the draw, which the step's entry in the account has covered."""
@@ -223,7 +255,7 @@ class SteppingStrategy(AccountedStrategy):
             expected_batch_size=public.expected_batch_size,
             on=ledger.noise_multiplier > 0,
         )
-        required(self._results).publish(metrics)
+        required(self._results).publish({**metrics, **follow(self.config, ledger, metrics)})
 
     def release(
         self,
@@ -281,7 +313,9 @@ class SteppingStrategy(AccountedStrategy):
 
     def _stop_if_spent(self) -> None:
         ledger, fitting = required(self._ledger), self._engine is not None
-        if fitting and not ledger.affords_a_step(self.config.target_epsilon):
+        if self._banded is not None and self._banded.over:
+            self.stop_training()
+        elif fitting and not ledger.affords_a_step(self.config.target_epsilon):
             log.warning(
                 "the privacy budget of epsilon %g is spent after %d steps: training stops here",
                 self.config.target_epsilon,

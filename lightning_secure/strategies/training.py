@@ -21,6 +21,7 @@ from lightning_secure.strategies.account import (
     require_same_weights,
     settle_account,
 )
+from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.options import (
     carry_ledger,
@@ -71,6 +72,7 @@ class PrivateTraining(SteppingStrategy):
                 module,
                 max_grad_norm=self.config.max_grad_norm,
                 loss_scale=self.config.loss_scale or 1.0,
+                clipping=self.config.clipping_rule,
             )
             self._engine.attach()
         self._preflight_due = True
@@ -95,6 +97,8 @@ class PrivateTraining(SteppingStrategy):
         if self._ledger is None:
             self._ledger = self._carried(partial(self._begun, loader, world_size))
         public = required(self._ledger).public
+        if self.config.mechanism == "banded":
+            self._begin_banded(trainer, len(loader.dataset))  # type: ignore[arg-type]
         return PrivateDataLoader(
             loader,
             sample_rate=public.sample_rate,
@@ -105,6 +109,23 @@ class PrivateTraining(SteppingStrategy):
             secure=self.config.secure_noise,
             rank=rank,
             world_size=world_size,
+            order=None if self._banded is None else self._banded.sampler,
+        )
+
+    def _begin_banded(self, trainer: pl.Trainer, rows: int) -> None:
+        if self._banded is not None:
+            raise UnsupportedTrainerOptionError(
+                "mechanism='banded' takes rows in one order for the whole fit, and there are "
+                "several training DataLoaders, or it is to be loaded anew "
+                "(reload_dataloaders_every_n_epochs). The next step was not taken."
+            )
+        self._banded = BandedFit(
+            trainer,
+            self.config,
+            required(self._ledger),
+            rows=rows,
+            noise=self._noise,
+            planned_steps=partial(planned_steps, trainer, self.config),
         )
 
     def on_train_start(self) -> None:
@@ -150,6 +171,7 @@ class PrivateTraining(SteppingStrategy):
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
+        self._banded = None  # and the noise in it, which nobody may have
         if fitted := self._engine is not None:
             required(self._engine).detach()
             self._engine = None

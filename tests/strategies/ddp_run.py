@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -100,10 +101,10 @@ def trainer(folder, *callbacks, strategy=None, **options):
     )  # fmt: skip
 
 
-def quiet(folder):
+def quiet(folder, **config):
     watch, model = Watch(empty=[(0, 1), (2, 0), (2, 1)]), Model()
     off = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
-    run = trainer(folder, watch, config={**off, "max_physical_batch_size": 3})
+    run = trainer(folder, watch, config={**off, "max_physical_batch_size": 3, **config})
     run.fit(model)
     public = run.strategy.ledger.public
     return {
@@ -203,6 +204,7 @@ def in_the_way(folder):
 
 SCENARIOS = {
     "quiet": quiet,
+    "layers": partial(quiet, clipping="per_layer"),
     "noisy": noisy,
     "resumed": resumed,
     "fails_later": failing(FailsLater, max_epochs=3),

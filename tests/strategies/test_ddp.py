@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -34,8 +35,13 @@ def results(folder, *names):
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory):
-    return results(tmp_path_factory.mktemp("quiet"), "quiet")["quiet"]
+def without_noise(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("quiet"), "quiet", "layers")
+
+
+@pytest.fixture(scope="module")
+def quiet(without_noise):
+    return without_noise["quiet"]
 
 
 def rows(count):
@@ -44,8 +50,11 @@ def rows(count):
     return x, (x.sum(1) > 0).long()
 
 
-def test_both_processes_together_are_dp_sgd_by_hand(quiet):
+@pytest.mark.parametrize("clipping", ["quiet", "layers"])
+def test_both_processes_together_are_dp_sgd_by_hand(without_noise, clipping):
     """The draws of both, clipped and averaged by functorch as one batch."""
+    quiet = without_noise[clipping]
+    layers, bound = (["0.", "2."], 0.3 / 2**0.5) if clipping == "layers" else ([""], 0.3)
     net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     nn.utils.vector_to_parameters(quiet[0]["first"].clone(), net.parameters())
     x, y = rows(33)
@@ -62,10 +71,12 @@ def test_both_processes_together_are_dp_sgd_by_hand(quiet):
             continue
         parameters = {n: p.detach() for n, p in net.named_parameters()}
         grads = per_sample(parameters, x[drawn], y[drawn])
-        norms = sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
-        factors = (0.3 / norms).clamp(max=1)
-        for name, parameter in net.named_parameters():
-            parameter.data -= 0.1 * torch.einsum("b,b...->...", factors, grads[name]) / 8
+        for layer in layers:
+            own = [(n, p) for n, p in net.named_parameters() if n.startswith(layer)]
+            norms = sum(grads[name].flatten(1).square().sum(1) for name, _ in own).sqrt()
+            factors = (bound / norms).clamp(max=1)
+            for name, parameter in own:
+                parameter.data -= 0.1 * torch.einsum("b,b...->...", factors, grads[name]) / 8
     assert sizes[0][1] == 0 < sizes[0][0]  # an empty draw in one process
     assert sizes[2] == (0, 0)  # and in both
     by_hand = nn.utils.parameters_to_vector(net.parameters())
@@ -242,3 +253,9 @@ def test_a_name_needs_a_promise_and_then_stands_for_it():
         assert type(strategy) is kind
         assert strategy.config is CONFIG
         assert "lr" in strategy._public_metrics
+
+
+@pytest.mark.parametrize("options", [{"clipping": "adaptive"}, {"mechanism": "banded", "bands": 2}])
+def test_what_one_process_would_have_to_do_for_all_is_refused(options):
+    with pytest.raises(UnsupportedTrainerOptionError, match="PrivateDDPStrategy does not"):
+        PrivateDDPStrategy(replace(CONFIG, **options))

@@ -178,9 +178,14 @@ class StepMetrics:
         """Entries of the training step's dict that are released."""
         return [m.entry for m in self.metrics.values() if isinstance(m, RowMean)]
 
-    def begin_step(self) -> None:
-        """Forget the sums of the last step."""
+    def begin_step(self, max_grad_norm: float | None = None) -> None:
+        """Forget the sums of the last step.
+
+        Args:
+            max_grad_norm: The clipping norm of this step; by default that of the last one.
+        """
         self._sums = None
+        self._max_grad_norm = max_grad_norm or self._max_grad_norm
 
     def add_chunk(self, output: Any, norms: Tensor) -> None:
         """Add the rows of a chunk.

@@ -59,7 +59,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a layer under two parents counts twice",
-        "privacy/engine.py",
+        "privacy/units/finding.py",
         "    seen.add(id(module))\n",
         "",
         f"{ATTACKS} -k two_parents",

@@ -114,7 +114,12 @@ CATALOGUE = [
         "expected_batch_size=ledger.public.expected_batch_size,",
         "expected_batch_size=self._drawn,",
         f"{STRATEGY} -k by_hand",
-        (("engine.begin_step()", "engine.begin_step()\n        self._drawn = max(1, batch.size)"),),
+        (
+            (
+                "engine.begin_step(bound)",
+                "engine.begin_step(bound)\n        self._drawn = max(1, batch.size)",
+            ),
+        ),
     ),
     Mutation(
         "hooks see gradients before the noise",
@@ -139,8 +144,8 @@ CATALOGUE = [
     ),
     Mutation(
         "a negative number of steps gives epsilon back",
-        "privacy/ledger.py",
-        "            positive_int(steps=steps)\n",
+        "privacy/ledger_state.py",
+        "        positive_int(steps=steps)\n",
         "",
         "tests/privacy/test_ledger.py -k damaged",
     ),

@@ -66,7 +66,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an embedding writes down which tokens it met",
-        "privacy/engine.py",
+        "privacy/units/finding.py",
         'if getattr(module, "max_norm", None) is not None:',
         "if False:",
         f"{PRIVACY} -k embeddings",
