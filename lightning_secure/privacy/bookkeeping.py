@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.exact import exact_products
 from lightning_secure.privacy.layers import clip_factor
 from lightning_secure.privacy.units.base import Record, Unit, combined, norm_squared, zero_rows
 from lightning_secure.privacy.units.tied import tied_pairs
@@ -153,7 +154,8 @@ class Recorder:
         self._pending.append(record)
         batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
         if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:
-            record.release_inputs()
+            with exact_products():
+                record.release_inputs()
 
 
 class _Anchored(torch.autograd.Function):
@@ -193,6 +195,7 @@ def _not_a_view(output: Tensor) -> Tensor:
     return output
 
 
+@exact_products()
 def per_sample_norms(records: Sequence[Record]) -> Tensor:
     """Return each sample's gradient norm over all parameters, shape ``(batch,)``.
 
@@ -204,6 +207,7 @@ def per_sample_norms(records: Sequence[Record]) -> Tensor:
     return norms
 
 
+@exact_products()
 def add_clipped_sums(
     sums: dict[nn.Parameter, Tensor], records: Sequence[Record], *, max_grad_norm: float
 ) -> Tensor:
