@@ -32,6 +32,8 @@ __all__ = [
 
 #: From so many time steps on, Gram matrices are formed in quarters.
 _HALVED: Final = 64
+#: On devices that are idle between many small steps, from so many on.
+_HALVED_ON_DEVICES: Final = 512
 #: Inner products of more features are added up in blocks of about so many,
 _BLOCK: Final = 512
 #: or of more where these would be more blocks than so many.
@@ -112,11 +114,11 @@ def rounding(features: int, dtype: torch.dtype, *, more: int = 0) -> float:
 def cancelling(dtype: torch.dtype) -> float:
     """Return what share of its parts' squared magnitude a gradient's square counts for at least.
 
-    Parts of a row's gradient that cancel, over time, are added to the other rows' sum one by one. If
-    they were too large beside their own sum, weighed by its norm they would round the others away.
-    So no norm is taken to be smaller than the square root of a rounding error times what the
-    parts would come to if they did not cancel; then an addition rounds by no more than that
-    root times the clipping norm: 2.4e-4 of it in float32.
+    Parts of a row's gradient that cancel over time are added to the other rows' sum one by one.
+    Were they too large beside their own sum, they would, weighed by its norm, round the others
+    away. So no norm is taken to be smaller than the square root of a rounding error times what
+    the parts would come to if they did not cancel. Then one of them is rounded, and rounds the
+    others, by no more than that root times the clipping norm: by 2.4e-4 of it in float32.
     """
     return torch.finfo(dtype).eps / 2
 
@@ -127,12 +129,13 @@ def _block(features: int) -> int:
     return -(-features // -(-features // most)) if features else 1
 
 
-def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
+def gram_squares(inputs: Tensor, grads: Tensor, *, bias: bool = False) -> Tensor:
     """Return the squared norms of the products ``grads[i]^T inputs[i]``, without forming them.
 
     Args:
         inputs: Shape ``(batch, time, features_in)``.
         grads: Shape ``(batch, time, features_out)``.
+        bias: Whether a bias, as of one more feature that is always one, counts too.
 
     Returns:
         Shape ``(batch,)``: ``sum((a a^T) * (g g^T))``, and a bound of its rounding error. Where
@@ -142,23 +145,21 @@ def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     Source:
         Li et al. 2021, arXiv:2110.05679.
     """
-    errors = [rounding(item.shape[2], item.dtype) for item in (inputs, grads)]
-    time = inputs.shape[1]
-    if time < _HALVED:
-        return grams_squares([(gram(inputs, inputs), gram(grads, grads), (0, 0))], *errors)
-    # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
-    halves = [slice(0, time // 2), slice(time // 2, time)]
-    return grams_squares(
-        (
-            (
-                gram(inputs[:, halves[i]], inputs[:, halves[j]]),
-                gram(grads[:, halves[i]], grads[:, halves[j]]),
-                (i, j),
-            )
-            for i, j in ((0, 0), (1, 1), (0, 1))
-        ),
-        *errors,
+    errors = (
+        rounding(inputs.shape[2], inputs.dtype, more=int(bias)),
+        rounding(grads.shape[2], grads.dtype),
     )
+    time = inputs.shape[1]
+    # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
+    halves, places = [slice(0, time // 2), slice(time // 2, time)], [(0, 0), (1, 1), (0, 1)]
+    if time < (_HALVED if inputs.device.type == "cpu" else _HALVED_ON_DEVICES):
+        halves, places = [slice(None)], [(0, 0)]
+
+    def block(i: int, j: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        a, g = (gram(item[:, halves[i]], item[:, halves[j]]) for item in (inputs, grads))
+        return a.add_(1) if bias else a, g, (i, j)
+
+    return grams_squares((block(*place) for place in places), *errors)
 
 
 def grams_squares(
@@ -194,10 +195,8 @@ def grams_squares(
         around = error_in * _form(a, grads.abs_(), others_a)
         bounds.append(times * (around + error_out * _form(g, inputs.abs_(), others_g)))
     steps = torch.stack([(a * g).sum(1) for a, g in lengths.values()]).sum(0)
-    error = (
-        torch.stack(bounds).sum(0)
-        + (error_in * error_out + cancelling(steps.dtype)) * steps.square()
-    )
+    least = error_in * error_out + cancelling(steps.dtype)
+    error = torch.stack(bounds).sum(0) + least * steps.square()
     result: Tensor = torch.stack(parts).sum(0).to(error.dtype).clamp(min=0) + error
     return result
 
@@ -229,8 +228,7 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
         least = 2 * numbers.tiny / numbers.eps  # below, a square may be lost
         result = inputs.square().sum(1).add(least) * squares.add(least)
         return result + squares if bias else result
-    result = gram_squares(inputs, grads)
-    return result + grads.sum(1).square().sum(1) if bias else result
+    return gram_squares(inputs, grads, bias=bias)
 
 
 def linear_weighted_sum(
@@ -249,12 +247,11 @@ def linear_weighted_sum(
     """
     weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
     rows = grads.flatten(0, -2)
-    # Within a row first, as for its norm: what cancels there must not round others' sums away.
-    own = (grads if grads.ndim == 2 else grads.sum(1)) if bias else None
-    shift = None if own is None else weights.flatten() @ own
     if inputs.shape[-1] < grads.shape[-1]:  # the smaller one is weighed
-        return rows.T @ (inputs * weights).flatten(0, -2), shift
-    return (grads * weights).flatten(0, -2).T @ inputs.flatten(0, -2), shift
+        weight = rows.T @ (inputs * weights).flatten(0, -2)
+        return weight, weights.expand(*grads.shape[:-1], 1).flatten() @ rows if bias else None
+    scaled = (grads * weights).flatten(0, -2)
+    return scaled.T @ inputs.flatten(0, -2), scaled.sum(0) if bias else None
 
 
 def linear_per_sample(inputs: Tensor, grads: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:

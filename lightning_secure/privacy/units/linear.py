@@ -92,7 +92,10 @@ class LinearUnit(Unit):
 
     def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
         """Return the products of the norms over time, by Cauchy and Schwarz."""
-        return norm_squared(inputs) * norm_squared(grads)
+        squares = norm_squared(inputs)
+        if self.bias is not None:
+            squares = squares + math.prod(inputs.shape[1:-1])
+        return squares * norm_squared(grads)
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Lay several uses one after another in time."""
