@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.clipping.layers import LayerGroups
+from lightning_secure.privacy.exact import exact_products
 from lightning_secure.privacy.layers import clip_factor
 from lightning_secure.privacy.units.base import Record, Unit, combined, norm_squared, zero_rows
 from lightning_secure.privacy.units.tied import tied_pairs
@@ -154,7 +155,8 @@ class Recorder:
         self._pending.append(record)
         batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
         if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:
-            record.release_inputs()
+            with exact_products():
+                record.release_inputs()
 
 
 class _Anchored(torch.autograd.Function):
@@ -194,6 +196,7 @@ def _not_a_view(output: Tensor) -> Tensor:
     return output
 
 
+@exact_products()
 def per_sample_norms(records: Sequence[Record]) -> Tensor:
     """Return each sample's gradient norm over all parameters, shape ``(batch,)``.
 
@@ -205,6 +208,7 @@ def per_sample_norms(records: Sequence[Record]) -> Tensor:
     return _norms(squares)
 
 
+@exact_products()
 def add_clipped_sums(
     sums: dict[nn.Parameter, Tensor],
     records: Sequence[Record],

@@ -19,16 +19,25 @@ from torch import Tensor
 from lightning_secure.validate import positive
 
 __all__ = [
+    "cancelling",
     "clip_factor",
+    "gram",
     "gram_squares",
     "grams_squares",
     "linear_ghost_squares",
     "linear_per_sample",
     "linear_weighted_sum",
+    "rounding",
 ]
 
 #: From so many time steps on, Gram matrices are formed in quarters.
 _HALVED: Final = 64
+#: On devices that are idle between many small steps, from so many on.
+_HALVED_ON_DEVICES: Final = 512
+#: Inner products of more features are added up in blocks of about so many,
+_BLOCK: Final = 512
+#: or of more where these would be more blocks than so many.
+_BLOCKS: Final = 64
 
 
 def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
@@ -59,12 +68,74 @@ def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
-def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
+def gram(one: Tensor, other: Tensor) -> Tensor:
+    """Return the inner products of the time steps of two tensors, over blocks of the features.
+
+    Args:
+        one: Shape ``(batch, time, features)``.
+        other: Shape ``(batch, other_time, features)``.
+
+    Returns:
+        Shape ``(batch, time, other_time)``.
+
+    Guarantees:
+        However a block's products are added up, an entry is off by no more than
+        ``rounding(features, dtype)`` times the product of the two steps' lengths.
+    """
+    other = other.transpose(1, 2)
+    features = one.shape[2]
+    size = _block(features)
+    total = torch.bmm(one[:, :, :size], other[:, :size])
+    for start in range(size, features, size):
+        block = slice(start, start + size)
+        total += torch.bmm(one[:, :, block], other[:, block])
+    return total
+
+
+def rounding(features: int, dtype: torch.dtype, *, more: int = 0) -> float:
+    """Return by how much :func:`gram` may be off, relative to the sum of the magnitudes.
+
+    Args:
+        features: Length of the inner products.
+        dtype: Their type, whose arithmetic rounds to nearest; see
+            :func:`~lightning_secure.privacy.exact.exact_products`.
+        more: How many more such sums are added up afterwards.
+
+    Source:
+        Higham 2002, Accuracy and Stability of Numerical Algorithms, sections 3.1 and 4.2: a sum
+        whose terms go through ``n`` additions and one product each. Three more are for what is
+        done with the result, a hundredth for the bound's own rounding and its higher orders.
+    """
+    size = _block(features)
+    steps = size + -(-features // size) - 1 + more + 3
+    return 1.01 * steps * torch.finfo(dtype).eps / 2
+
+
+def cancelling(dtype: torch.dtype) -> float:
+    """Return what share of its parts' squared magnitude a gradient's square counts for at least.
+
+    Parts of a row's gradient that cancel over time are added to the other rows' sum one by one.
+    Were they too large beside their own sum, they would, weighed by its norm, round the others
+    away. So no norm is taken to be smaller than the square root of a rounding error times what
+    the parts would come to if they did not cancel. Then one of them is rounded, and rounds the
+    others, by no more than that root times the clipping norm: by 2.4e-4 of it in float32.
+    """
+    return torch.finfo(dtype).eps / 2
+
+
+def _block(features: int) -> int:
+    """Return how many features a block has: all alike, and not too many blocks to launch."""
+    most = max(_BLOCK, -(-features // _BLOCKS))
+    return -(-features // -(-features // most)) if features else 1
+
+
+def gram_squares(inputs: Tensor, grads: Tensor, *, bias: bool = False) -> Tensor:
     """Return the squared norms of the products ``grads[i]^T inputs[i]``, without forming them.
 
     Args:
         inputs: Shape ``(batch, time, features_in)``.
         grads: Shape ``(batch, time, features_out)``.
+        bias: Whether a bias, as of one more feature that is always one, counts too.
 
     Returns:
         Shape ``(batch,)``: ``sum((a a^T) * (g g^T))``, and a bound of its rounding error. Where
@@ -72,55 +143,72 @@ def gram_squares(inputs: Tensor, grads: Tensor) -> Tensor:
         rounded away would not be clipped.
 
     Source:
-        Li et al. 2021, arXiv:2110.05679; Higham 2002, Accuracy and Stability of Numerical
-        Algorithms, section 3.1 (the bound).
+        Li et al. 2021, arXiv:2110.05679.
     """
-    terms = inputs.shape[2] + grads.shape[2]
-    time = inputs.shape[1]
-    if time < _HALVED:
-        return grams_squares([(_gram(inputs, inputs), _gram(grads, grads), True)], terms=terms)
-    # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
-    halves = [slice(0, time // 2), slice(time // 2, time)]
-    quarters = [(halves[0], halves[0]), (halves[1], halves[1]), halves]
-    return grams_squares(
-        (
-            (_gram(inputs[:, a], inputs[:, b]), _gram(grads[:, a], grads[:, b]), a is b)
-            for a, b in quarters
-        ),
-        terms=terms,
+    errors = (
+        rounding(inputs.shape[2], inputs.dtype, more=int(bias)),
+        rounding(grads.shape[2], grads.dtype),
     )
+    time = inputs.shape[1]
+    # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
+    halves, places = [slice(0, time // 2), slice(time // 2, time)], [(0, 0), (1, 1), (0, 1)]
+    if time < (_HALVED if inputs.device.type == "cpu" else _HALVED_ON_DEVICES):
+        halves, places = [slice(None)], [(0, 0)]
+
+    def block(i: int, j: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        a, g = (gram(item[:, halves[i]], item[:, halves[j]]) for item in (inputs, grads))
+        return a.add_(1) if bias else a, g, (i, j)
+
+    return grams_squares((block(*place) for place in places), *errors)
 
 
-def grams_squares(blocks: Iterable[tuple[Tensor, Tensor, bool]], *, terms: int) -> Tensor:
+def grams_squares(
+    blocks: Iterable[tuple[Tensor, Tensor, tuple[int, int]]], error_in: float, error_out: float
+) -> Tensor:
     """Return the squared norms from Gram matrices, with a bound of their rounding error.
 
     Args:
         blocks: Of the inputs and of the output gradients the same block of their Gram matrices,
-            ``(batch, time, time)``, and whether it lies on the diagonal. One beside it counts
-            twice. The first may be overwritten.
-        terms: How many products the inner products of both are sums of.
+            ``(batch, time, time)``, and its place: the numbers of its row and its column. Those on
+            the diagonal come first; one beside it counts twice. They are overwritten.
+        error_in: How far an entry of the inputs' matrix may be off, relative to the product of the
+            lengths of its two steps.
+        error_out: Likewise for the output gradients.
 
     Returns:
         Shape ``(batch,)``.
+
+    With entries ``A`` and ``G`` that are off by no more than ``x a_i a_j`` and ``y g_i g_j``, where
+    ``a`` and ``g`` are the steps' lengths, ``AG`` is off by no more than
+    ``x a_i a_j |G| + y g_i g_j |A| + xy a_i a_j g_i g_j``, of the entries as computed.
     """
-    totals: list[Tensor] = []
-    steps: list[Tensor] = []
-    for inputs, grads, diagonal in blocks:
-        if diagonal:
-            lengths = [item.diagonal(dim1=1, dim2=2).sqrt() for item in (inputs, grads)]
-            steps.append((lengths[0] * lengths[1]).sum(1))
-        total = inputs.mul_(grads).sum((1, 2), dtype=torch.float64)
-        totals.append(total if diagonal else 2 * total)
-        dtype = inputs.dtype
-    # n * eps times the sum of the magnitudes, which Cauchy and Schwarz bound by the steps' norms;
-    # the last sum, over time, is in float64 and adds nothing to n but its products' own rounding.
-    error = (terms + 2) * torch.finfo(dtype).eps * torch.stack(steps).sum(0).square()
-    result: Tensor = torch.stack(totals).sum(0).to(dtype).clamp(min=0) + error
+    lengths: dict[int, tuple[Tensor, Tensor]] = {}
+    parts: list[Tensor] = []
+    bounds: list[Tensor] = []
+    for inputs, grads, (row, column) in blocks:
+        if row == column:
+            lengths[row] = _lengths(inputs), _lengths(grads)
+        (a, g), (others_a, others_g) = lengths[row], lengths[column]
+        times = 1 if row == column else 2
+        # Over time in float64, which adds nothing but the products' own rounding.
+        parts.append(times * (inputs * grads).sum((1, 2), dtype=torch.float64))
+        around = error_in * _form(a, grads.abs_(), others_a)
+        bounds.append(times * (around + error_out * _form(g, inputs.abs_(), others_g)))
+    steps = torch.stack([(a * g).sum(1) for a, g in lengths.values()]).sum(0)
+    least = error_in * error_out + cancelling(steps.dtype)
+    error = torch.stack(bounds).sum(0) + least * steps.square()
+    result: Tensor = torch.stack(parts).sum(0).to(error.dtype).clamp(min=0) + error
     return result
 
 
-def _gram(one: Tensor, other: Tensor) -> Tensor:
-    return torch.bmm(one, other.transpose(1, 2))
+def _lengths(block: Tensor) -> Tensor:
+    """Return the lengths of the steps, no smaller than where squares are too small for a float."""
+    numbers = torch.finfo(block.dtype)
+    return block.diagonal(dim1=1, dim2=2).add(2 * numbers.tiny / numbers.eps).sqrt()
+
+
+def _form(left: Tensor, block: Tensor, right: Tensor) -> Tensor:
+    return (torch.bmm(block, right.unsqueeze(2)).squeeze(2) * left).sum(1)
 
 
 def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
@@ -136,10 +224,11 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
     """
     if inputs.ndim == 2:
         squares = grads.square().sum(1)
-        result = inputs.square().sum(1) * squares
+        numbers = torch.finfo(grads.dtype)
+        least = 2 * numbers.tiny / numbers.eps  # below, a square may be lost
+        result = inputs.square().sum(1).add(least) * squares.add(least)
         return result + squares if bias else result
-    result = gram_squares(inputs, grads)
-    return result + grads.sum(1).square().sum(1) if bias else result
+    return gram_squares(inputs, grads, bias=bias)
 
 
 def linear_weighted_sum(

@@ -143,7 +143,7 @@ def test_small_gradients_survive_by_the_scale():
         return sum(record.squares() for record in engine.take(4)).sqrt()
 
     exact = norm(1.0, torch.float32)
-    assert not norm(1.0, torch.float16).any()
+    assert (norm(1.0, torch.float16) < 1e-5 * exact).all()  # they are zero
     torch.testing.assert_close(norm(2.0**12, torch.float16), exact, rtol=0.02, atol=0)
 
 

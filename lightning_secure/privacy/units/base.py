@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
+from lightning_secure.privacy.layers import cancelling
 
 __all__ = [
     "GHOST",
@@ -110,6 +111,14 @@ class Unit(ABC):
     def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
         return combined(self.per_sample(inputs, grads, form=self.forms[0]), weights)
+
+    def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
+        """Return the squares of what each sample's gradient would come to if nothing cancelled.
+
+        At least that, shape ``(batch,)``; None if :meth:`weighted_sum` adds up gradients as
+        :meth:`per_sample` forms them, so that what cancels does so within a sample.
+        """
+        return None
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Return inputs and gradients of one use that amounts to several, if there is such a one.
@@ -216,7 +225,11 @@ class Record:
                     squares.append(self.unit.ghost_squares(a, g))
                     continue
                 formed = self.unit.per_sample(a, g, form=way.form)
-                squares.append(torch.stack([norm_squared(item) for item in formed.values()]).sum(0))
+                square = torch.stack([norm_squared(item) for item in formed.values()]).sum(0)
+                apart = None if way.kept else self.unit.apart_squares(a, g)
+                if apart is not None:
+                    square += cancelling(square.dtype) * apart
+                squares.append(square)
                 if way.kept:
                     kept.append((rows, formed))
             self._kept = kept if way.kept else None
@@ -291,7 +304,8 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 def norm_squared(per_sample: Tensor) -> Tensor:
     """Return the squared norms, shape ``(batch,)``, of gradients of shape ``(batch, ...)``."""
-    norms: Tensor = torch.linalg.vector_norm(per_sample.flatten(1), dim=1)
+    dtype = widened(per_sample.dtype)
+    norms: Tensor = torch.linalg.vector_norm(per_sample.flatten(1), dim=1, dtype=dtype)
     return norms.square()
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_secure.privacy.layers import gram_squares, grams_squares
+from lightning_secure.privacy.layers import gram, gram_squares, grams_squares, rounding
 from lightning_secure.privacy.units.base import (
     Gradients,
     Unit,
     Way,
+    norm_squared,
     require_default,
     trainable,
     widened,
@@ -97,19 +98,20 @@ class ConvUnit(Unit):
         groups, places = self._groups, grads.shape[2:]
         padded = functional.pad(inputs, self._padding())
         pixels = padded.reshape(len(padded) * groups, -1, math.prod(padded.shape[2:]))
-        gram = torch.bmm(pixels.transpose(1, 2), pixels).view(-1, *2 * padded.shape[2:])
-        total = torch.zeros(len(pixels), *2 * places, dtype=gram.dtype, device=gram.device)
+        whole = gram(*2 * [pixels.transpose(1, 2)]).view(-1, *2 * padded.shape[2:])
+        total = torch.zeros(len(pixels), *2 * places, dtype=whole.dtype, device=whole.device)
         for offset in itertools.product(*map(range, self._kernel)):
             seen = [
                 slice(o * d, o * d + (n - 1) * s + 1, s)
                 for o, d, n, s in zip(offset, self._dilation, places, self._stride, strict=True)
             ]
-            total += gram[(slice(None), *seen, *seen)]
+            total += whole[(slice(None), *seen, *seen)]
         flat = grads.reshape(len(pixels), -1, math.prod(places))
         size = flat.shape[2]
-        terms = pixels.shape[1] * math.prod(self._kernel) + flat.shape[1]
-        other = torch.bmm(flat.transpose(1, 2), flat)
-        return grams_squares([(total.view(-1, size, size), other, True)], terms=terms)
+        other = gram(*2 * [flat.transpose(1, 2)])
+        error_in = rounding(pixels.shape[1], total.dtype, more=math.prod(self._kernel))
+        error_out = rounding(flat.shape[1], total.dtype)
+        return grams_squares([(total.view(-1, size, size), other, (0, 0))], error_in, error_out)
 
     def _small(self, inputs: Tensor, grads: Tensor) -> bool:
         """Return whether the input's own Gram matrix is cheaper than that of its unfolding."""
@@ -129,9 +131,9 @@ class ConvUnit(Unit):
         if way.form:
             numbers += columns * places if way.form == "unfold" else 2 * inputs[0].numel()
         elif self._small(inputs, grads):
-            numbers = self._groups * (self._pixels(inputs) ** 2 + 2 * places**2)
+            numbers = self._groups * (self._pixels(inputs) ** 2 + 3 * places**2)
         else:
-            numbers = columns * places + 2 * self._groups * places**2
+            numbers = columns * places + 3 * self._groups * places**2
         return numbers * widened(grads.dtype).itemsize
 
     def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
@@ -153,8 +155,12 @@ class ConvUnit(Unit):
                 inputs, scaled, self.weight.shape, groups=self._groups
             )
         if self.bias is not None:
-            found[self.bias] = scaled.flatten(2).sum((0, 2))
+            found[self.bias] = weights.to(grads.dtype) @ grads.flatten(2).sum(2)
         return found
+
+    def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
+        """Return the products of the norms; a place of the input is seen once by each offset."""
+        return norm_squared(inputs) * norm_squared(grads) * math.prod(self._kernel)
 
     def _widened(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         dtype = widened(grads.dtype)

@@ -8,12 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_secure.privacy.layers import cancelling
 from lightning_secure.privacy.units.base import (
     GHOST,
     Gradients,
     Record,
     Unit,
     Way,
+    norm_squared,
     require_default,
     widened,
 )
@@ -49,8 +51,9 @@ class EmbeddingUnit(Unit):
         uniques, places = torch.unique(keys, return_inverse=True)
         totals = flat.new_zeros(len(uniques), flat.shape[-1])
         totals.index_add_(0, places, flat.flatten(0, 1))
-        squares = flat.new_zeros(len(tokens))
-        return squares.index_add_(0, uniques // self.weight.shape[0], totals.square().sum(1))
+        # By Cauchy and Schwarz, over time, what they would come to if none cancelled.
+        apart = norm_squared(flat) * (flat.shape[1] * cancelling(flat.dtype))
+        return apart.index_add_(0, uniques // self.weight.shape[0], totals.square().sum(1))
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
         """Return a table for each sample."""

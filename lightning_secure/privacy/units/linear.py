@@ -19,6 +19,7 @@ from lightning_secure.privacy.units.base import (
     Record,
     Unit,
     Way,
+    norm_squared,
     trainable,
     widened,
 )
@@ -64,7 +65,7 @@ class LinearUnit(Unit):
         """Return how many bytes a row takes on the way."""
         if way.form or inputs.ndim == 2:
             return super().working_bytes(inputs, grads, way)
-        return 2 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
+        return 3 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
 
     def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
         """Return the multiplications of Gram matrices over those of products."""
@@ -88,6 +89,13 @@ class LinearUnit(Unit):
             return super().weighted_sum(inputs, grads, weights)
         inputs, grads = _flat(inputs, grads)
         return self._named(*linear_weighted_sum(inputs, grads, weights, bias=self.bias is not None))
+
+    def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
+        """Return the products of the norms over time, by Cauchy and Schwarz."""
+        squares = norm_squared(inputs)
+        if self.bias is not None:
+            squares = squares + math.prod(inputs.shape[1:-1])
+        return squares * norm_squared(grads)
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
         """Lay several uses one after another in time."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_secure.privacy.layers import gram, rounding
 from lightning_secure.privacy.units.base import Record
 from lightning_secure.privacy.units.embedding import EmbeddingUnit
 from lightning_secure.privacy.units.linear import LinearUnit
@@ -45,13 +46,12 @@ class TiedPair(NamedTuple):
         inputs, grads = LinearUnit.timed(*self.head.evidence())
         index = tokens.unsqueeze(1).expand(-1, grads.shape[1], -1)
         chosen = grads.gather(2, index)  # (batch, times of the layer, times of the table)
-        products = torch.bmm(inputs, vectors.transpose(1, 2)).mul_(chosen)
+        products = gram(inputs, vectors).mul_(chosen)
         cross = products.sum((1, 2), dtype=torch.float64)
         steps = torch.linalg.vector_norm(inputs, dim=2).unsqueeze(2)
         sizes = steps * torch.linalg.vector_norm(vectors, dim=2).unsqueeze(1)
-        # As for Gram matrices: n * eps times the sum of the magnitudes.
-        terms = (inputs.shape[2] + 3) * torch.finfo(inputs.dtype).eps
-        error = terms * chosen.abs_().mul_(sizes).sum((1, 2))
+        relative = rounding(inputs.shape[2], inputs.dtype)  # as for Gram matrices
+        error = relative * chosen.abs_().mul_(sizes).sum((1, 2))
         scale = self.table.scale**2
         parts = self.table.squares().double() + self.head.squares() + 2 * scale * cross
         result: Tensor = parts.clamp(min=0).to(error.dtype) + 2 * scale * error

@@ -26,8 +26,8 @@ CATALOGUE = [
     Mutation(
         "what stands beside a Gram matrix's diagonal counts once",
         "privacy/layers.py",
-        "totals.append(total if diagonal else 2 * total)",
-        "totals.append(total)",
+        "times = 1 if row == column else 2",
+        "times = 1",
         f"{UNITS} -k quarters",
     ),
     Mutation(

@@ -1,0 +1,52 @@
+"""What rounding may do to norms and sums."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+ROUNDING = "tests/privacy/test_rounding.py"
+
+CATALOGUE = [
+    Mutation(
+        "a vocabulary is one sum, and its worst case clips everybody",
+        "privacy/layers.py",
+        "_BLOCK: Final = 512",
+        "_BLOCK: Final = 10**6",
+        f"{ROUNDING} -k 'enlarged or every_entry'",
+    ),
+    Mutation(
+        "of two Gram matrices only one is rounded",
+        "privacy/layers.py",
+        "bounds.append(times * (around + error_out * _form(g, inputs.abs_(), others_g)))",
+        "bounds.append(times * around)",
+        f"{ROUNDING} -k worst_entries",
+    ),
+    Mutation(
+        "parts that cancel are as large as they like",
+        "privacy/layers.py",
+        "    return torch.finfo(dtype).eps / 2\n",
+        "    return 0.0\n",
+        f"{ROUNDING} -k wipe_out",
+    ),
+    Mutation(
+        "squares that are lost count as zero",
+        "privacy/layers.py",
+        "least = 2 * numbers.tiny / numbers.eps",
+        "least = 0.0",
+        f"{ROUNDING} -k too_small",
+    ),
+    Mutation(
+        "norms and sums are rounded like the model",
+        "privacy/exact.py",
+        'if setting.fp32_precision not in ("ieee", "none"):',
+        "if False:",
+        f"{ROUNDING} -k whatever",
+    ),
+    Mutation(
+        "norms are under the autocast that the backward pass is under",
+        "privacy/exact.py",
+        "if torch.is_autocast_enabled(device):",
+        "if False:",
+        f"{ROUNDING} -k autocast",
+    ),
+]
