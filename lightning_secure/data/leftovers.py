@@ -41,7 +41,7 @@ _JOURNAL_LIMIT: Final = 2**29
 #: What this package writes below a dataset's root, and nothing else.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
-_MANIFEST_TEMPORARY: Final = re.compile(r"\.manifest\.json\.[0-9a-f]{16}\.tmp")
+_MANIFEST_TEMPORARY: Final = re.compile(r"\.(manifest\.json|\.erasing)\.[0-9a-f]{16}\.tmp")
 _log = logging.getLogger(__name__)
 
 
