@@ -86,7 +86,7 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         )
         if not _ARN.fullmatch(key_arn):
             raise ConfigError(
-                f"key_arn={key_arn!r} is not the ARN of a KMS key "
+                "key_arn is not the ARN of a KMS key "
                 "(arn:aws:kms:REGION:ACCOUNT:key/ID). An alias will not do: it can be pointed to "
                 "another key."
             )

@@ -118,10 +118,10 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         require_safe_url(url, name="url", insecure_allow_http=insecure_allow_http)
         positive(timeout=timeout)
         if not _NAME.fullmatch(key):
-            raise ConfigError(f"key={key!r} is not the name of a transit key.")
+            raise ConfigError("key is not the name of a transit key.")  # perhaps it is the token
         for name, path in (("mount", mount), ("namespace", namespace)):
             if path is not None and not _PATH.fullmatch(path):
-                raise ConfigError(f"{name}={path!r} is not a path of a Vault server.")
+                raise ConfigError(f"{name} is not a path of a Vault server.")
         self._hvac = import_extra("hvac", extra="vault", user="VaultTransitKeyProvider")
         self._key_id = "/".join(part for part in (namespace, mount, key) if part)
 
