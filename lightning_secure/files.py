@@ -153,7 +153,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     fd = os.open(path, flags, 0o666)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if not regular:
             raise OSError(errno.EINVAL, "not a regular file")
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield

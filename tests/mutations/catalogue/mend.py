@@ -79,8 +79,8 @@ CATALOGUE = [
     Mutation(
         "a row of a class of its own takes its neighbours with it",
         "plugins/compact.py",
-        "value if type(value) is Tensor else value.as_subclass(Tensor)",
-        "value",
+        "not isinstance(value, Tensor)\n",
+        "type(value) is not Tensor\n",
         "tests/plugins/test_compact.py -k another_kind",
     ),
 ]
