@@ -144,9 +144,18 @@ def atomic_writer(path: Path, *, mode: int = 0o666, replace: bool = True) -> Ite
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on ``path``, created if absent, against other processes and threads."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Hold an advisory lock on ``path``, created if absent, against other processes and threads.
+
+    Raises:
+        OSError: It cannot be opened, or it is a link, a pipe, a device or a folder: through a link,
+            a file would be made wherever somebody wants one.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o666)
     try:
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if not regular:
+            raise OSError(errno.EINVAL, "not a regular file")
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import as_path
 
-__all__ = ["known", "parsed", "typed"]
+__all__ = ["known", "parsed", "shown", "typed"]
+
+_NAME: Final = re.compile(r"[A-Za-z_]{1,20}")
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -31,8 +35,12 @@ def parsed(path: Path) -> dict[str, Any]:
         config = yaml.load(data, _loader())  # noqa: S506 # a SafeLoader
     except yaml.MarkedYAMLError as error:
         where = error.problem_mark.line + 1 if error.problem_mark else 1
+    except ConfigError:
+        raise
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         where = 1
+    except (ValueError, TypeError, AttributeError):  # PyYAML's own words hold the value
+        reason = "a key or value is not what its form says, such as a date that is none"
     # Outside the handlers: a YAML error repeats the line, which may hold a secret.
     if reason is not None:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({reason}).")
@@ -64,12 +72,23 @@ def _loader() -> Any:
 def known(value: Any, names: set[str], what: str) -> dict[str, Any]:
     """Return a mapping that has no other keys than these; raises ConfigError for any other."""
     fields = typed(value, dict, what)
-    if unknown := [str(name) for name in fields if name not in names]:
+    if unknown := [name for name in fields if name not in names]:
         raise ConfigError(
-            f"{what} has the unknown key {', '.join(map(repr, unknown))}; known are "
+            f"{what} has the unknown key {shown(unknown, fields)}; known are "
             f"{', '.join(sorted(names))}. Nothing was sealed."
         )
     return fields  # type: ignore[no-any-return]
+
+
+def shown(unknown: Sequence[Any], fields: Mapping[Any, Any]) -> str:
+    """Return those of some keys that look like keys, for an error."""
+    # A forgotten space makes one word of a key and its value, which may be a secret.
+    named = [
+        repr(name)
+        for name in unknown
+        if isinstance(name, str) and _NAME.fullmatch(name) and fields[name] is not None
+    ]
+    return ", ".join(named) or "(not shown)"
 
 
 def typed(value: Any, kind: type, what: str) -> Any:

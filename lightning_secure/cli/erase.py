@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 from lightning_secure.cli.local import failures, key_file, pins, provider, recipient_files
 
 if TYPE_CHECKING:
+    from lightning_secure.crypto.keys import KeyProvider
     from lightning_secure.data.erasure import ErasureReport
 
 __all__ = ["erase"]
@@ -60,8 +61,9 @@ def shard(root: Path, split: str, numbers: tuple[int, ...], **options: Any) -> N
     from lightning_secure.data.erasure import erase_shard
 
     _confirm(f"Erase {len(numbers)} shards of {split!r}", options)
-    with _unfinished(root):
-        _show(erase_shard(root, split, numbers, **_keys(options)))
+    arguments = _keys(options)
+    with _unfinished(root, arguments["keys"], arguments["rotate_kek_to"]):
+        _show(erase_shard(root, split, numbers, **arguments))
 
 
 @erase.command()
@@ -86,8 +88,9 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
     if not name:
         raise click.UsageError("no subject was given")
     _confirm(f"Erase this subject's rows in {split!r}", options)
-    with _unfinished(root):
-        _show(erase_subject(root, split, int(name) if number else name, **_keys(options)))
+    arguments = _keys(options)
+    with _unfinished(root, arguments["keys"], arguments["rotate_kek_to"]):
+        _show(erase_subject(root, split, int(name) if number else name, **arguments))
 
 
 @erase.command()
@@ -116,12 +119,13 @@ def finish(
 
     if old_key_file is not None and not yes:
         click.confirm(f"Finish the erasure, and destroy {old_key_file} if it says so?", abort=True)
-    with _unfinished(root):
+    keys, old = provider(key_path), provider(old_key_file) if old_key_file else None
+    with _unfinished(root, keys, old):
         _show(
             finish_erasure(
                 root,
-                keys=provider(key_path),
-                old=provider(old_key_file) if old_key_file else None,
+                keys=keys,
+                old=old,
                 recipients=[provider(path) for path in recipients],
                 **pinned,
             )
@@ -129,16 +133,15 @@ def finish(
 
 
 @contextlib.contextmanager
-def _unfinished(root: Path) -> Iterator[None]:
+def _unfinished(root: Path, *keys: KeyProvider | None) -> Iterator[None]:
     """Say of an error that comes after the rows went that they did."""
-    from lightning_secure.data.unfinished import RECORD_NAME
     from lightning_secure.errors import ConfigError, LightningSecureError
 
     try:
         yield
     except LightningSecureError as error:
         # An error in the arguments comes before anything, even if an older record lies there.
-        if isinstance(error, ConfigError) or not (root / RECORD_NAME).exists():
+        if isinstance(error, ConfigError) or not _erased(root, [one for one in keys if one]):
             raise
         click.echo(f"{type(error).__name__}: {error}", err=True)
         click.echo(
@@ -147,6 +150,19 @@ def _unfinished(root: Path) -> Iterator[None]:
             err=True,
         )
         sys.exit(UNFINISHED)
+
+
+def _erased(root: Path, keys: Sequence[KeyProvider]) -> bool:
+    """Whether the manifest in place is without the rows of a record that can be believed."""
+    from lightning_secure.crypto.manifest import read_manifest
+    from lightning_secure.data.unfinished import UnfinishedErasure
+    from lightning_secure.errors import IntegrityError
+
+    trusted = {name: key for one in keys for name, key in one.trusted_signers.items()}
+    with contextlib.suppress(IntegrityError):
+        record = UnfinishedErasure.read(root, trusted=trusted)
+        return record is not None and record.happened(read_manifest(root, trusted=trusted))
+    return False
 
 
 def _at_a_terminal() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lightning_secure.cli.configuration import parsed, typed
+from lightning_secure.cli.configuration import parsed, shown, typed
 from lightning_secure.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     ),
 }
 _LISTS: Final = ("recipients", "trusted")
-_NAME: Final = re.compile(r"[a-z_]{1,20}")
 
 
 def provider_in(path: Path) -> KeyProvider:
@@ -120,14 +118,8 @@ def provider_of(value: Any, path: Path) -> KeyProvider:
 def _require_fields(fields: Mapping[Any, Any], name: str, kind: _Kind) -> None:
     what = f"keys: kind {name}"
     if unknown := [field for field in fields if field not in (*kind.needed, *kind.optional)]:
-        # A forgotten space makes one word of a field and its value, which may be a secret.
-        shown = [
-            repr(field)
-            for field in unknown
-            if isinstance(field, str) and _NAME.fullmatch(field) and fields[field] is not None
-        ]
         raise ConfigError(
-            f"{what} has the unknown key {', '.join(shown) or '(not shown)'}; known are "
+            f"{what} has the unknown key {shown(unknown, fields)}; known are "
             f"{', '.join(sorted((*kind.needed, *kind.optional)))}. No key was used."
         )
     if missing := [field for field in kind.needed if field not in fields]:

@@ -18,9 +18,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from lightning_secure import events
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, utf8
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.errors import ConfigError, IntegrityError, KeyAccessError, WrongKeyError
+from lightning_secure.errors import (
+    ConfigError,
+    IntegrityError,
+    KeyAccessError,
+    KeyUnavailableError,
+    WrongKeyError,
+)
 
-__all__ = ["DataKey", "KeyProvider", "WrappedKey"]
+__all__ = ["DataKey", "KeyProvider", "UnwrapDeniedError", "WrappedKey"]
 
 KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
@@ -179,6 +185,10 @@ class WrappedKey:
         )
 
 
+class UnwrapDeniedError(KeyUnavailableError):
+    """Whoever keeps the KEK lets this process wrap at most, which says nothing of the KEK."""
+
+
 class KeyProvider(ABC):
     """Guards the key-encryption key (KEK) and wraps other keys under it.
 
@@ -303,7 +313,9 @@ class KeyProvider(ABC):
         """Make sure that what was wrapped here still opens, with one call to the provider.
 
         The KEK can have been destroyed since, by another process or at a key service. A provider
-        that only seals, or is no recipient itself, cannot tell, and nothing is raised.
+        that only seals, or is no recipient itself, cannot tell, and nothing is raised. One whose
+        role at a key service or token may wrap and not unwrap wraps once more, which takes a KEK
+        that is there and can be used; whether it is the same one, it cannot tell either.
 
         Raises:
             KeyUnavailableError: The KEK is gone or cannot be used now.
@@ -312,7 +324,13 @@ class KeyProvider(ABC):
         """
         mine = any((key.provider, key.key_id) == (self.name, self.key_id) for key in wrapped)
         if mine and self._opens:
-            self.unwrap_any(wrapped, context=context)
+            denied = False
+            try:
+                self.unwrap_any(wrapped, context=context)
+            except UnwrapDeniedError:
+                denied = True
+            if denied:  # so is whoever's login is over, who cannot wrap either
+                self.wrap_all(DataKey.generate(), context=context)
             self._require_kept()
 
     @property

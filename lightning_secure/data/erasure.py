@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_secure.crypto import rotation
 from lightning_secure.crypto.entries import ShardEntry, SplitEntry
@@ -70,8 +72,8 @@ def erase_shard(
         What was done, and whether an old copy of the manifest still opens.
 
     Raises:
-        ConfigError: There is no such split or shard, a recipient was forgotten, or ``retire_kek``
-            is given without ``rotate_kek_to``. Nothing was erased.
+        ConfigError: There is no such split or shard, a number is none, a recipient was forgotten,
+            or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
         WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
         ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
         AuditWriteError: A listener could not record it. If the manifest was replaced already, the
@@ -84,7 +86,7 @@ def erase_shard(
     Erasing the last shard removes the split. The content digest changes, so a run that trained on
     the rows does not resume on the rest.
     """
-    wanted = {numbers} if isinstance(numbers, int) else set(numbers)
+    wanted = _whole(numbers)
 
     def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:
         if not wanted or (missing := wanted - {shard.number for shard in entry.shards}):
@@ -98,6 +100,14 @@ def erase_shard(
     return _erase(
         folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
     )
+
+
+def _whole(numbers: Any) -> set[int]:
+    several = list(numbers) if isinstance(numbers, Iterable) else [numbers]
+    with contextlib.suppress(TypeError):
+        if not any(isinstance(one, bool) for one in several) and not isinstance(numbers, bytes):
+            return {operator.index(number) for number in several}
+    raise ConfigError("shards are chosen by whole numbers; nothing was erased.")
 
 
 def erase_subject(

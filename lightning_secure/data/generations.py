@@ -18,7 +18,7 @@ from lightning_secure.crypto.manifest import (
 )
 from lightning_secure.crypto.partitions import partition_context
 from lightning_secure.crypto.rotation import successor
-from lightning_secure.data.leftovers import LOCK_NAME, remove_unnamed, require_files
+from lightning_secure.data.leftovers import LOCK_NAME, locked, remove_unnamed, require_files
 from lightning_secure.data.pins import Pins
 from lightning_secure.data.room import NewSplit, require_free, with_split
 from lightning_secure.errors import (
@@ -111,7 +111,7 @@ def commit_splits(
         KeyUnavailableError: The key that the split was sealed under was destroyed meanwhile, or
             cannot be used now. The dataset is as it was.
     """
-    with exclusive_lock(root / LOCK_NAME):
+    with locked(root, LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)
         pins.check(current, root)
         joined = current

@@ -29,6 +29,7 @@ __all__ = [
     "SEALING_JOURNAL_NAME",
     "Journal",
     "collect_garbage",
+    "locked",
     "remove_unnamed",
     "require_files",
 ]
@@ -41,7 +42,7 @@ _JOURNAL_LIMIT: Final = 2**29
 #: What this package writes below a dataset's root, and nothing else.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
-_MANIFEST_TEMPORARY: Final = re.compile(r"\.manifest\.json\.[0-9a-f]{16}\.tmp")
+_MANIFEST_TEMPORARY: Final = re.compile(r"\.(manifest\.json|\.erasing)\.[0-9a-f]{16}\.tmp")
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,26 @@ def remove_unnamed(root: Path, files: Iterable[str], *, keys: KeyProvider) -> li
         return wanted
     named = manifest.files
     return [file for file in wanted if file in named or not _removed(root, file)]
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str) -> Iterator[None]:
+    """Hold one of a dataset's locks.
+
+    Raises:
+        ConfigError: It is no file that this process may lock.
+    """
+    reason = None
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(root / name))
+        except OSError as error:
+            reason = error.strerror
+        if reason is not None:
+            raise ConfigError(
+                f"the lock {str(root / name)!r} cannot be held ({reason}). Nothing was changed."
+            )
+        yield
 
 
 def require_files(root: Path, files: Iterable[str]) -> None:
@@ -198,9 +219,9 @@ def collect_garbage(
         raise ConfigError("min_age_s must not be negative.")
     folder = folder_of(root)
     read_manifest(folder, trusted=keys.trusted_signers)  # before a lock file is made there
-    with exclusive_lock(folder / ROTATION_LOCK_NAME):
+    with locked(folder, ROTATION_LOCK_NAME):
         before = set(_candidates(folder))
-        with exclusive_lock(folder / LOCK_NAME):
+        with locked(folder, LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
             Pins(min_generation, manifest_digest).check(manifest, folder)
             Journal(folder).sweep(manifest)

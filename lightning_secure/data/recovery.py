@@ -14,10 +14,9 @@ from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.crypto.segments import SUITE_AES256GCM_SHA256, SegmentKeys
-from lightning_secure.data.leftovers import LOCK_NAME
+from lightning_secure.data.leftovers import LOCK_NAME, locked
 from lightning_secure.data.unfinished import UnfinishedErasure
 from lightning_secure.errors import IntegrityError, KeyAccessError
-from lightning_secure.files import exclusive_lock
 
 __all__ = ["ErasureReport", "RecoveryAttempt", "conclude"]
 
@@ -129,7 +128,7 @@ def conclude(
 def _retired(root: Path, keys: KeyProvider, to: KeyProvider, before: Manifest) -> bool:
     """Destroy the key of ``keys`` if ``to`` was seen to open all that it opened ``before``."""
     # Under the lock, so that no sealing under the old key ends between the look and the end.
-    with contextlib.suppress(KeyAccessError, IntegrityError), exclusive_lock(root / LOCK_NAME):
+    with contextlib.suppress(KeyAccessError, IntegrityError), locked(root, LOCK_NAME):
         manifest = read_manifest(root, trusted=to.trusted_signers)
 
         def held(of: Manifest) -> list[str]:

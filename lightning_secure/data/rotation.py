@@ -35,6 +35,7 @@ from lightning_secure.data.leftovers import (
     LOCK_NAME,
     ROTATION_LOCK_NAME,
     Journal,
+    locked,
     require_files,
 )
 from lightning_secure.data.pins import Pins
@@ -43,7 +44,6 @@ from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.unfinished import UnfinishedErasure
 from lightning_secure.errors import ConfigError, DataError, IntegrityError, ShardCorruptedError
-from lightning_secure.files import exclusive_lock
 
 __all__ = ["add_recipient", "remove_recipient", "rotate_data", "rotate_kek", "rotate_partition"]
 
@@ -284,11 +284,12 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
 
     Raises:
         ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned.
+        ConfigError: The lock is no file that this process may lock.
         DataError: The list of leftovers is no file that can be read.
     """
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
-    with exclusive_lock(root / ROTATION_LOCK_NAME):
+    with locked(root, ROTATION_LOCK_NAME):
         # Before anything is cleared away that an older manifest does not name.
         pins.check(read_manifest(root, trusted=keys.trusted_signers), root)
         _sweep(root, keys, pins)
@@ -326,7 +327,7 @@ def commit(
         AuditWriteError: A listener could not record it; the manifest is as it was.
         DataError: A file that the new manifest names is gone; the manifest is as it was.
     """
-    with exclusive_lock(root / LOCK_NAME):
+    with locked(root, LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)
         pins.check(current, root)
         manifest = rotation.successor(current, change(current))

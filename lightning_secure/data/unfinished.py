@@ -77,8 +77,10 @@ class UnfinishedErasure:
         ]
 
     def happened(self, current: Manifest) -> bool:
-        """Whether the manifest in place is without the rows."""
-        return not any(shard.file in current.files for _, shard in self.erased)
+        """Whether the manifest in place is of the same dataset, and without the rows."""
+        return current.dataset_id == self.before.dataset_id and not any(
+            shard.file in current.files for _, shard in self.erased
+        )
 
     def write(self, root: Path, signer: Signer) -> None:
         """Put the record in place, whole, and return when it is on the disk."""
@@ -145,8 +147,12 @@ class UnfinishedErasure:
     def settle(cls, root: Path, keys: KeyProvider) -> None:
         """Remove the record of an erasure that did not happen. Hold the rotation lock.
 
-        Rotations do so before they rename shards: afterwards nobody could tell.
+        Rotations do so before they rename shards: afterwards nobody could tell. A record that was
+        half written goes too: it is a copy of the manifest of then, of which none should stay.
         """
+        with contextlib.suppress(OSError):
+            for path in root.glob(f".{RECORD_NAME}.*.tmp"):
+                path.unlink()
         with contextlib.suppress(IntegrityError):
             record = cls.read(root, trusted=keys.trusted_signers)
             if record and not record.happened(read_manifest(root, trusted=keys.trusted_signers)):

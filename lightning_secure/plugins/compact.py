@@ -31,9 +31,10 @@ def save_named(value: Any, file: IO[bytes]) -> None:
     Guarantees:
         Of a memory that is larger than the tensors over it, each stretch that tensors share goes
         into a copy of its own, with zeros where none of them looks. So tensors that share elements,
-        such as tied weights, share them after loading. Memory that is named as a whole is not
-        copied, which is so for all that a model usually has: beyond it, there is memory for the
-        copies only.
+        such as tied weights, share them after loading; quantised ones and conjugate or negative
+        views may not, where they are copied. Memory that is named as a whole is not copied, which
+        is so for all that a model usually has: beyond it, there is memory for the copies only, none
+        larger than what it is a copy of. A storage that stands there by itself is named as a whole.
     """
     survey = _Survey()
     survey.dump(value)
@@ -67,24 +68,30 @@ class _Survey(pickle.Pickler):
         return "" if storage else None
 
     def reducer_override(self, value: Any) -> Any:
-        if _in_memory(value) and not _lazy(value):
-            self.views.setdefault(value.untyped_storage()._cdata, []).append(value)
+        tensor = _in_memory(value)
+        if tensor is not None and not _lazy(tensor):
+            self.views.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         return NotImplemented
 
 
 def _pickler(copies: dict[tuple[Any, ...], Tensor]) -> type[pickle.Pickler]:
     class Pickler(pickle.Pickler):
         def reducer_override(self, value: Any) -> Any:
-            if not _in_memory(value):
+            tensor = _in_memory(value)
+            if tensor is None:
+                return _reduced(value.clone()) if _part_of_quantised(value) else NotImplemented
+            if _lazy(tensor):
+                own = tensor.resolve_conj().resolve_neg()
+            elif (copy := copies.get(_place(tensor))) is not None:
+                own = copy.detach().requires_grad_(tensor.requires_grad)
+            else:
                 return NotImplemented
-            if _lazy(value):
-                return _reduced(value.resolve_conj().resolve_neg())
-            copy = copies.get(_place(value))
-            if copy is None:
-                return NotImplemented
-            alias = copy.detach().requires_grad_(value.requires_grad)
-            vars(alias).update(vars(value))
-            return _reduced(alias)
+            if type(value) is Tensor:
+                vars(own).update(vars(value))
+                return _reduced(own)
+            rebuild, (_, kind, _, state) = _reduced(value)
+            func, arguments = _reduced(own)
+            return rebuild, (func, kind, arguments, state)
 
     return Pickler
 
@@ -93,14 +100,25 @@ def _reduced(tensor: Any) -> Any:
     return tensor.__reduce_ex__(_PROTOCOL)
 
 
-def _in_memory(value: Any) -> bool:
+def _in_memory(value: Any) -> Tensor | None:
+    """Return a tensor that is written as a part of its memory, without a class of its own."""
     # Parameters, sparse tensors and other kinds are written by way of such as these.
-    return (
-        type(value) is Tensor
-        and value.layout is torch.strided
-        and not value.is_quantized
-        and value.device.type != "meta"
-    )
+    if (
+        not isinstance(value, Tensor)
+        or type(value).__reduce_ex__ is not Tensor.__reduce_ex__
+        or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = value if type(value) is Tensor else value.as_subclass(Tensor)
+    special = tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta"
+    return None if special or tensor.layout is not torch.strided else tensor
+
+
+def _part_of_quantised(value: Any) -> bool:
+    if type(value) is not Tensor or not value.is_quantized:
+        return False
+    return value.untyped_storage().nbytes() > value.nbytes
 
 
 def _lazy(tensor: Tensor) -> bool:
@@ -158,11 +176,13 @@ def _copies(views: list[Tensor]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
 
 def _copied(stretch: dict[tuple[Any, ...], Tensor]) -> Iterable[tuple[tuple[Any, ...], Tensor]]:
     """Copy views that share elements into memory of their own."""
+    spans = [_span(view) for view in stretch.values()]
     if len(stretch) == 1:
         ((place, view),) = stretch.items()
-        own = _unexpanded(view).clone(memory_format=torch.contiguous_format)
-        return [(place, own.expand(view.shape))]
-    spans = [_span(view) for view in stretch.values()]
+        alone = _unexpanded(view)
+        if alone.nbytes <= spans[0][1] - spans[0][0]:  # sliding windows have more than they span
+            own = alone.clone(memory_format=torch.contiguous_format)
+            return [(place, own.expand(view.shape))]
     first = spans[0][0] - spans[0][0] % _ALIGNED
     length = max(stop for _, stop in spans) - first
     device = next(iter(stretch.values())).device

@@ -146,6 +146,21 @@ def test_a_list_of_leftovers_that_is_no_file(sealed, keys, thing):
     assert np.array_equal(read(sealed, keys), ROWS)
 
 
+def astray(path):
+    path.symlink_to("../astray")
+
+
+@pytest.mark.parametrize("name", [".lock", ".rotate.lock"])
+@pytest.mark.parametrize("thing", [*THINGS, astray], ids=lambda thing: thing.__name__)
+def test_a_lock_that_is_no_file(sealed, keys, thing, name):
+    (sealed / name).unlink(missing_ok=True)
+    thing(sealed / name)
+    with bounded(), pytest.raises(ConfigError, match="lock"):
+        rotate_data(sealed, "train", keys=keys)
+    assert not (sealed.parent / "astray").exists(), "nothing is made where a link points to"
+    assert len(read(sealed, keys)) == len(ROWS)
+
+
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_list_that_becomes_a_pipe_after_it_was_looked_at(sealed, keys, listens):
     pipe(sealed / ".leftovers")

@@ -202,6 +202,12 @@ SECRET = "hunter2"
         ("{kind: hpke, recipients: [1]}", "a list of texts"),
         ("{kind: hpke}", "needs recipients"),
         ("keys: 7", "must be of type dict"),
+        (f"? [{SECRET}]\n: c", "not what its form says"),
+        (f"x: !!int {SECRET}", "not what its form says"),
+        ("x: 2001-99-99", "not what its form says"),
+        ('{kind: local, path: "a\\0b"}', "NUL character"),
+        (f"{{kind: vault, url: 'https://v', key: {SECRET}=}}", "not the name"),
+        (f"{{kind: aws-kms, key_arn: {SECRET}}}", "not the ARN"),
     ],
 )
 def test_what_makes_no_provider_is_refused_without_repeating_it(here, text, words):

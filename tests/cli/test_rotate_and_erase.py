@@ -145,6 +145,20 @@ def test_an_erasure_that_breaks_off_says_that_the_rows_are_gone(root, keys, othe
     assert run("erase", "finish", root, "--key-file", b).exit_code == 1
 
 
+def test_a_record_that_somebody_put_there_says_nothing_of_the_rows(root, keys, other, tmp_path):
+    a, b = tmp_path / "a.kek", tmp_path / "b.kek"
+    (root / ".erasing").write_bytes(b"{}")
+    for arguments in (
+        ("shard", root, "train", 0, "--key-file", a, "--min-generation", 9),  # it was rolled back
+        ("shard", root, "train", 0, "--key-file", b),
+        ("finish", root, "--key-file", a),
+    ):
+        result = run("erase", *arguments, "--yes")
+        assert result.exit_code == 1, arguments
+        assert "are erased" not in result.output
+    assert rows(root, keys) == 60
+
+
 def test_no_subject_is_no_subject(root, keys, tmp_path):
     result = run(
         "erase", "subject", root, "train", "--yes", "--key-file", tmp_path / "a.kek", stdin="\n"

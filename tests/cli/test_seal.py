@@ -129,6 +129,7 @@ def test_an_interrupted_sealing_goes_on_by_itself(here, monkeypatch):
         ("keys: {kind: local, path: project.kek}\ndecode: true", 2, "no option 'decode'"),
         ("keys: [\nsecret: hunter2", 2, "not valid YAML in line"),
         ("keys: 1\nkeys: 2", 2, "a key twice"),
+        ("passphrase=hunter2:", 2, "(not shown)"),
         ("- list", 2, "must be of type dict"),
         ("keys: !!python/object/apply:os.system [ls]", 2, "not valid YAML"),
         ("a: &a [x]\nb: *nothing", 2, "not valid YAML"),

@@ -21,6 +21,7 @@ from lightning_secure.data import erasure, recovery
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.erasure import erase_shard, erase_subject
 from lightning_secure.data.finishing import finish_erasure
+from lightning_secure.data.leftovers import collect_garbage
 from lightning_secure.data.rotation import add_recipient, rotate_data, rotate_partition
 from lightning_secure.data.subjects import SubjectPseudonyms
 from lightning_secure.data.unfinished import RECORD_NAME, UnfinishedErasure
@@ -291,7 +292,7 @@ def test_erasing_every_shard_removes_the_split(sealed, old):
     assert not list((sealed / "train").iterdir())
 
 
-@pytest.mark.parametrize("numbers", [7, -1, [], [0, 9]])
+@pytest.mark.parametrize("numbers", [7, -1, [], [0, 9], True, [1.0], 1.0, "1", [None, 1], b"\1\2"])
 def test_a_shard_that_does_not_exist_erases_nothing(sealed, old, numbers):
     with pytest.raises(ConfigError, match="nothing was erased"):
         erase_shard(sealed, "train", numbers, keys=old)
@@ -597,6 +598,30 @@ def test_what_is_wrong_about_a_record_is_refused(sealed, old, new, other_keys):
     with pytest.raises(IntegrityError, match="cannot be read"):
         finish_erasure(sealed, keys=new, old=old)
     assert old._path.exists()
+
+
+def test_a_record_of_another_dataset_destroys_no_key(sealed, old, heir, tmp_path):
+    """Not even one whose erasure did not happen yet: its dataset has the old key only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnfinishedErasure, "settle", lambda *_: None)
+        broken_off(sealed, "data.erase", keys=old, rotate_kek_to=heir, retire_kek=True)
+    other = tmp_path / "other"
+    with EncryptedShardWriter(other, split="train", keys=heir) as writer:
+        writer.write_batch({"x": X[:5]})
+    shutil.copy(sealed / RECORD_NAME, other / RECORD_NAME)
+    with pytest.raises(ConfigError, match="no unfinished erasure"):
+        finish_erasure(other, keys=heir, old=old)
+    assert old._path.exists()
+    assert len(read(sealed, old)) == 100
+
+
+def test_half_a_record_is_a_copy_of_the_manifest_and_does_not_stay(sealed, old):
+    half = sealed / f".{RECORD_NAME}.{'0' * 16}.tmp"  # as a kill leaves it
+    shutil.copy(sealed / "manifest.json", half)
+    assert collect_garbage(sealed, keys=old, min_age_s=0) == [half.name]
+    shutil.copy(sealed / "manifest.json", half)
+    erase_shard(sealed, "train", np.int64(1), keys=old)
+    assert not half.exists()
 
 
 def test_an_old_key_that_is_not_there_to_be_tried_counts_as_alive(sealed, old, heir):

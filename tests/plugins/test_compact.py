@@ -52,6 +52,7 @@ def test_a_row_that_a_module_keeps_takes_no_other_row_with_it(tmp_path, keys):
     assert torch.equal(back["sample"], batch[2, 3:5])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_names_all_of_its_memory_is_written_as_torch_writes_it():
     layer = torch.nn.LSTM(4, 8, 2)
     tied = torch.nn.Linear(8, 8)
@@ -64,6 +65,8 @@ def test_what_names_all_of_its_memory_is_written_as_torch_writes_it():
         "one": torch.tensor(3.0, requires_grad=True),
         "none": torch.empty(0, 3),
         "text": "x",
+        "all windows": torch.arange(5000.0).unfold(0, 1000, 1),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     }
     assert written(value) == written(value, torch.save)
 
@@ -81,6 +84,7 @@ VIEWS = {
     "expanded": lambda base: [base[33:34].expand(10**6), base[30:36]],
     "expanded alone": lambda base: [base[33:35].view(2, 1).expand(2, 10**6)],
     "sliding": lambda base: [base[51:61].unfold(0, 4, 1), base[52]],
+    "sliding alone": lambda base: [base[51:61].unfold(0, 4, 1)],
     "empty": lambda base: [base[5:5], base[7:7].view(0, 1)],
     "scalar": lambda base: [base[77]],
     "parameter": lambda base: [torch.nn.Parameter(base[8:12])],
@@ -133,3 +137,27 @@ def test_what_belongs_to_a_tensor_stays_with_it():
     (back,) = loaded(written([view]))
     assert back.note == "kept"
     assert back.requires_grad
+
+
+class Image(torch.Tensor):
+    """As torchvision's: a class over ordinary memory."""
+
+
+@pytest.mark.filterwarnings("ignore:.*quant", "ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("kind", ["image", "quantised"])
+def test_a_view_of_another_kind_comes_back_alone(kind):
+    base = BASE.float()
+    if kind == "quantised":
+        view = torch.quantize_per_tensor(base, 1.0, 0, torch.qint32)[8:12]
+    else:
+        view = base[8:12].as_subclass(Image).requires_grad_()
+        view.note = "kept"
+    data = written([view, view])
+    with torch.serialization.safe_globals([Image]):
+        back, again = loaded(data)
+    assert again is back
+    assert type(back) is type(view)
+    assert torch.equal(back, view)
+    assert vars(back) == vars(view)
+    assert back.requires_grad == view.requires_grad
+    assert len(data) < len(written([view], torch.save)) - 10_000

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, final
 
-from lightning_secure.crypto.keys import DataKey
+from lightning_secure.crypto.keys import DataKey, UnwrapDeniedError
 from lightning_secure.crypto.providers.external import (
     ExternalKeyProvider,
     PathLike,
@@ -86,7 +86,7 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         )
         if not _ARN.fullmatch(key_arn):
             raise ConfigError(
-                f"key_arn={key_arn!r} is not the ARN of a KMS key "
+                "key_arn is not the ARN of a KMS key "
                 "(arn:aws:kms:REGION:ACCOUNT:key/ID). An alias will not do: it can be pointed to "
                 "another key."
             )
@@ -139,7 +139,8 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         if code in _REFUSALS:
             raise rejected(context, f"KMS answers {code}")
         if failure or not isinstance(answer, bytes):
-            raise KeyUnavailableError(
+            denied = operation == "decrypt" and code == "AccessDeniedException"
+            raise (UnwrapDeniedError if denied else KeyUnavailableError)(
                 f"AWS KMS did not answer for key {self.key_id!r} ({failure or 'another form'}). No "
                 "key was released."
             )

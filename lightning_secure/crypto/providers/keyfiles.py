@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import ConfigError, IntegrityError, KeyUnavailableError
-from lightning_secure.files import atomic_writer, make_private_directories
+from lightning_secure.files import as_path, atomic_writer, make_private_directories
 
 __all__ = ["damaged", "read_file", "read_record", "write_file", "write_record"]
 
@@ -96,11 +96,12 @@ def read_file(path: Path, *, what: str, forbidden: int, advice: str = "") -> byt
         advice: What to do if it is missing.
 
     Raises:
+        ConfigError: ``path`` has a NUL character.
         KeyUnavailableError: It is missing, too long, not a regular file, not its owner's alone, or
             belongs to somebody else.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(as_path(path, what=what), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KeyUnavailableError(
             f"{what} {str(path)!r} cannot be opened ({error.strerror}). Nothing was decrypted."

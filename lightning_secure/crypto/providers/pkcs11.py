@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Self, final
 
-from lightning_secure.crypto.keys import DataKey, associated_data
+from lightning_secure.crypto.keys import DataKey, UnwrapDeniedError, associated_data
 from lightning_secure.crypto.providers.external import (
     ExternalKeyProvider,
     PathLike,
@@ -159,6 +159,7 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
     def _wrap(self, key: DataKey, context: Mapping[str, str]) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)
         with self._key() as kek:
+            self._require_may(kek, "encrypt", KeyUnavailableError)
             sealed: bytes = kek.encrypt(bound_payload(key, context), **self._gcm(nonce, context))
         return nonce + sealed
 
@@ -168,6 +169,7 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
         nonce, sealed = blob[:_NONCE_BYTES], blob[_NONCE_BYTES:]
         payload = refusal = None
         with self._key() as kek:
+            self._require_may(kek, "decrypt", UnwrapDeniedError)
             try:
                 payload = kek.decrypt(sealed, **self._gcm(nonce, context))
             except self._pkcs11.exceptions.PKCS11Error as error:
@@ -177,6 +179,14 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
         if payload is None:
             raise rejected(context, f"the token answers {refusal}")
         return open_bound_payload(payload, context)
+
+    def _require_may(self, kek: Any, use: str, kind: type[KeyUnavailableError]) -> None:
+        # python-pkcs11 gives a key's object the methods that the token allows for it.
+        if not hasattr(kek, use):
+            raise kind(
+                f"key {self._arguments['key']!r} of token {self._arguments['token']!r} may not "
+                f"{use}, by its attributes. No key was wrapped or released."
+            )
 
     def _gcm(self, nonce: bytes, context: Mapping[str, str]) -> dict[str, Any]:
         parameters = self._pkcs11.GCMParams(nonce, associated_data(context), _TAG_BITS)

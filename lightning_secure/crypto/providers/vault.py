@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 from lightning_secure.crypto.encoding import b64encode
-from lightning_secure.crypto.keys import DataKey, associated_data
+from lightning_secure.crypto.keys import DataKey, UnwrapDeniedError, associated_data
 from lightning_secure.crypto.providers.external import (
     ExternalKeyProvider,
     PathLike,
@@ -118,10 +118,10 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         require_safe_url(url, name="url", insecure_allow_http=insecure_allow_http)
         positive(timeout=timeout)
         if not _NAME.fullmatch(key):
-            raise ConfigError(f"key={key!r} is not the name of a transit key.")
+            raise ConfigError("key is not the name of a transit key.")  # perhaps it is the token
         for name, path in (("mount", mount), ("namespace", namespace)):
             if path is not None and not _PATH.fullmatch(path):
-                raise ConfigError(f"{name}={path!r} is not a path of a Vault server.")
+                raise ConfigError(f"{name} is not a path of a Vault server.")
         self._hvac = import_extra("hvac", extra="vault", user="VaultTransitKeyProvider")
         self._key_id = "/".join(part for part in (namespace, mount, key) if part)
 
@@ -158,7 +158,7 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
     def _call(self, operation: str, context: Mapping[str, str], **arguments: str) -> dict[str, Any]:
         """Send one request; its answer's data, or an error that holds nothing of either."""
         token = read_secret(self._arguments["token"], what="the Vault token")
-        failure, refused, answer = "", False, None
+        failure, refused, denied, answer = "", False, False, None
         with self._session() as session:
             client = self._hvac.Client(
                 url=self._arguments["url"],
@@ -178,6 +178,7 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
             except self._hvac.exceptions.VaultError as error:
                 kind = type(error).__name__
                 failure = f"status {_STATUS.get(kind, kind)}"
+                denied = kind == "Forbidden" and operation == "decrypt_data"
                 told = error.errors if isinstance(error.errors, list) else []
                 refused = any(str(text).startswith(_REFUSALS) for text in told)
             except Exception as error:  # noqa: BLE001 # also an answer that hvac cannot parse
@@ -186,7 +187,7 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         if refused:
             raise rejected(context, "the server cannot authenticate it")
         if failure:
-            raise self._failed(failure)
+            raise self._failed(failure, UnwrapDeniedError if denied else KeyUnavailableError)
         data = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(data, dict):
             raise self._failed("an answer of another form")
@@ -216,8 +217,10 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
             session.trust_env = False  # a proxy would see all of it
         return session
 
-    def _failed(self, reason: str) -> KeyUnavailableError:
-        return KeyUnavailableError(
+    def _failed(
+        self, reason: str, kind: type[KeyUnavailableError] = KeyUnavailableError
+    ) -> KeyUnavailableError:
+        return kind(
             f"Vault at {self._arguments['url']!r} did not answer for key {self._key_id!r} "
             f"({reason}). No key was released."
         )

@@ -198,3 +198,23 @@ def test_without_its_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"lightning-secure\[aws\]"):
         AwsKmsKeyProvider(key_arn=ARN)
+
+
+@pytest.mark.parametrize("encrypts", [True, False])
+def test_a_role_that_may_only_wrap_seals(aws, misbehaving, encrypts):
+    """As AWS answers; moto knows no policies of keys."""
+    wrapped = aws.make().wrap_all(DataKey.generate(), context=CONTEXT)
+    blob = json.dumps({"CiphertextBlob": "AAAA", "KeyId": wrapped[0].key_id}).encode()
+
+    def answer(request):
+        if b"Plaintext" in request and encrypts:
+            return 200, {"Content-Type": "application/x-amz-json-1.1"}, blob
+        kind = "AccessDeniedException" if b"CiphertextBlob" in request else "DisabledException"
+        return 400, {}, json.dumps({"__type": kind, "message": "refused"}).encode()
+
+    sealer = aws.make(endpoint_url=misbehaving(answer).url)
+    if encrypts:
+        sealer.confirm(wrapped, context=CONTEXT)
+    else:
+        with pytest.raises(KeyUnavailableError, match="DisabledException"):
+            sealer.confirm(wrapped, context=CONTEXT)

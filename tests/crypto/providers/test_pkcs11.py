@@ -257,3 +257,32 @@ def test_without_its_package_the_extra_is_named(where, monkeypatch):
     for act in (Pkcs11KeyProvider, Pkcs11KeyProvider.generate):
         with pytest.raises(MissingExtraError, match=r"lightning-secure\[pkcs11\]"):
             act(**where, key="x")
+
+
+@pytest.mark.parametrize("may", ["ENCRYPT", "DECRYPT"])
+def test_a_key_that_may_only_wrap_seals_and_one_that_may_not_is_named(where, label, session, may):
+    import pkcs11
+
+    attribute = pkcs11.Attribute
+    session.generate_key(
+        pkcs11.KeyType.AES,
+        256,
+        label=label,
+        id=os.urandom(16),
+        store=True,
+        capabilities=pkcs11.MechanismFlag[may],
+        template={
+            attribute.PRIVATE: True,
+            attribute.SENSITIVE: True,
+            attribute.EXTRACTABLE: False,
+        },
+    )
+    provider = Pkcs11KeyProvider(**where, key=label)
+    if may == "DECRYPT":
+        with pytest.raises(KeyUnavailableError, match="may not encrypt"):
+            provider.wrap_all(DataKey.generate(), context=CONTEXT)
+        return
+    wrapped = provider.wrap_all(DataKey.generate(), context=CONTEXT)
+    provider.confirm(wrapped, context=CONTEXT)
+    with pytest.raises(KeyUnavailableError, match="may not decrypt"):
+        provider.unwrap_any(wrapped, context=CONTEXT)

@@ -282,3 +282,26 @@ def test_without_its_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "hvac", None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"lightning-secure\[vault\]"):
         VaultTransitKeyProvider(url="https://v.example", key="project")
+
+
+def test_a_role_that_may_only_wrap_seals_and_one_that_may_nothing_does_not(vault, bao):
+    client, tokens = bao.client(), {}
+    for name, path in (("seals", "transit/encrypt/project"), ("nothing", "transit/encrypt/x")):
+        rule = f'path "{path}" {{ capabilities = ["update"] }}'
+        client.sys.create_or_update_policy(name, rule)
+        tokens[name] = client.auth.token.create(policies=[name])["auth"]["client_token"]
+    sealer = vault.make(token=lambda: tokens["seals"])
+    wrapped = sealer.wrap_all(DataKey.generate(), context=CONTEXT)
+    sealer.confirm(wrapped, context=CONTEXT)
+    with pytest.raises(KeyUnavailableError, match="403"):
+        sealer.unwrap_any(wrapped, context=CONTEXT)
+    with pytest.raises(KeyUnavailableError, match="403"):  # as after its login is over
+        vault.make(token=lambda: tokens["nothing"]).confirm(wrapped, context=CONTEXT)
+    client.secrets.transit.create_key(name="brief", key_type="aes256-gcm96")
+    client.sys.create_or_update_policy("seals", rule.replace("/x", "/brief"))
+    sealer = vault.make(token=lambda: tokens["seals"], key="brief")
+    wrapped = sealer.wrap_all(DataKey.generate(), context=CONTEXT)
+    client.secrets.transit.update_key_configuration(name="brief", deletion_allowed=True)
+    client.secrets.transit.delete_key(name="brief")
+    with pytest.raises(KeyUnavailableError):
+        sealer.confirm(wrapped, context=CONTEXT)

@@ -62,4 +62,25 @@ CATALOGUE = [
         "if stretch:",
         "tests/plugins/test_compact.py -k share_them_afterwards",
     ),
+    Mutation(
+        "the record of another dataset's erasure destroys a key",
+        "data/unfinished.py",
+        "current.dataset_id == self.before.dataset_id and ",
+        "",
+        "tests/data/test_erasure.py -k of_another_dataset",
+    ),
+    Mutation(
+        "a file beside the manifest says that rows are erased",
+        "cli/erase.py",
+        "return record is not None and record.happened(read_manifest(root, trusted=trusted))",
+        "pass\n    return (root / '.erasing').exists()",
+        "tests/cli/test_rotate_and_erase.py -k somebody_put_there",
+    ),
+    Mutation(
+        "a row of a class of its own takes its neighbours with it",
+        "plugins/compact.py",
+        "not isinstance(value, Tensor)\n",
+        "type(value) is not Tensor\n",
+        "tests/plugins/test_compact.py -k another_kind",
+    ),
 ]
