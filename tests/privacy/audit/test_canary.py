@@ -79,7 +79,7 @@ def rows_drawn_too_often(monkeypatch):
     monkeypatch.setattr(
         PoissonBatchSampler,
         "__iter__",
-        lambda self: (list(range(self._dataset_size)) for _ in range(self._steps)),
+        lambda self: (list(self._part) for _ in range(self._steps)),
     )
 
 
