@@ -252,6 +252,11 @@ class GradientEngine:
         if not self.parameters:
             raise UnsupportedModelError("the model has no trainable parameter. No step was taken.")
         self._covered = frozenset(map(id, self.parameters))
+        self._statistics = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         self.require_covered(model.named_parameters())
         self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
@@ -315,13 +320,15 @@ class GradientEngine:
             rows: How many.
 
         Raises:
-            UnsupportedModelError: The loss is a float16.
+            UnsupportedModelError: The loss is a float16 or a bfloat16.
         """
-        if loss.dtype == torch.float16:
+        if loss.dtype in (torch.float16, torch.bfloat16):
             raise UnsupportedModelError(
-                "the loss is a float16, which ends at 65504: its gradient would overflow by the "
-                "number of rows that were drawn. Compute it in float32, as the losses of torch "
-                "do under autocast, or from model(x).float(). This step was not taken."
+                f"the loss is a {str(loss.dtype)[6:]}. float16 ends at 65504, and bfloat16 counts "
+                "to 256: a mean over more rows or tokens divides by a rounded number. So one more "
+                "row would change the gradients of all others together. Compute it in float32, as "
+                "losses of torch do under autocast, or from model(x).float(). This step was not "
+                "taken."
             )
         self._factor = rows * self._loss_scale
         return loss.to(widened(loss.dtype)) * self._factor
@@ -345,8 +352,19 @@ class GradientEngine:
         return records
 
     def begin_step(self) -> None:
-        """Forget the sums of the last step."""
+        """Forget the sums of the last step.
+
+        Raises:
+            UnsupportedModelError: Batch statistics, frozen when the run began, are not any more.
+        """
         self._sums = {}
+        for name, module in self._statistics:
+            if module.training or module.track_running_stats is False:
+                raise UnsupportedModelError(
+                    f"layer {name!r} ({type(module).__name__}) was frozen by eval() when the run "
+                    "began, and is not any more: it would normalise each sample by the others. "
+                    "Keep it in eval(), also after self.train(). This step was not taken."
+                )
 
     def add_chunk(self, batch: int) -> Tensor:
         """Clip the recorded chunk of ``batch`` rows and add it to the step's sums.
