@@ -116,18 +116,18 @@ class SteppingStrategy(AccountedStrategy):
             )
         batch.spent = True
         ledger, engine = required(self._ledger), required(self._engine)
-        if not ledger.affords_a_step(self.config.target_epsilon):
-            raise BudgetExhaustedError(
-                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
-                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
-                "taken; the last checkpoint holds the weights and the account."
-            )
+        self._require_affordable(ledger)
         require_no_accumulation(self._module.trainer)
         engine.begin_step()
         self._released.begin_step()
         with self._randomness.apart(self.root_device):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
-            return withheld(outputs, self.root_device, self._public_metrics)
+            told = withheld(outputs, self.root_device, self._public_metrics)
+        if batch.chunks:
+            required(self._results).again = False
+        else:
+            required(self._results).repeat()
+        return told
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine, results = required(self._engine), required(self._results)
@@ -140,7 +140,16 @@ class SteppingStrategy(AccountedStrategy):
             output = super().training_step(data, *rest, **kwargs)
             self._backward(engine.scaled(loss_of(output), chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
+        results.again = True
         return output
+
+    def _require_affordable(self, ledger: Ledger) -> None:
+        if not ledger.affords_a_step(self.config.target_epsilon):
+            raise BudgetExhaustedError(
+                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
+                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
+                "taken; the last checkpoint holds the weights and the account."
+            )
 
     def _backward(self, loss: Tensor) -> None:
         self.precision_plugin.backward(loss, self._module, self.optimizers[0])
@@ -197,6 +206,8 @@ class SteppingStrategy(AccountedStrategy):
             engine.require_covered(self._module.named_parameters())
             groups = self.optimizers[0].param_groups
             engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
+            # Again: training_step may have released something, and left less than a step takes.
+            self._require_affordable(ledger)
             ledger.record()
         engine.release(
             self._noise,
