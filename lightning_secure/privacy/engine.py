@@ -252,11 +252,8 @@ class GradientEngine:
         if not self.parameters:
             raise UnsupportedModelError("the model has no trainable parameter. No step was taken.")
         self._covered = frozenset(map(id, self.parameters))
-        self._statistics = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
+        norms = nn.modules.batchnorm._BatchNorm
+        self._statistics = [(n, m) for n, m in model.named_modules() if isinstance(m, norms)]
         self.require_covered(model.named_parameters())
         self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
@@ -324,11 +321,9 @@ class GradientEngine:
         """
         if loss.dtype in (torch.float16, torch.bfloat16):
             raise UnsupportedModelError(
-                f"the loss is a {str(loss.dtype)[6:]}. float16 ends at 65504, and bfloat16 counts "
-                "to 256: a mean over more rows or tokens divides by a rounded number. So one more "
-                "row would change the gradients of all others together. Compute it in float32, as "
-                "losses of torch do under autocast, or from model(x).float(). This step was not "
-                "taken."
+                f"the loss is a {str(loss.dtype)[6:]}. float16 ends at 65504, bfloat16 counts to "
+                "256: one more row would change all others' gradients together. Compute it in "
+                "float32, or from model(x).float(). This step was not taken."
             )
         self._factor = rows * self._loss_scale
         return loss.to(widened(loss.dtype)) * self._factor
@@ -352,18 +347,13 @@ class GradientEngine:
         return records
 
     def begin_step(self) -> None:
-        """Forget the sums of the last step.
-
-        Raises:
-            UnsupportedModelError: Batch statistics, frozen when the run began, are not any more.
-        """
+        """Forget the sums of the last step; refuse statistics that are frozen no longer."""
         self._sums = {}
         for name, module in self._statistics:
             if module.training or module.track_running_stats is False:
                 raise UnsupportedModelError(
-                    f"layer {name!r} ({type(module).__name__}) was frozen by eval() when the run "
-                    "began, and is not any more: it would normalise each sample by the others. "
-                    "Keep it in eval(), also after self.train(). This step was not taken."
+                    f"layer {name!r} was frozen by eval() when the run began, and is not any more: "
+                    "it would mix rows. Keep it in eval(). This step was not taken."
                 )
 
     def add_chunk(self, batch: int) -> Tensor:

@@ -10,8 +10,8 @@ CATALOGUE = [
     Mutation(
         "last bits tell where a row came",
         "privacy/engine.py",
-        "            dtype = widened(parameter.dtype)\n",
-        "            dtype = torch.float32\n",
+        "(parameter, dtype=widened(parameter.dtype))",
+        "(parameter, dtype=torch.float32)",
         f"{COUNTS} -k as_fine",
     ),
     Mutation(
@@ -24,22 +24,22 @@ CATALOGUE = [
     Mutation(
         "a public metric weighs steps by their rows",
         "strategies/telemetry.py",
-        '                kwargs["batch_size"] = 1\n',
+        '            kwargs["batch_size"] = 1\n',
         "",
         f"{COUNTS} -k 'public_metric and 8-32'",
     ),
     Mutation(
         "a public metric counts chunks",
         "strategies/telemetry.py",
-        "            if not self.again:\n",
-        "            if True:\n",
+        "            if self.again:\n",
+        "            if False:\n",
         f"{COUNTS} -k 'public_metric and 8-2'",
     ),
     Mutation(
         "a step takes what a release has left",
         "strategies/stepping.py",
-        "        self._require_affordable(ledger)\n        ledger.record()\n",
-        "        ledger.record()\n",
+        "            self._require_affordable(ledger)\n            ledger.record()\n",
+        "            ledger.record()\n",
         f"{COUNTS} -k leaves_that_step",
     ),
     Mutation(
