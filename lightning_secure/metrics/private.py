@@ -37,9 +37,12 @@ class _ReleasedMean(Metric):
         insecure_seed: int | None = None,
     ) -> None:
         super().__init__()
-        self._sum = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
-        # One number at a time: what secure noise costs more does not matter here.
-        self._noise = GaussianNoise(insecure_seed, secure=insecure_seed is None)
+        seeded = insecure_seed is not None
+        self._sum = PrivateSum(
+            bounds, noise_multiplier=noise_multiplier, public_rows=public_rows, known=seeded
+        )
+        # Two numbers a release: secure in any run, which may be one that says so of all its noise.
+        self._noise = GaussianNoise(insecure_seed, secure=not seeded)
         self._payer = _Payer(account)
         self._released: tuple[int, Tensor] | None = None
         zero = torch.zeros((), dtype=torch.float64)
@@ -103,7 +106,8 @@ class PrivateMean(_ReleasedMean):
         account: What pays for each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
             By default the ledger of the private strategy that trains the module that this metric is
             part of.
-        insecure_seed: Makes the noise repeatable, and so not private.
+        insecure_seed: Makes the noise repeatable, and so not private: each release is charged as
+            one without noise, and epsilon is infinite.
 
     :meth:`update` takes values of shape ``(rows,)``; :meth:`compute` returns shape ``()``, in the
     unit of the values, moved into the bounds. On several ranks the sums are added up and noise is

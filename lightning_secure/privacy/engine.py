@@ -51,6 +51,8 @@ class GradientEngine:
         if not self.parameters:
             raise UnsupportedModelError("the model has no trainable parameter. No step was taken.")
         self._covered = frozenset(map(id, self.parameters))
+        norms = nn.modules.batchnorm._BatchNorm
+        self._statistics = [(n, m) for n, m in model.named_modules() if isinstance(m, norms)]
         self.require_covered(model.named_parameters())
         self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
@@ -117,13 +119,13 @@ class GradientEngine:
             rows: How many.
 
         Raises:
-            UnsupportedModelError: The loss is a float16.
+            UnsupportedModelError: The loss is a float16 or a bfloat16.
         """
-        if loss.dtype == torch.float16:
+        if loss.dtype in (torch.float16, torch.bfloat16):
             raise UnsupportedModelError(
-                "the loss is a float16, which ends at 65504: its gradient would overflow by the "
-                "number of rows that were drawn. Compute it in float32, as the losses of torch "
-                "do under autocast, or from model(x).float(). This step was not taken."
+                f"the loss is a {str(loss.dtype)[6:]}. float16 ends at 65504, bfloat16 counts to "
+                "256: one more row would change all others' gradients together. Compute it in "
+                "float32, or from model(x).float(). This step was not taken."
             )
         self._factor = rows * self._loss_scale
         return loss.to(widened(loss.dtype)) * self._factor
@@ -147,7 +149,7 @@ class GradientEngine:
         return records
 
     def begin_step(self, max_grad_norm: float | None = None) -> None:
-        """Forget the sums of the last step.
+        """Forget the sums of the last step; refuse statistics that are frozen no longer.
 
         Args:
             max_grad_norm: Bound of this step, to which its rows are clipped and its noise is
@@ -157,6 +159,12 @@ class GradientEngine:
         if max_grad_norm is not None:
             positive(max_grad_norm=max_grad_norm)
             self._max_grad_norm = max_grad_norm
+        for name, module in self._statistics:
+            if module.training or module.track_running_stats is False:
+                raise UnsupportedModelError(
+                    f"layer {name!r} was frozen by eval() when the run began, and is not any more: "
+                    "it would mix rows. Keep it in eval(). This step was not taken."
+                )
 
     def add_chunk(self, batch: int) -> Tensor:
         """Clip the recorded chunk of ``batch`` rows and add it to the step's sums.

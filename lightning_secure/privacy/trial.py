@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -104,12 +104,30 @@ class Trial:
         """Run forward and backward without records; return the gradient of each parameter."""
         _seed(0)
         self.model.zero_grad(set_to_none=True)
-        self.backward(self.engine.scaled(self.loss_of(batch), rows))
+        with _without_hooks(self.engine.parameters):
+            self.backward(self.engine.scaled(self.loss_of(batch), rows))
         gradients = [
             None if p.grad is None else self.engine.unscaled(p.grad) for p in self.engine.parameters
         ]
         self.model.zero_grad(set_to_none=True)  # the model's own code must not find them
         return gradients
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no hook on a parameter, as loggers put them there, see a gradient without noise.
+
+    In the steps themselves parameters are frozen, and have none.
+    """
+    every = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in parameters]
+    kept = [(hooks, dict(hooks)) for pair in every for hooks in pair if hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, content in kept:
+            hooks.update(content)
 
 
 def _seed(seed: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    DeviceStatsMonitor,
     GradientAccumulationScheduler,
     LearningRateFinder,
 )
@@ -137,6 +138,12 @@ def _refused_callbacks(callbacks: Sequence[pl.Callback]) -> Iterator[tuple[bool,
                 f"{name}, also as Tuner uses it, takes steps whose losses it looks at without "
                 "noise, and throws their account away with their weights. Try values in private "
                 "runs and compare them on validation data that is none of the rows.",
+            )
+        elif isinstance(callback, DeviceStatsMonitor):
+            yield (
+                True,
+                f"{name} logs the memory of each step, which tells how many rows it has drawn. "
+                "Measure a run on public data, or without a logger.",
             )
         elif isinstance(callback, SpikeDetection):
             yield (

@@ -142,19 +142,19 @@ class SteppingStrategy(AccountedStrategy):
         ledger, engine = required(self._ledger), required(self._engine)
         if self._banded is not None:
             self._banded.require_turn()
-        if not ledger.affords_a_step(self.config.target_epsilon):
-            raise BudgetExhaustedError(
-                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
-                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
-                "taken; the last checkpoint holds the weights and the account."
-            )
+        self._require_affordable(ledger)
         require_no_accumulation(self._module.trainer)
         bound = clip_bound(self.config, ledger)
         engine.begin_step(bound)
         self._released.begin_step(bound)
         with self._randomness.apart(self.root_device):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
-            return withheld(outputs, self.root_device, self._public_metrics)
+            told = withheld(outputs, self.root_device, self._public_metrics)
+        if batch.chunks:
+            required(self._results).again = False
+        else:
+            required(self._results).repeat()
+        return told
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine, results = required(self._engine), required(self._results)
@@ -167,7 +167,16 @@ class SteppingStrategy(AccountedStrategy):
             output = super().training_step(data, *rest, **kwargs)
             self._backward(engine.scaled(loss_of(output), chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
+        results.again = True
         return output
+
+    def _require_affordable(self, ledger: Ledger) -> None:
+        if not ledger.affords_a_step(self.config.target_epsilon):
+            raise BudgetExhaustedError(
+                f"epsilon {ledger.epsilon():.4g} of {self.config.target_epsilon:.4g} is spent "
+                f"after {ledger.steps} steps, and one more would exceed it. The step was not "
+                "taken; the last checkpoint holds the weights and the account."
+            )
 
     def _backward(self, loss: Tensor) -> None:
         self.precision_plugin.backward(loss, self._module, self.optimizers[0])
@@ -224,6 +233,8 @@ class SteppingStrategy(AccountedStrategy):
             engine.require_covered(self._module.named_parameters())
             groups = self.optimizers[0].param_groups
             engine.require_covered(("of the optimizer", p) for g in groups for p in g["params"])
+            # Again: training_step may have released something, and left less than a step takes.
+            self._require_affordable(ledger)
             ledger.record()
         engine.release(
             self._gradient_noise(),

@@ -40,11 +40,17 @@ class GuardedResults(_ResultCollection):
 
     Attributes:
         muted: Whether nothing passes, not even a remark: during trial runs.
+        again: Whether the step has logged already, for a chunk before this one.
+
+    A public metric counts once a step, whatever the draw: its mean over an epoch, weighed by rows
+    or by chunks, would tell how many were drawn.
     """
 
     def __init__(self, public: Iterable[str], released: Iterable[str] = ()) -> None:
         super().__init__(training=True)
         self.muted = False
+        self.again = False
+        self._last: dict[tuple[str, str], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._public = frozenset(public)
         self._released = frozenset(released)
         self._withheld: set[str] = set()
@@ -54,10 +60,14 @@ class GuardedResults(_ResultCollection):
         if self.muted:
             return
         if name in self._public:
+            if self.again:
+                return
+            kwargs["batch_size"] = 1
             if fx == "training_step":
                 # Of several processes each has its own number of chunks, and would wait for the
                 # others' values in vain.
                 kwargs["sync_dist"] = False
+                self._last[fx, name] = args, kwargs
             super().log(fx, name, *args, **kwargs)
         elif name not in self._withheld | self._released:
             self._withheld.add(name)
@@ -69,6 +79,11 @@ class GuardedResults(_ResultCollection):
                 name,
                 fx,
             )
+
+    def repeat(self) -> None:
+        """Count a step that has drawn nothing, and so has not logged, like the one before it."""
+        for (fx, name), (args, kwargs) in self._last.items():
+            super().log(fx, name, *args, **kwargs)
 
     def publish(self, metrics: Mapping[str, Tensor]) -> None:
         """Take in metrics of one step that were released with noise; their mean is an epoch's."""

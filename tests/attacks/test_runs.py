@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
+    DeviceStatsMonitor,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
 )
 from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -364,6 +366,7 @@ def test_an_account_without_a_step_binds_nobody(tmp_path):
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder"),
         ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder"),
         ({"callbacks": [SpikeDetection()]}, "SpikeDetection"),
+        ({"callbacks": [DeviceStatsMonitor()], "logger": DummyLogger()}, "DeviceStatsMonitor"),
         ({"profiler": PyTorchProfiler(record_shapes=True)}, "record_shapes"),
         ({"profiler": PyTorchProfiler(profile_memory=True)}, "record_shapes"),
         (

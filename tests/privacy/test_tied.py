@@ -125,3 +125,30 @@ def test_a_head_of_a_large_vocabulary_is_neither_kept_nor_formed():
     unit = LinearUnit.of("head", nn.Linear(64, 5000, bias=False))
     ways = unit.ways(torch.randn(2, 8, 64), torch.randn(2, 8, 5000))
     assert [way.form for way in ways] == [""]
+
+
+class Padded(nn.Module):
+    """Two tables of one weight, of which one pads."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Embedding(WORDS, SIZE)
+        self.other = nn.Embedding(WORDS, SIZE, padding_idx=2)
+        self.other.weight = self.one.weight
+
+    def forward(self, tokens):
+        return self.one(tokens) + 2 * self.other((tokens + 1) % 4)
+
+
+def test_each_use_of_a_table_has_its_own_padding():
+    torch.manual_seed(0)
+    model, tokens = Padded().double(), torch.randint(0, 4, (BATCH, TIME))
+    engine = GradientEngine(model, max_grad_norm=1e9)
+    engine.attach()
+    with engine.recording(rows=BATCH):
+        engine.scaled(model(tokens).square().sum((1, 2)).mean(), BATCH).backward()
+    engine.add_chunk(BATCH)
+    (total,) = engine._sums.values()
+    engine.detach()
+    model(tokens).square().sum().backward()
+    torch.testing.assert_close(total, model.one.weight.grad)

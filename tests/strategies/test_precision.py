@@ -27,7 +27,7 @@ class Model(L.LightningModule):
     def training_step(self, batch, batch_idx):
         out = self.net(batch[0])
         self.seen = out.dtype
-        return F.cross_entropy(out, batch[1])
+        return F.cross_entropy(out.float(), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)

@@ -105,6 +105,9 @@ def weights(model):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_the_boring_model_trains(tmp_path, precision):
     class Boring(BoringModel):
+        def loss(self, preds, labels=None):
+            return super().loss(preds.float(), labels)
+
         def validation_step(self, batch, batch_idx):
             return super().validation_step(batch.to(self.layer.weight.dtype), batch_idx)
 

@@ -14,8 +14,8 @@ from lightning_secure.errors import ConfigError, UnsupportedModelError
 from lightning_secure.privacy.leftovers import preserved
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
-from lightning_secure.privacy.rows import recombined, with_row
-from lightning_secure.privacy.trial import NO_STEP, exact_arithmetic
+from lightning_secure.privacy.rows import first_rows, recombined, with_row
+from lightning_secure.privacy.trial import NO_STEP, exact_arithmetic, without_dropout
 from lightning_secure.validate import positive
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _ROWS: Final = 5
+_SIZES: Final = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class StepMetrics:
             return
         sums = torch.stack(
             [
-                centred(m.values(output, norms, self._max_grad_norm), m.limits).sum().to(norms)
+                centred(m.values(output, norms, self._max_grad_norm), m.limits).sum().float()
                 for m in self.metrics.values()
             ]
         )
@@ -229,9 +230,11 @@ class StepMetrics:
         A draw may be larger or smaller than expected, so a step's value may lie outside of the
         bounds; on average over steps it is the mean over all rows.
         """
-        widths = sums.new_tensor(self.noise_multipliers)
+        sums = sums.clone()
         if on:
-            sums = sums + widths * noise.add_(torch.zeros_like(sums), std=1.0)
+            # Each by itself: scaled and added before it is rounded.
+            for place, width in enumerate(self.noise_multipliers):
+                noise.add_(sums[place : place + 1], std=width)
         found = {}
         for (name, metric), value in zip(self.metrics.items(), sums, strict=True):
             low, high = metric.limits
@@ -257,16 +260,17 @@ def require_rows_apart(
         size: Its rows.
 
     Raises:
-        UnsupportedModelError: A row's number changes when the others do, or is not there.
+        UnsupportedModelError: A row's number changes when the others do, or with how many they
+            are, or is not there.
     """
     if not entries:
         return
     generator = torch.Generator().manual_seed(0)
 
-    def found(rows: Any) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # so that dropout does the same
-        output = output_of(rows)
-        return {entry: entry_of(output, entry, _ROWS).float() for entry in entries}
+    def found(rows: Any, number: int = _ROWS, seed: int = 0) -> dict[str, Tensor]:
+        torch.manual_seed(seed)  # so that dropout does the same
+        output = output_of(first_rows(rows, _ROWS, number))
+        return {entry: entry_of(output, entry, number).float() for entry in entries}
 
     with preserved(model), exact_arithmetic():
         rows = recombined(batch, size, _ROWS, generator, jitter=1)
@@ -275,9 +279,25 @@ def require_rows_apart(
             others = recombined(batch, size, _ROWS, generator, jitter=1)
             after = found(with_row(others, rows, kept, rows=_ROWS))
             for entry in entries:
-                if not torch.allclose(before[entry][kept], after[entry][kept], 1e-3, 1e-5):
+                if not _close(before[entry][kept], after[entry][kept]):
                     raise UnsupportedModelError(
                         f"what training_step returns under {entry!r} for one row changes when "
                         "another row does, so noise for one row's part does not cover it. Let each "
                         f"number depend on its own row. {NO_STEP}"
                     )
+        with without_dropout(model):
+            before, again = found(rows), found(rows, seed=1)
+            for entry in entries:
+                if not _close(before[entry], again[entry]):
+                    continue  # drawn at random, and differently in batches of other sizes
+                for number in _SIZES:
+                    if not _close(before[entry][:number], found(rows, number)[entry]):
+                        raise UnsupportedModelError(
+                            f"what training_step returns under {entry!r} for one row depends on "
+                            "how many rows there are, so noise for one row's part does not cover "
+                            f"it. Let each number depend on its own row. {NO_STEP}"
+                        )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, 1e-3, 1e-5)

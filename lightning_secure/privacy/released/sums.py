@@ -117,25 +117,33 @@ class PrivateSum:
         noise_multiplier: Standard deviation of the noise, in units of what one row can change.
         public_rows: Number of rows to divide by, if it is public. Otherwise the number is released
             as well, with the same noise multiplier, and both are charged.
+        known: Whether somebody may know the noise. It is charged as none.
 
     Raises:
         ConfigError: A number is out of range.
     """
 
     def __init__(
-        self, bounds: Bounds, *, noise_multiplier: float, public_rows: int | None = None
+        self,
+        bounds: Bounds,
+        *,
+        noise_multiplier: float,
+        public_rows: int | None = None,
+        known: bool = False,
     ) -> None:
         positive(noise_multiplier=noise_multiplier)
         positive_int(public_rows=public_rows)
         self.bounds = require_bounds(bounds)
         self.noise_multiplier = noise_multiplier
         self.public_rows = public_rows
+        self.known = known
 
     @property
     def cost(self) -> Release:
         """What a release is charged as."""
         parts = 1 if self.public_rows is not None else 2
-        return Release(joint_noise(*[self.noise_multiplier] * parts), 1.0, 1)
+        noise = 0.0 if self.known else joint_noise(*[self.noise_multiplier] * parts)
+        return Release(noise, 1.0, 1)
 
     def summed(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the rows' :func:`centred` values, and their number, each shape ``()``.

@@ -70,7 +70,9 @@ class EmbeddingUnit(Unit):
         return {self.weight: table.index_add_(0, tokens.flatten(), scaled.flatten(0, 1))}
 
     def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
-        """Lay several uses one after another in time."""
+        """Lay several uses one after another in time, if they have one padding."""
+        if {cast("EmbeddingUnit", record.unit).padding for record in records} != {self.padding}:
+            return None
         pairs = [self.timed(*record.evidence()) for record in records]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
 
