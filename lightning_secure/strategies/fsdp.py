@@ -31,6 +31,7 @@ from lightning_secure.strategies.sharding import (
     gathered,
     left_whole,
     like_parameter,
+    put_back,
     require_gatherable,
     share_unsharded,
 )
@@ -103,6 +104,12 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         whole: dict[str, Any] = gathered(state, keep=self.is_global_zero)
         return whole if self.is_global_zero else {}
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint through the ``CheckpointIO``, in the first process."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         """Let the module take over whole weights; each process keeps its shards."""
         module = required(self.lightning_module)
         _materialize_distributed_module(module, self.root_device)
+        put_back(module)
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         state = {
             name: like_parameter(value, own.get(name))
@@ -204,10 +212,12 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
             timeout=timeout,
         )
         self._shards: Shards | None = None
+        self._gatherable = False
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set up as with ``PrivateDDPStrategy``, with the weights sharded as they are."""
-        Shards(self._module)  # a validation may have left weights whole
+        self._gatherable = False
+        put_back(self._module)  # a validation may have left weights whole
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             share_unsharded(self._module)
@@ -217,7 +227,7 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         shards = self._shards = Shards(self._module)
         if self._engine is None:  # before the first step
             with self._together():
-                shards.require_sharded_alike(self._module, world_size=self.world_size)
+                shards.require_alike(world_size=self.world_size)
                 shards.require_on(self.root_device)
         with shards.whole():
             yield
@@ -233,6 +243,19 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
                 super()._preflight(chunk, rest, kwargs)
         finally:
             self._trying = False
+
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Take the step; after the first one, look whether checkpoints can hold the optimizer.
+
+        Raises:
+            UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
+        """
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        if not self._gatherable:
+            with self._together():
+                require_gatherable(optimizer.state)
+            self._gatherable = True
+        return result
 
     def _tell_where_sums_are_due(self) -> None:
         self._added([1, 0])
@@ -257,6 +280,6 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
     def teardown(self) -> None:
         """Take everything off again."""
         if self._lightning_module is not None:
-            self._shards = Shards(self._module)
+            put_back(self._module)
         super().teardown()
         self._shards = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ __all__ = [
     "gathered",
     "left_whole",
     "like_parameter",
+    "put_back",
     "require_gatherable",
     "share_unsharded",
 ]
@@ -36,15 +37,13 @@ class Shards:
     """The sharded parameters of a model, and their whole stand-ins.
 
     Args:
-        model: Sharded by ``fully_shard``.
-
-    Raises:
-        PrivacyError: Some of it is not in its sharded form, nor can be put back into it.
+        model: Sharded by ``fully_shard``; see :func:`put_back`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.put_back()
+        put_back(model)
+        self.model = model
+        self.modules = _sharding(model)
         self.places = [
             (module, name, parameter)
             for module in model.modules()
@@ -72,49 +71,33 @@ class Shards:
             answered(lambda: [module.unshard() for module in self.modules])
             yield
         finally:
-            self.put_back()
-
-    def put_back(self) -> None:
-        """Have all weights sharded, and gathered and let go of by each pass from now on."""
-        for module in self.modules:
-            # First, because it also counts for one whose forward pass has failed midway.
-            module.set_reshard_after_forward(True, recurse=False)
-            module.set_reshard_after_backward(True, recurse=False)
-            module.set_requires_gradient_sync(True, recurse=False)
-            module.reshard()
+            put_back(self.model)
 
     def homes(self) -> dict[nn.Parameter, nn.Parameter]:
         """Return the sharded parameter for each whole one; within :meth:`whole`.
 
         Raises:
-            UnsupportedTrainerOptionError: They are of another type, or cannot be trained.
+            PrivacyError: One was not gathered.
         """
         homes: dict[nn.Parameter, nn.Parameter] = {}
         for module, name, parameter in self.places:
             stand_in = module._parameters[name]
             if stand_in is None or isinstance(stand_in, DTensor):
                 raise PrivacyError(f"parameter {name!r} was not gathered. No step was taken.")
-            if stand_in.is_inference():
-                raise UnsupportedTrainerOptionError(
-                    "the model ran in inference mode before this fit, as by Trainer.validate, and "
-                    "its gathered weights cannot be trained since. Use "
-                    "Trainer(inference_mode=False) there. No step was taken."
-                )
             homes[stand_in] = parameter
         return homes
 
-    def require_sharded_alike(self, model: nn.Module, *, world_size: int) -> None:
+    def require_alike(self, *, world_size: int) -> None:
         """Make sure that every trainable weight is sharded over all processes, and in no other way.
 
         Args:
-            model: Of which these are the shards.
             world_size: How many processes there are.
 
         Raises:
             UnsupportedModelError: It is not.
             UnsupportedTrainerOptionError: ``fully_shard`` was given a policy.
         """
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             if not isinstance(parameter, DTensor):
                 if parameter.requires_grad:
                     raise UnsupportedModelError(
@@ -158,6 +141,20 @@ class Shards:
                 )
 
 
+def put_back(model: nn.Module) -> None:
+    """Have all weights sharded, and gathered and let go of by each pass from now on."""
+    for module in _sharding(model):
+        # First, because it also counts for one whose forward pass has failed midway.
+        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.reshard()
+
+
+def _sharding(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def share_unsharded(model: nn.Module) -> None:
     """Give every process the buffers, and weights that are not sharded, of the first one.
 
@@ -194,7 +191,7 @@ def gathered(state: Any, *, keep: bool) -> Any:
         keep: Whether this process keeps what it gathers; the others get nothing in its place.
     """
     if isinstance(state, DTensor):
-        whole = state.detach().full_tensor()
+        whole: Tensor = state.full_tensor().detach()
         return whole.cpu() if keep else None
     if isinstance(state, Tensor):
         return state.detach().cpu()
@@ -217,7 +214,7 @@ def like_parameter(value: Any, parameter: Tensor | None) -> Any:
     return distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
 
 
-def require_gatherable(state: dict[int, dict[str, Any]]) -> None:
+def require_gatherable(state: Mapping[Any, Mapping[str, Any]]) -> None:
     """Make sure that what an optimizer keeps is of one number, or sharded as its parameter is.
 
     Args:

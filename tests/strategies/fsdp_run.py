@@ -15,11 +15,16 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_secure.crypto.providers.local import LocalKeyProvider
+from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
+from lightning_secure.strategies.sharding import Shards
 
 ROWS, RANK = 33, int(os.environ.get("LOCAL_RANK", "0"))
 CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 0.3}
@@ -54,7 +59,7 @@ class Model(L.LightningModule):
 
     def shard(self, mesh):
         fully_shard(self.net[0], mesh=mesh)
-        fully_shard(self.net[2], mesh=mesh)
+        fully_shard(self.net[2], mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
         fully_shard(self.net, mesh=mesh)
 
     def loss(self, batch):
@@ -64,7 +69,9 @@ class Model(L.LightningModule):
         return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch), sync_dist=True)
+        with torch.inference_mode():  # as Lightning's loop has it with NCCL
+            loss = self.loss(batch)
+        self.log("val_loss", loss, sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -101,6 +108,20 @@ class Watch(Callback):
         self.grads.append(whole([p.grad for p in module.parameters()]))
 
 
+class LeavesWhole(Callback):
+    """Has weights gathered before they change, so that they are old ones in the next step."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        for part in (module.net[0], module.net[2], module.net):
+            part.unshard()
+
+
+class FailsOutside(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if RANK == 1 and trainer.global_step == 2:
+            raise ValueError("outside of the step")
+
+
 def whole(tensors):
     return torch.cat([t.detach().full_tensor().flatten() for t in tensors]).clone()
 
@@ -127,21 +148,33 @@ def trainer(folder, *callbacks, strategy=None, config=None, **options):
     )  # fmt: skip
 
 
+def on_the_cpu(model):
+    """What is said where shards are on the CPU, and the strategy trains on a GPU."""
+    try:
+        Shards(model).require_on(torch.device("cuda"))
+    except UnsupportedTrainerOptionError as error:
+        return str(error)
+
+
 def quiet(folder):
     """Without noise, with validation before, between and after, and chunks in unequal numbers."""
     watch, model = Watch(empty=[(0, 1), (2, 0), (2, 1), (3, 0)]), Model()
     off = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
     run = trainer(
-        folder, watch, limit_val_batches=2, val_check_interval=2, num_sanity_val_steps=1,
+        folder, watch, LeavesWhole(), limit_val_batches=2, val_check_interval=2, num_sanity_val_steps=1,
         config={**off, "max_physical_batch_size": 3},
     )  # fmt: skip
     run.fit(model)
     return {
         "drawn": watch.drawn, "chunks": watch.chunks, "first": watch.first,
         "weights": weights(model), "shift": model.shift,
-        "val": float(run.callback_metrics["val_loss"]),
+        "offloaded": on_the_cpu(model),
         "sharded": [tuple(p.to_local().shape) for p in model.parameters()],
     }  # fmt: skip
+
+
+def encrypted(folder):
+    return EncryptedCheckpointIO(LocalKeyProvider(folder / "keys"))
 
 
 def noisy(folder):
@@ -150,7 +183,7 @@ def noisy(folder):
     watch, model = Watch(empty=[(1, 1), (3, 0), (3, 1)]), WithAdam()
     run = trainer(
         folder, watch, checkpoint, enable_checkpointing=True, max_epochs=2,
-        limit_val_batches=1, config={"noise_multiplier": 1000.0},
+        limit_val_batches=1, plugins=encrypted(folder), config={"noise_multiplier": 1000.0},
     )  # fmt: skip
     run.fit(model)
     states = [s["exp_avg"] for s in run.optimizers[0].state.values()]
@@ -161,6 +194,14 @@ def noisy(folder):
     }  # fmt: skip
 
 
+class FromMeta(WithAdam):
+    """Has no weights until the strategy makes them."""
+
+    def __init__(self):
+        with torch.device("meta"):
+            super().__init__()
+
+
 class Begun(Callback):
     def on_train_start(self, trainer, module):
         self.weights = weights(module)
@@ -169,22 +210,23 @@ class Begun(Callback):
 
 def resumed(folder):
     begun = Begun()
+    home = folder.parent / "noisy"
     run = trainer(
-        folder.parent / "noisy", begun, config={"noise_multiplier": 1000.0}, max_epochs=3
+        home, begun, config={"noise_multiplier": 1000.0}, max_epochs=3, plugins=encrypted(home)
     )
-    path = folder.parent / "noisy" / "c" / "step=10.ckpt"
-    run.fit(WithAdam(), ckpt_path=path, weights_only=True)
+    path = home / "c" / "step=10.ckpt"
+    run.fit(FromMeta(), ckpt_path=path, weights_only=True)
     return {
         "weights": begun.weights, "momentum": begun.momentum,
         "ledger": run.strategy.ledger.state_dict(),
     }  # fmt: skip
 
 
-def failing(model, **options):
+def failing(model, *callbacks, **options):
     """Return what every process raises."""
 
     def scenario(folder):
-        run, raised = trainer(folder, **options), None
+        run, raised = trainer(folder, *callbacks, **options), None
         try:
             run.fit(model())
         except Exception as error:  # noqa: BLE001 # whatever it is is what is looked for
@@ -234,7 +276,83 @@ class Mixed(Model):
         fully_shard(self.net, mesh=mesh, mp_policy=policy)
 
 
+class Memory(Model):
+    """Its optimizer keeps a tensor that no other process has, and that no checkpoint would."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.state[self.net[0].weight]["own"] = torch.zeros(3)
+        return optimizer
+
+
+class FailsMidway(Model):
+    def on_train_start(self):
+        self.handle = self.net[1].register_forward_hook(self.fail)
+
+    def fail(self, *_):
+        if self.trainer.global_step == 2:
+            raise ValueError("in a forward pass")
+
+
+def again(folder):
+    model = FailsMidway()
+    first = failing(lambda: model)(folder)
+    model.handle.remove()
+    model.on_train_start = lambda: None
+    run = trainer(folder, limit_val_batches=1)
+    run.fit(model)
+    after = weights(model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    changed = failing(lambda: model)(folder)["raised"]
+    return {
+        **first, "steps": run.global_step, "account": run.strategy.ledger.steps, "weights": after,
+        "changed": changed and changed[0],
+    }  # fmt: skip
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Layers(Model):
+    """Layers that are themselves sharded, or hold others that are, of every kind of rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(5, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 4, 3, padding=1),
+            nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0),
+            nn.MultiheadAttention(4, 2, batch_first=True), nn.Flatten(), nn.Linear(16, 8), Scale(),
+            nn.Linear(8, 8), nn.Linear(8, 1),
+        )  # fmt: skip
+        self.net[0].weight.requires_grad_(False)
+
+    def shard(self, mesh):
+        for layer in (0, 2, 3, 4, 6):
+            fully_shard(self.net[layer], mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    def loss(self, batch):
+        net = self.net
+        x = net[:4](batch[0])
+        x = net[4](x, x, x, need_weights=False)[0]
+        x = torch.utils.checkpoint.checkpoint(net[5:9], x, use_reentrant=False)
+        return F.binary_cross_entropy_with_logits(net[9](x)[:, 0], batch[1])
+
+
 SCENARIOS = {
+    "layers": failing(Layers),
+    "bf16": failing(Model, precision="bf16-true"),
+    "bf16_mixed": failing(Model, precision="bf16-mixed"),
+    "memory": failing(Memory),
+    "again": again,
+    "fails_outside": failing(Model, FailsOutside()),  # last: it ends the connection
     "quiet": quiet,
     "noisy": noisy,
     "resumed": resumed,

@@ -1,0 +1,39 @@
+"""Training with weights that are sharded over processes."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+FSDP = "tests/strategies/test_fsdp.py"
+
+CATALOGUE = [
+    Mutation(
+        "each process keeps its own sum of its shard",
+        "strategies/sharding.py",
+        "home.device_mesh, [Partial()], run_check",
+        "home.device_mesh, [Replicate()], run_check",
+        f"{FSDP} -k by_hand",
+        (("DTensor, Partial, distribute_tensor", "DTensor, Replicate, distribute_tensor"),),
+    ),
+    Mutation(
+        "a step is taken with weights of an earlier one",
+        "strategies/sharding.py",
+        "        put_back(model)\n        self.model = model\n",
+        "        self.model = model\n",
+        f"{FSDP} -k by_hand",
+    ),
+    Mutation(
+        "an account is read after the run was set up without it",
+        "strategies/fsdp.py",
+        "        return False\n",
+        "        return True\n",
+        f"{FSDP} -k goes_on_with_its_account",
+    ),
+    Mutation(
+        "weights are trained that nothing has added up",
+        "strategies/sharding.py",
+        "                if parameter.requires_grad:\n",
+        "                if False:\n",
+        f"{FSDP} -k 'fails_in_all and unsharded'",
+    ),
+]
