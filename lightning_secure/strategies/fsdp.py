@@ -19,7 +19,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_secure.privacy.config import DPConfig
@@ -77,9 +78,22 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         return True
 
     def setup_environment(self) -> None:
-        """Connect the processes; ``device_mesh["data_parallel"]`` is all of them."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+        """Connect the processes; ``device_mesh["data_parallel"]`` is all of them.
+
+        Weights are gathered by the connection that everything else goes by, so that who waits for
+        them sees that another process has gone, or waits no longer than ``timeout``. The groups
+        that Lightning's own mesh makes outlive a process that fails, in their own time.
+        """
+        super(ModelParallelStrategy, self).setup_environment()
+        self._setup_distributed()
+        alone = distributed.new_group([self.global_rank], use_local_synchronization=True)
+        self._device_mesh = DeviceMesh.from_group(
+            [required(distributed.group.WORLD), alone],
+            self.root_device.type,
+            mesh=torch.arange(self.world_size).view(-1, 1),
+            mesh_dim_names=("data_parallel", "tensor_parallel"),
+        )
+        required(self.lightning_module)._device_mesh = self._device_mesh
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return whole weights in the first process, and none in the others."""

@@ -161,8 +161,8 @@ def quiet(folder):
     watch, model = Watch(empty=[(0, 1), (2, 0), (2, 1), (3, 0)]), Model()
     off = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
     run = trainer(
-        folder, watch, LeavesWhole(), limit_val_batches=2, val_check_interval=2, num_sanity_val_steps=1,
-        config={**off, "max_physical_batch_size": 3},
+        folder, watch, LeavesWhole(), limit_val_batches=2, val_check_interval=2,
+        num_sanity_val_steps=1, config={**off, "max_physical_batch_size": 3},
     )  # fmt: skip
     run.fit(model)
     return {

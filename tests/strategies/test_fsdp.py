@@ -157,9 +157,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    return results(
-        tmp_path_factory.mktemp("refused"), *REFUSED, "layers", "bf16", "bf16_mixed", "again"
-    )
+    names = ["layers", "bf16", "bf16_mixed", "again", *REFUSED]
+    return results(tmp_path_factory.mktemp("refused"), *names)
 
 
 @pytest.mark.parametrize("name", REFUSED)
