@@ -80,9 +80,8 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the processes; ``device_mesh["data_parallel"]`` is all of them.
 
-        Weights are gathered by the connection that everything else goes by, so that who waits for
-        them sees that another process has gone, or waits no longer than ``timeout``. The groups
-        that Lightning's own mesh makes outlive a process that fails, in their own time.
+        Weights are gathered by the connection that everything else goes by, so that nobody waits
+        for them longer than ``timeout``: the groups of Lightning's own mesh have a time of theirs.
         """
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
