@@ -346,7 +346,20 @@ class Layers(Model):
         return F.binary_cross_entropy_with_logits(net[9](x)[:, 0], batch[1])
 
 
+class OwnLayer(Model):
+    """Has a layer that goes through functorch, which copies it, and is itself sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = Scale()
+
+    def shard(self, mesh):
+        fully_shard(self.net[1], mesh=mesh)
+        super().shard(mesh)
+
+
 SCENARIOS = {
+    "own_layer": failing(OwnLayer),
     "layers": failing(Layers),
     "bf16": failing(Model, precision="bf16-true"),
     "bf16_mixed": failing(Model, precision="bf16-mixed"),

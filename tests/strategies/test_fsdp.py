@@ -148,6 +148,7 @@ REFUSED = {
     "nothing": [("UnsupportedModelError", "'net.0.weight' is trainable and not sharded")] * 2,
     "replicated": [("UnsupportedModelError", r"on a mesh of shape (2, 1)")] * 2,
     "alone": [("UnsupportedModelError", r"on a mesh of shape (1,), with 2 processes")] * 2,
+    "own_layer": [("UnsupportedModelError", "not given to fully_shard")] * 2,
     "mixed": [("UnsupportedTrainerOptionError", "MixedPrecisionPolicy")] * 2,
     "memory": [("UnsupportedTrainerOptionError", "that is not sharded")] * 2,
     "fails_later": [ELSEWHERE, ("ValueError", "out of memory")],

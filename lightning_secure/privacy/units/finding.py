@@ -170,6 +170,7 @@ def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
         advice
         or any(True for _ in module.buffers())
         or not all(p.requires_grad for p in parameters.values())
+        or type(module) is not kind_of(module)
     ):
         raise UnsupportedModelError(
             f"layer {name!r} ({type(module).__name__}) holds parameter {first!r}, and no way to "
@@ -181,7 +182,7 @@ def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
 
 _NO_ADVICE = (
     "Layers of torch.nn with a grad sampler in Opacus work, and so do modules of your own that map "
-    "one tensor to one tensor and have neither buffers nor frozen parameters."
+    "one tensor to one tensor, without buffers or frozen parameters, and not given to fully_shard."
 )
 _ADVICE: dict[type[nn.Module], str] = {
     nn.LSTM: "Use opacus.layers.DPLSTM.",

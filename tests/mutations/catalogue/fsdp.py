@@ -30,10 +30,13 @@ CATALOGUE = [
         f"{FSDP} -k goes_on_with_its_account",
     ),
     Mutation(
-        "weights are trained that nothing has added up",
-        "strategies/sharding.py",
-        "                if parameter.requires_grad:\n",
-        "                if False:\n",
-        f"{FSDP} -k 'fails_in_all and unsharded'",
+        "every process adds the noise to its sum of sharded weights",
+        "strategies/fsdp.py",
+        "    def _tell_where_sums_are_due(self) -> None:\n",
+        "    def _noise_multiplier(self) -> float:\n"
+        "        return required(self._ledger).noise_multiplier\n\n"
+        "    def _tell_where_sums_are_due(self) -> None:\n",
+        f"{FSDP} -k noise_is_in_the_sum_once",
+        (("int(noised)]))", "int(self.is_global_zero)]))"),),
     ),
 ]
