@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
     from lightning_secure.redaction.redactor import Redactor
     from lightning_secure.strategies.ddp import PrivateDDPStrategy
+    from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
     from lightning_secure.strategies.private import PrivateStrategy
     from lightning_secure.strategies.registry import register_strategies
 
@@ -110,6 +111,7 @@ __all__ = [
     "PrivacyBudget",
     "PrivateAccuracy",
     "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
@@ -179,6 +181,7 @@ _HOMES = {
     "PrivacyBudget": "callbacks.budget",
     "PrivateAccuracy": "metrics.private",
     "PrivateDDPStrategy": "strategies.ddp",
+    "PrivateFSDPStrategy": "strategies.fsdp",
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",

@@ -54,6 +54,7 @@ PUBLIC = [
     "PrivacyBudget",
     "PrivateAccuracy",
     "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",

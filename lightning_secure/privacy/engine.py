@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 import torch
@@ -32,6 +32,8 @@ class GradientEngine:
         max_grad_norm: Clipping bound.
         loss_scale: Power of two by which :meth:`scaled` multiplies, for gradients in float16.
         clipping: Whether it is for all layers together or shared out among them.
+        homes: From parameters that layers compute with to those that the optimizer has in their
+            place, and that get the gradients; the others get their own.
 
     Raises:
         UnsupportedModelError: See :func:`find_units`, and if nothing is trainable or ``clipping``
@@ -45,12 +47,14 @@ class GradientEngine:
         max_grad_norm: float,
         loss_scale: float = 1.0,
         clipping: ClippingRule = _FLAT,
+        homes: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         self.units = find_units(model)
         self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit.parameters))
         if not self.parameters:
             raise UnsupportedModelError("the model has no trainable parameter. No step was taken.")
-        self._covered = frozenset(map(id, self.parameters))
+        self.homes = {p: (homes or {}).get(p, p) for p in self.parameters}
+        self._covered = frozenset(map(id, [*self.homes, *self.homes.values()]))
         norms = nn.modules.batchnorm._BatchNorm
         self._statistics = [(n, m) for n, m in model.named_modules() if isinstance(m, norms)]
         self.require_covered(model.named_parameters())
@@ -193,7 +197,7 @@ class GradientEngine:
             noise: Source of the noise.
             noise_multiplier: Its standard deviation over the clipping norm.
             expected_batch_size: The public divisor.
-            combine: Makes sums over several processes of those of each, in place; it is told
+            combine: Makes sums over several processes of those of each, in the dict; it is told
                 whether noise was added to them here.
 
         The sums are gone afterwards, also if this fails.
@@ -207,6 +211,6 @@ class GradientEngine:
         if combine is not None:
             combine(sums, std > 0)
         for parameter in self.parameters:
-            total = sums.pop(parameter)
-            if parameter.requires_grad:  # and was not frozen by the user since
-                parameter.grad = total.div_(expected_batch_size).to(parameter.dtype)
+            total, home = sums.pop(parameter), self.homes[parameter]
+            if home.requires_grad:  # and was not frozen by the user since
+                home.grad = total.div_(expected_batch_size).to(home.dtype)

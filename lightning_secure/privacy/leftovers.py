@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stateful", "copied", "difference", "preserved"]
+__all__ = ["Stateful", "copied", "difference", "local_part", "preserved"]
 
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN: Final = (*_ATOMS, list, tuple, dict, set, deque, bytearray, np.ndarray, Tensor)
@@ -228,12 +228,22 @@ def difference(before: Any, after: Any, name: str = "") -> str | None:
     return None if _same(before, after) else name
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that is sharded, and others as they are.
+
+    To compare all of it would take the other processes, which may be elsewhere.
+    """
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def _same(before: Any, after: Any) -> bool:
     if before is after:
         return True
     if type(before) is not type(after):
         return False
     if isinstance(before, Tensor):
+        before, after = local_part(before), local_part(after)
         alike = before.shape == after.shape and before.dtype == after.dtype
         if not alike:
             return False

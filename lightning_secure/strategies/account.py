@@ -14,6 +14,7 @@ from lightning_secure import events
 from lightning_secure.errors import LedgerError, PrivacyError
 from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
+from lightning_secure.privacy.leftovers import local_part
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 
 __all__ = [
@@ -144,9 +145,10 @@ def announce_plain(checkpoint_io: CheckpointIO, path: str, step: int) -> None:
 
 
 def _digest(weight: Tensor) -> tuple[int, str, torch.Size]:
-    """Return the sum over a tensor's bits, which is the same on every device, and its form."""
+    """Return the sum over the bits that are held here, the same on every device, and their form."""
+    weight = local_part(weight.detach())
     integer = _INTEGERS.get(weight.dtype.itemsize)
     bits = 0
     if integer is not None and weight.device.type != "meta":
-        bits = int(weight.detach().view(integer).sum(dtype=torch.int64))
+        bits = int(weight.view(integer).sum(dtype=torch.int64))
     return bits, str(weight.dtype), weight.shape

@@ -138,7 +138,9 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
 
     def _combine(self, sums: dict[nn.Parameter, Tensor], noised: bool) -> None:
         tensors = [sums[parameter] for parameter in required(self._engine).parameters]
-        failed, noises = self._added([0, int(noised)], tensors)
+        self._require_noised_once(*self._added([0, int(noised)], tensors))
+
+    def _require_noised_once(self, failed: int, noises: int) -> None:
         if failed:
             self._fail_together(_failed_elsewhere())
         if noises != int(required(self._ledger).noise_multiplier > 0):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from lightning_secure.errors import PrivacyError
 
-__all__ = ["add_over_processes"]
+__all__ = ["add_over_processes", "answered"]
+
+T = TypeVar("T")
 
 #: Smaller tensors travel together up to this many bytes; larger ones are added up where they are.
 _BUCKET_BYTES: Final = 32 * 2**20
@@ -37,8 +39,8 @@ def add_over_processes(
         of it is sent to all.
     """
     total = torch.tensor(counts, dtype=torch.int64, device=device)
-    failure = None
-    try:
+
+    def exchange() -> list[int]:
         pending = distributed.all_reduce(total, async_op=True)
         for bucket in _buckets(tensors):
             alone = len(bucket) == 1 and bucket[0].is_contiguous()
@@ -51,15 +53,26 @@ def add_over_processes(
                     start += tensor.numel()
         _finished(pending)
         sums: list[int] = total.tolist()
+        return sums
+
+    return answered(exchange)
+
+
+def answered(exchange: Callable[[], T]) -> T:
+    """Exchange something with the other processes.
+
+    Raises:
+        PrivacyError: One of them has gone, or did not answer in time.
+    """
+    try:
+        return exchange()
     except RuntimeError as error:
         failure = type(error).__name__
-    if failure is not None:
-        # Raised out here: the text of the other one names machines.
-        raise PrivacyError(
-            f"another process of this run has gone or did not answer in time ({failure}). The "
-            "step was not taken; the last checkpoint holds the weights and the account."
-        )
-    return sums
+    # Raised out here: the text of the other one names machines.
+    raise PrivacyError(
+        f"another process of this run has gone or did not answer in time ({failure}). The step was "
+        "not taken; the last checkpoint holds the weights and the account."
+    )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -17,11 +17,12 @@ __all__ = ["NAMES", "register_strategies"]
 NAMES: Final = {
     "private": ("private", "PrivateStrategy"),
     "private_ddp": ("ddp", "PrivateDDPStrategy"),
+    "private_fsdp": ("fsdp", "PrivateFSDPStrategy"),
 }
 
 
 def register_strategies(config: DPConfig, **options: Any) -> None:
-    """Let ``Trainer(strategy="private")`` and ``"private_ddp"`` train under ``config``.
+    """Let ``Trainer(strategy="private")`` and the other names train under ``config``.
 
     Args:
         config: What every Trainer promises that is made with one of the names from now on, in this

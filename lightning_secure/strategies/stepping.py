@@ -123,7 +123,7 @@ class SteppingStrategy(AccountedStrategy):
             hands it to callbacks, ``optimizer_step`` and ``on_before_backward``. With it, entries
             of the module's dict that ``public_metrics`` names.
         """
-        with self._until_combined():
+        with self._whole(), self._until_combined():
             return self._sum_chunks(*args, **kwargs)
 
     def _sum_chunks(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -308,7 +308,17 @@ class SteppingStrategy(AccountedStrategy):
         return required(self._ledger).noise_multiplier
 
     def _combine(self, sums: dict[Parameter, Tensor], noised: bool) -> None:
-        """Add up the sums of all processes, in place; one of them was ``noised``."""
+        """Add up the sums of all processes, in the dict; one of them was ``noised``."""
+
+    # Where weights are sharded over processes:
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Have every weight whole in this process while a block runs."""
+        return nullcontext()
+
+    def _homes(self) -> dict[Parameter, Parameter]:
+        """Return, for each whole parameter that has one, the sharded one in its place."""
+        return {}
 
     def optimizer_step(
         self,

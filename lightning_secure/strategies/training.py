@@ -68,11 +68,13 @@ class PrivateTraining(SteppingStrategy):
             return
         with self._together():
             require_optimizers(self.optimizers)
+        with self._whole(), self._together():
             self._engine = GradientEngine(
                 module,
                 max_grad_norm=self.config.max_grad_norm,
                 loss_scale=self.config.loss_scale or 1.0,
                 clipping=self.config.clipping_rule,
+                homes=self._homes(),
             )
             self._engine.attach()
         self._preflight_due = True

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.layers import cancelling
@@ -31,6 +32,7 @@ __all__ = [
     "Unit",
     "Watch",
     "Way",
+    "kind_of",
     "norm_squared",
     "trainable",
     "widened",
@@ -295,6 +297,12 @@ class Record:
         assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
         assert self.grads is not None  # noqa: S101
         return self.inputs, self.grads
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, which ``fully_shard`` exchanges for one that derives from it."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(FSDPModule) + 1] if FSDPModule in kinds else kinds[0]
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:

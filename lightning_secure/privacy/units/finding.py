@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.units.attention import AttentionUnit
-from lightning_secure.privacy.units.base import Gradients, Unit, Way, widened
+from lightning_secure.privacy.units.base import Gradients, Unit, Way, kind_of, widened
 from lightning_secure.privacy.units.conv import ConvUnit
 from lightning_secure.privacy.units.embedding import EmbeddingUnit
 from lightning_secure.privacy.units.linear import LinearUnit
@@ -117,14 +117,14 @@ def _walk(name: str, module: nn.Module, root: nn.Module, seen: set[int]) -> Iter
     if id(module) in seen:
         return  # under two parents: one layer, watched wherever it is called
     seen.add(id(module))
-    whole = type(module) is nn.MultiheadAttention
+    whole = kind_of(module) is nn.MultiheadAttention
     own = [p for p in module.parameters(recurse=whole) if p.requires_grad]
     if isinstance(module, RenameParamsMixin):
         # Opacus' recurrent layers show the parameters of their cells under other names as well.
         inner = {id(p) for child in module.children() for p in child.parameters()}
         own = [p for p in own if id(p) not in inner]
-    sampler: Sampler | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
-    formula = _UNITS.get(type(module))
+    sampler: Sampler | None = GradSampleModule.GRAD_SAMPLERS.get(kind_of(module))
+    formula = _UNITS.get(kind_of(module))
     if own and formula is not None:
         yield _covering(formula(name, module), own)
         if whole:
@@ -165,11 +165,12 @@ def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
             "whose output would tell each sample's part in its gradient. Put it into a small "
             "nn.Module with a forward(x) of its own. No step was taken."
         )
-    advice = _ADVICE.get(type(module))
+    advice = _ADVICE.get(kind_of(module))
     if (
         advice
         or any(True for _ in module.buffers())
         or not all(p.requires_grad for p in parameters.values())
+        or type(module) is not kind_of(module)
     ):
         raise UnsupportedModelError(
             f"layer {name!r} ({type(module).__name__}) holds parameter {first!r}, and no way to "
@@ -181,7 +182,7 @@ def _functorch_unit(name: str, module: nn.Module, root: nn.Module) -> Unit:
 
 _NO_ADVICE = (
     "Layers of torch.nn with a grad sampler in Opacus work, and so do modules of your own that map "
-    "one tensor to one tensor and have neither buffers nor frozen parameters."
+    "one tensor to one tensor, without buffers or frozen parameters, and not given to fully_shard."
 )
 _ADVICE: dict[type[nn.Module], str] = {
     nn.LSTM: "Use opacus.layers.DPLSTM.",
@@ -213,9 +214,9 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
             "have. Leave max_norm out; clipping and weight_decay bound weights too. No step was "
             "taken."
         )
-    if type(module) in _ADVICE or type(module) is nn.MultiheadAttention:
+    if kind_of(module) in _ADVICE or kind_of(module) is nn.MultiheadAttention:
         return  # looked at where its parameters are
-    validator = ModuleValidator.VALIDATORS.get(type(module))
+    validator = ModuleValidator.VALIDATORS.get(kind_of(module))
     errors: list[Any] = validator(module) if validator else []
     trainable = any(p.requires_grad for p in module.parameters())
     if trainable and isinstance(module, nn.EmbeddingBag):

@@ -1,0 +1,250 @@
+"""Weights that ``fully_shard`` (FSDP2) has spread over processes: whole, sharded, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+from lightning_secure.errors import (
+    PrivacyError,
+    UnsupportedModelError,
+    UnsupportedTrainerOptionError,
+)
+from lightning_secure.strategies.reduction import answered
+
+__all__ = [
+    "Shards",
+    "added_shard",
+    "gathered",
+    "left_whole",
+    "like_parameter",
+    "put_back",
+    "require_gatherable",
+    "share_unsharded",
+]
+
+_WHERE: Final = "in configure_model, as in fully_shard(self.net, mesh=self.device_mesh[...])"
+
+
+class Shards:
+    """The sharded parameters of a model, and their whole stand-ins.
+
+    Args:
+        model: Sharded by ``fully_shard``; see :func:`put_back`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        put_back(model)
+        self.model = model
+        self.modules = _sharding(model)
+        self.places = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if isinstance(parameter, DTensor)
+        ]
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have all weights whole while a block runs, in which nothing is exchanged for them.
+
+        In the block forward passes gather nothing, and backward passes neither reduce gradients
+        nor let go of weights: so processes need not run as many of them as others.
+
+        Raises:
+            PrivacyError: Another process has gone.
+        """
+        for module in self.modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            # Gathered anew in any case: what an earlier pass has left may be older weights, and
+            # whether they require grad is taken over now.
+            answered(lambda: [module.unshard() for module in self.modules])
+            yield
+        finally:
+            put_back(self.model)
+
+    def homes(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Return the sharded parameter for each whole one; within :meth:`whole`.
+
+        Raises:
+            PrivacyError: One was not gathered.
+        """
+        homes: dict[nn.Parameter, nn.Parameter] = {}
+        for module, name, parameter in self.places:
+            stand_in = module._parameters[name]
+            if stand_in is None or isinstance(stand_in, DTensor):
+                raise PrivacyError(f"parameter {name!r} was not gathered. No step was taken.")
+            homes[stand_in] = parameter
+        return homes
+
+    def require_alike(self, *, world_size: int) -> None:
+        """Make sure that every trainable weight is sharded over all processes, and in no other way.
+
+        Args:
+            world_size: How many processes there are.
+
+        Raises:
+            UnsupportedModelError: It is not.
+            UnsupportedTrainerOptionError: ``fully_shard`` was given a policy.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not isinstance(parameter, DTensor):
+                if parameter.requires_grad:
+                    raise UnsupportedModelError(
+                        f"parameter {name!r} is trainable and not sharded. Call fully_shard on the "
+                        f"module that holds all of them, {_WHERE}. No step was taken."
+                    )
+                continue
+            mesh = parameter.device_mesh
+            if (
+                mesh.ndim != 1
+                or mesh.size() != world_size
+                or not parameter.placements[0].is_shard()
+            ):
+                raise UnsupportedModelError(
+                    f"parameter {name!r} is laid out as {parameter.placements} on a mesh of shape "
+                    f"{tuple(mesh.shape)}, with {world_size} processes. Private training shards "
+                    "over all of them and in no second way: no tensor parallelism, and no "
+                    f"replicas of shards (HSDP). Pass a mesh of one dimension, {_WHERE}. No step "
+                    "was taken."
+                )
+        for module in self.modules:
+            policy = module._get_fsdp_state()._mp_policy
+            if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
+                raise UnsupportedTrainerOptionError(
+                    f"fully_shard was given a {MixedPrecisionPolicy.__name__}, by which weights "
+                    "and gradients have other types than the checks before the first step look "
+                    "for. Use Trainer(precision='bf16-mixed') or 'bf16-true'. No step was taken."
+                )
+
+    def require_on(self, device: torch.device) -> None:
+        """Make sure that shards are where the sums are.
+
+        Raises:
+            UnsupportedTrainerOptionError: They are offloaded.
+        """
+        for _, name, parameter in self.places:
+            if parameter.device.type != device.type:
+                raise UnsupportedTrainerOptionError(
+                    f"parameter {name!r} is on {parameter.device.type}, and the strategy trains on "
+                    f"{device.type}. Leave CPUOffloadPolicy out. No step was taken."
+                )
+
+
+def put_back(model: nn.Module) -> None:
+    """Have all weights sharded, and gathered and let go of by each pass from now on."""
+    for module in _sharding(model):
+        # First, because it also counts for one whose forward pass has failed midway.
+        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.reshard()
+
+
+def _sharding(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def share_unsharded(model: nn.Module) -> None:
+    """Give every process the buffers, and weights that are not sharded, of the first one.
+
+    Raises:
+        PrivacyError: Another process has gone.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            answered(partial(distributed.broadcast, tensor.detach(), 0))
+
+
+def added_shard(total: Tensor, home: nn.Parameter) -> Tensor:
+    """Add up a whole sum over all processes; each gets the part of its shard.
+
+    Args:
+        total: This process's sum.
+        home: The sharded parameter.
+
+    Raises:
+        PrivacyError: Another process has gone.
+    """
+    assert isinstance(home, DTensor)  # noqa: S101 # Shards.homes saw to it
+    partial = DTensor.from_local(total, home.device_mesh, [Partial()], run_check=False)
+    return answered(lambda: partial.redistribute(placements=home.placements))
+
+
+def gathered(state: Any, *, keep: bool) -> Any:
+    """Return a state dict with whole tensors on the CPU.
+
+    All processes must do it at once.
+
+    Args:
+        state: Tensors and collections of them, in the same order in every process.
+        keep: Whether this process keeps what it gathers; the others get nothing in its place.
+    """
+    if isinstance(state, DTensor):
+        whole: Tensor = state.full_tensor().detach()
+        return whole.cpu() if keep else None
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        items = {name: gathered(item, keep=keep) for name, item in state.items()}
+        return type(state)(items)
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(item, keep=keep) for item in state)
+    return state
+
+
+def like_parameter(value: Any, parameter: Tensor | None) -> Any:
+    """Return this process's shard of a whole tensor, if the parameter it is for is sharded."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor):
+        return value
+    if value.shape != parameter.shape or isinstance(value, DTensor):
+        return value
+    # No source: every process has read it all, and takes its part.
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
+
+
+def require_gatherable(state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Make sure that what an optimizer keeps is of one number, or sharded as its parameter is.
+
+    Args:
+        state: Of each parameter.
+
+    Raises:
+        UnsupportedTrainerOptionError: It is not, and a checkpoint would hold one process's part.
+    """
+    for entries in state.values():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and not isinstance(value, DTensor):
+                raise UnsupportedTrainerOptionError(
+                    f"the optimizer keeps a tensor {name!r} that is not sharded, so no checkpoint "
+                    "can hold it for all processes. Use an optimizer of torch.optim that keeps "
+                    "one number for each weight, such as AdamW. Nothing was written."
+                )
+
+
+@contextlib.contextmanager
+def left_whole(model: nn.Module) -> Iterator[None]:
+    """Have ``state_dict`` leave weights whole while a block runs, which FSDP2 shards for it."""
+    hooks = [module._state_dict_pre_hooks for module in model.modules()]
+    before = [dict(item) for item in hooks]
+    try:
+        for item in hooks:
+            for key, hook in list(item.items()):
+                if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
+                    del item[key]
+        yield
+    finally:
+        for item, kept in zip(hooks, before, strict=True):
+            item.clear()
+            item.update(kept)
