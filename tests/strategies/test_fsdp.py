@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_secure.crypto.providers.local import LocalKeyProvider
+from lightning_secure.errors import ConfigError, UnsupportedTrainerOptionError
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
 
 SCRIPT = Path(__file__).parent / "fsdp_run.py"
@@ -183,3 +185,17 @@ def test_a_step_that_failed_midway_leaves_a_model_that_can_be_trained(refused):
         assert torch.isfinite(rank["weights"]).all()
         assert rank["account"] == 2 + 5
         assert rank["changed"] == "LedgerError"
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_the_name_needs_a_promise():
+    with pytest.raises(ConfigError, match=r"there is no default. Pass .*PrivateFSDPStrategy"):
+        L.Trainer(strategy="private_fsdp", accelerator="cpu", logger=False)
+
+
+def test_what_other_strategies_clip_by_is_refused():
+    config = DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=0.3, clipping="per_layer")
+    with pytest.raises(UnsupportedTrainerOptionError, match="PrivateFSDPStrategy does not clip by"):
+        PrivateFSDPStrategy(config)
