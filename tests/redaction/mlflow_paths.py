@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
+import io
 import json
 import sys
 import urllib.parse
@@ -262,7 +263,19 @@ def vector_figure(way):
         way.client.log_figure(way.run(), drawn, "f.svg")
 
 
-@path("log_image", "log_stream")
+@path("log_image")
+def pixels(way):
+    from PIL import Image
+
+    way.client.log_image(way.run(), Image.new("L", (4, 4)), f"{way.address}.png")
+
+
+@path("log_stream")
+def stream(way):
+    way.client.log_stream(way.run(), io.BytesIO(way.text.encode()), "notes.txt")
+
+
+@path("log_artifact")
 def image(way):
     from PIL import Image, PngImagePlugin
 
@@ -340,7 +353,7 @@ def model_description(way):
 @path(
     "create_registered_model", "update_registered_model", "rename_registered_model",
     "set_registered_model_tag", "set_registered_model_alias", "create_model_version",
-    "update_model_version", "set_model_version_tag", "copy_model_version",
+    "update_model_version", "set_model_version_tag",
     "delete_registered_model_tag", "delete_registered_model_alias", "delete_model_version_tag",
 )  # fmt: skip
 def registry(way):
@@ -355,9 +368,16 @@ def registry(way):
     client.update_model_version(name, version, way.text)
     client.set_model_version_tag(name, version, "api_key", way.password)
     client.set_registered_model_alias(name, "best", version)
-    client.copy_model_version(f"models:/{name}/{version}", f"copy {way.address}")
     client.search_registered_models(filter_string=f"name = '{way.address}'")
     client.rename_registered_model(name, f"again {way.address}")
+
+
+@path("copy_model_version")
+def copied_version(way):
+    client, name = way.client, f"original {way.address}"
+    client.create_registered_model(name)
+    version = client.create_model_version(name, "runs:/x/m", tags={"t": way.text}).version
+    client.copy_model_version(f"models:/{name}/{version}", f"copy of {way.address}")
 
 
 @path(
@@ -373,10 +393,10 @@ def prompt(way):
     client.set_prompt_version_tag("prompt-store", 1, "note", way.text)
 
 
-@path("create_webhook", "update_webhook")
+@path("create_webhook")
 def webhook(way):
     way.client.create_webhook(
-        "hook", f"https://u:{way.password}@h.example/", ["registered_model.created"],
+        f"hook of {way.address}", "https://127.0.0.1/", ["registered_model.created"],
         description=way.text, secret=way.password,
     )  # fmt: skip
 
@@ -421,7 +441,7 @@ def traced_exception(way):
         mlflow.end_run()
 
 
-@path("log_assessment", "update_assessment", "log_feedback", "log_expectation")
+@path()
 def feedback(way):
     mlflow = way.fluent()
     from mlflow.entities import AssessmentSource, Feedback
@@ -440,7 +460,38 @@ def feedback(way):
     mlflow.end_run()
 
 
-@path("create_dataset", "set_dataset_tags")
+@path(
+    "link_traces_to_run", "link_prompt_version_to_run",
+    "link_prompt_versions_to_trace", "delete_run", "restore_run", "delete_experiment",
+    "restore_experiment", "detach_prompt_from_run", "transition_model_version_stage",
+    "link_prompt_version_to_model",
+)  # fmt: skip
+def links(way):
+    """What only joins things that are stored already must go on working."""
+    client, run = way.client, way.run()
+    experiment = client.get_run(run).info.experiment_id
+    prompt = client.register_prompt(f"linked-{way.folder.name}", f"{way.text} {{{{ x }}}}")
+    trace = client.start_trace(f"t {way.address}", experiment_id=experiment).trace_id
+    client.end_trace(trace)
+    client.link_traces_to_run([trace], run)
+    client.link_prompt_version_to_run(run, prompt)
+    client.link_prompt_versions_to_trace([prompt], trace)
+    client.detach_prompt_from_run(run, f"prompts:/{prompt.name}/1")
+    model = client.create_logged_model(experiment, name="m").model_id
+    client.link_prompt_version_to_model(prompt.name, "1", model)
+    client.create_registered_model(f"staged {way.address}")
+    version = client.create_model_version(f"staged {way.address}", "runs:/x/m").version
+    client.transition_model_version_stage(f"staged {way.address}", version, "Staging")
+    client.delete_run(run)
+    client.restore_run(run)
+    client.delete_experiment(experiment)
+    client.restore_experiment(experiment)
+
+
+@path(
+    "create_dataset", "set_dataset_tags", "add_dataset_to_experiments",
+    "remove_dataset_from_experiments",
+)  # fmt: skip
 def evaluation_dataset(way):
     import mlflow
     from mlflow.genai.datasets import create_dataset
@@ -450,6 +501,9 @@ def evaluation_dataset(way):
         name=f"d {way.address}", experiment_id=way.experiment(), tags={"api_key": way.password}
     )
     made.merge_records([{"inputs": {"password": way.password}, "expectations": way.nested}])
+    other = [way.client.create_experiment(f"other {way.folder.name}")]
+    way.client.add_dataset_to_experiments(made.dataset_id, other)
+    way.client.remove_dataset_from_experiments(made.dataset_id, other)
     way.client.set_dataset_tags(made.dataset_id, {"note": way.text})
 
 
@@ -508,7 +562,7 @@ def stores(way):
     store.set_tag(run, RunTag("note", way.text))
 
 
-@path("log_spans", "register_scorer")
+@path()
 def scorer(way):
     from mlflow.tracking._tracking_service.utils import _get_store
 
@@ -517,23 +571,42 @@ def scorer(way):
 
 def walk(uri, folder, only=None):
     """Send every path's canaries, and return how each ended: sent, or the error that refused it."""
+    import mlflow
+
     ended = {}
     warnings.simplefilter("ignore")
-    for name, function in PATHS.items():
-        if only and name not in only:
-            continue
+    for name in only or PATHS:
         try:
-            function(Way(name, uri, Path(folder)))
+            PATHS[name](Way(name, uri, Path(folder)))
             ended[name] = "sent"
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 # how it ended is what is asked
             ended[name] = f"{type(error).__name__}: {str(error)[:300]}"
         finally:
-            import mlflow
-
             mlflow.end_run()
     return ended
 
 
+def before_and_after(root):
+    """Track without redaction; then by an address with secure+; then by what existed before."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    addresses = {name: f"sqlite:///{root}/{name}/m.db" for name in ("naive", "secure", "held")}
+    ended = {"naive": walk(addresses["naive"], root / "naive")}
+    way = Way("stores", addresses["held"], root / "held")
+    client, store = MlflowClient(way.uri), _get_store(way.uri)
+    run = client.get_run(way.run()).info
+    repository = get_artifact_repository(run.artifact_uri)
+    some = ["fluent", "stores", "repository", "registry", "one_by_one", "traced_exception"]
+    ended["secure"] = walk(f"secure+{addresses['secure']}", root / "secure", some)
+    store.log_param(run.run_id, Param("db_password", way.password))
+    client.log_param(run.run_id, "text", way.text)
+    repository.log_artifact(str(way.file()))
+    ended["held"] = client.get_run(run.run_id).data.params
+    return ended
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    print(json.dumps(walk(*sys.argv[1:3])))
+    sys.stdout.write(json.dumps(before_and_after(Path(sys.argv[1]))))

@@ -99,14 +99,17 @@ def _take_over() -> None:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.store.model_registry.abstract_store import AbstractStore as ModelRegistryStore
     from mlflow.store.tracking.abstract_store import AbstractStore as TrackingStore
+    from mlflow.store.workspace.abstract_store import AbstractStore as WorkspaceStore
     from mlflow.tracking._model_registry import utils as model_registry
     from mlflow.tracking._tracking_service import utils as tracking
+    from mlflow.tracking._workspace import registry as workspaces
 
     # Their methods are replaced, not the builders that are registered with them: so it holds for
     # schemes that are registered later, too.
     registries: Any = (
         tracking._tracking_store_registry,
         model_registry._get_store_registry(),  # type: ignore[no-untyped-call]
+        workspaces._get_workspace_store_registry(),
     )
     for registry in registries:
         registry.__class__ = _redacting_registry(type(registry))
@@ -117,7 +120,7 @@ def _take_over() -> None:
     # Somebody may hold one that was made before.
     for value in gc.get_objects():
         kind = type(value)  # not isinstance(): that would ask the object, which may be a proxy
-        if issubclass(kind, TrackingStore | ModelRegistryStore):
+        if issubclass(kind, TrackingStore | ModelRegistryStore | WorkspaceStore):
             guarded(value, _store_class)
         elif issubclass(kind, ArtifactRepository):
             guarded(value, _repository_class)

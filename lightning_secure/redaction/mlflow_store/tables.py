@@ -64,7 +64,9 @@ CHECKED: Final = _words(
     "search_prompts search_registered_models set_model_version_tag set_prompt_alias "
     "set_prompt_tag set_prompt_version_tag set_registered_model_alias set_registered_model_tag "
     "transition_model_version_stage update_model_version update_registered_model "
-    "get_all_registered_model_aliases_from_path get_all_registered_model_tags_from_path"
+    "get_all_registered_model_aliases_from_path get_all_registered_model_tags_from_path "
+    # workspaces
+    "get_default_workspace get_workspace list_workspaces resolve_artifact_root"
 )
 
 #: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: nobody has
@@ -100,7 +102,9 @@ REFUSED: Final = _words(
     "set_experiment_trace_location unset_experiment_trace_location "
     # model registry
     "create_webhook delete_webhook get_webhook list_webhooks list_webhooks_by_event test_webhook "
-    "update_webhook"
+    "update_webhook "
+    # workspaces
+    "create_workspace delete_workspace update_workspace"
 )
 
 #: Methods of artifact repositories that need no check, and those through which files go.
@@ -122,12 +126,12 @@ ARTIFACTS: Final[dict[str, bool]] = {
 
 _KINDS: Final = {
     Kind.TEXT: _words(
-        "alias categories client_request_id commit_message description dst_name "
+        "alias categories description dst_name "
         "expectation filters experiment_name feedback key "
         " metadata metric metric_key metrics mlflow_model model_config model_type models name "
         "new_name order_by param params prompt_versions rationale records request_metadata "
         "response_format root_causes run_name scorer_version spans src_mv tag tags template "
-        "trace_info value datasets assessment"
+        "trace_info value datasets assessment workspace_name"
     ),
     Kind.ID: _words(
         "assessment_id dataset_id dataset_record_ids deployment_job_id destination_ids exp_id "
@@ -135,8 +139,8 @@ _KINDS: Final = {
         "source_ids source_run_id trace_id trace_ids"
     ),
     Kind.PLACE: _words(
-        "artifact_location local_model_path location locations model_path run_link source "
-        "tracking_uri"
+        "artifact_location default_artifact_root local_model_path location locations model_path "
+        "run_link source tracking_uri"
     ),
     Kind.FILTER: _words("base_filter filter_string filter_string1 filter_string2"),
     Kind.PERSON: _words("created_by user_id"),
