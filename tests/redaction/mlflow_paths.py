@@ -375,8 +375,11 @@ def registry(way):
 @path("copy_model_version")
 def copied_version(way):
     client, name = way.client, f"original {way.address}"
+    source = client.get_run(way.run()).info
     client.create_registered_model(name)
-    version = client.create_model_version(name, "runs:/x/m", tags={"t": way.text}).version
+    version = client.create_model_version(
+        name, source.artifact_uri, source.run_id, tags={"t": way.text}
+    ).version
     client.copy_model_version(f"models:/{name}/{version}", f"copy of {way.address}")
 
 
@@ -463,12 +466,16 @@ def feedback(way):
 @path(
     "link_traces_to_run", "link_prompt_version_to_run",
     "link_prompt_versions_to_trace", "delete_run", "restore_run", "delete_experiment",
-    "restore_experiment", "detach_prompt_from_run", "transition_model_version_stage",
+    "restore_experiment", "transition_model_version_stage",
     "link_prompt_version_to_model",
 )  # fmt: skip
 def links(way):
     """What only joins things that are stored already must go on working."""
+    import mlflow
+
+    mlflow.set_tracking_uri(way.uri)
     client, run = way.client, way.run()
+    source = client.get_run(run).info.artifact_uri
     experiment = client.get_run(run).info.experiment_id
     prompt = client.register_prompt(f"linked-{way.folder.name}", f"{way.text} {{{{ x }}}}")
     trace = client.start_trace(f"t {way.address}", experiment_id=experiment).trace_id
@@ -476,11 +483,10 @@ def links(way):
     client.link_traces_to_run([trace], run)
     client.link_prompt_version_to_run(run, prompt)
     client.link_prompt_versions_to_trace([prompt], trace)
-    client.detach_prompt_from_run(run, f"prompts:/{prompt.name}/1")
     model = client.create_logged_model(experiment, name="m").model_id
     client.link_prompt_version_to_model(prompt.name, "1", model)
     client.create_registered_model(f"staged {way.address}")
-    version = client.create_model_version(f"staged {way.address}", "runs:/x/m").version
+    version = client.create_model_version(f"staged {way.address}", source, run).version
     client.transition_model_version_stage(f"staged {way.address}", version, "Staging")
     client.delete_run(run)
     client.restore_run(run)
