@@ -351,7 +351,7 @@ def model_description(way):
 
 
 @path(
-    "create_registered_model", "update_registered_model", "rename_registered_model",
+    "create_registered_model", "update_registered_model",
     "set_registered_model_tag", "set_registered_model_alias", "create_model_version",
     "update_model_version", "set_model_version_tag",
     "delete_registered_model_tag", "delete_registered_model_alias", "delete_model_version_tag",
@@ -369,7 +369,12 @@ def registry(way):
     client.set_model_version_tag(name, version, "api_key", way.password)
     client.set_registered_model_alias(name, "best", version)
     client.search_registered_models(filter_string=f"name = '{way.address}'")
-    client.rename_registered_model(name, f"again {way.address}")
+
+
+@path("rename_registered_model")
+def renamed_model(way):
+    way.client.create_registered_model(f"once {way.address}", description=way.text)
+    way.client.rename_registered_model(f"once {way.address}", f"now {way.address}")
 
 
 @path("copy_model_version")
