@@ -54,7 +54,7 @@ class Policy:
         with self._lock:
             if all(known is not redactor for known in self.redactors):
                 self.redactors.append(redactor)
-            self._known_clean = set()
+                self._known_clean = set()
 
     def text(self, text: str, *, name: str = "") -> str:
         """Return a redacted text; containers that were written out in it are looked into.
@@ -63,15 +63,16 @@ class Policy:
             text: The text.
             name: Under which it stands, if it is stored as the value of something.
         """
-        if not name and text in self._known_clean:
+        known = self._known_clean  # of the redactors of now: another set comes with another one
+        if not name and text in known:
             return text
         clean = self._inside(text)
         for redactor in self.redactors:
             clean = redactor.redact(clean, name=name)
         if not name and clean == text and len(text) < 256:  # metric names come again and again
-            if len(self._known_clean) > _CLEAN_TEXTS:
-                self._known_clean = set()
-            self._known_clean.add(text)
+            if len(known) > _CLEAN_TEXTS:
+                known.clear()
+            known.add(text)
         return clean
 
     def _inside(self, text: str) -> str:
