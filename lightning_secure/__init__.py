@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         Suppress,
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
+    from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
     from lightning_secure.redaction.redactor import Redactor
     from lightning_secure.strategies.ddp import PrivateDDPStrategy
     from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
@@ -130,6 +131,7 @@ __all__ = [
     "__version__",
     "add_recipient",
     "collect_garbage",
+    "enforce_mlflow_redaction",
     "erase_shard",
     "erase_subject",
     "finish_erasure",
@@ -199,6 +201,7 @@ _HOMES = {
     "WriteWatch": "redaction.canary",
     "add_recipient": "data.rotation",
     "collect_garbage": "data.leftovers",
+    "enforce_mlflow_redaction": "redaction.mlflow_store.enforce",
     "erase_shard": "data.erasure",
     "erase_subject": "data.erasure",
     "finish_erasure": "data.finishing",

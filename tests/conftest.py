@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 from hypothesis import settings
 
 from lightning_secure import events
 from lightning_secure.crypto.providers import LocalKeyProvider
+from lightning_secure.redaction.mlflow_store import enforce
 
 REQUIRE_SERVICES = "LIGHTNING_SECURE_REQUIRE_SERVICES"
 
@@ -71,6 +78,51 @@ def heard() -> Iterator[list[events.Event]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "dataset"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A real MLflow server on this machine: its address, and the folder with all that it stores."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (folder / "server.log").open("wb")
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+            "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1",
+            "--artifacts-destination", str(folder / "artifacts"),
+        ],
+        stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            if process.poll() is not None:
+                pytest.fail((folder / "server.log").read_text()[-2000:])
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1).close()
+                break
+            except (URLError, OSError):
+                time.sleep(0.25)
+        else:
+            pytest.fail("the MLflow server did not come up within a minute")
+        yield address, folder
+    finally:
+        process.terminate()
+        process.wait(20)
+        log.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_redactors_left() -> Iterator[None]:
+    """Leave no test's own redactor to the whole process."""
+    known = enforce._POLICY.redactors
+    before = list(known)
+    yield
+    known[:] = before or known[:1]
 
 
 # The same examples each time: whether the suite passes must not depend on luck.

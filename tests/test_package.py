@@ -73,6 +73,7 @@ PUBLIC = [
     "__version__",
     "add_recipient",
     "collect_garbage",
+    "enforce_mlflow_redaction",
     "erase_shard",
     "erase_subject",
     "finish_erasure",

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.loggers.sealed import is_sealed
+from lightning_secure.redaction.files import copy_checked, copy_tree_checked
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 __all__ = ["RedactingClient"]
@@ -131,40 +131,20 @@ class RedactingClient:
             self._log_artifacts(run_id, local_path, artifact_path)
             return
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder, self._redactor.redact_text(source.name))
-            self._copy_checked(source, target)
-            self._client.log_artifact(run_id, str(target), self._place(artifact_path))
+            target = Path(folder, self._redacted("", source.name))
+            copied = copy_checked(source, target, redact=self._redacted)
+            self._client.log_artifact(run_id, str(copied), self._place(artifact_path))
 
     def _log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        root = Path(local_dir)
         with tempfile.TemporaryDirectory() as folder:
-            for source in sorted(root.rglob("*")):
-                if source.is_file():
-                    name = self._redactor.redact_text(source.relative_to(root).as_posix())
-                    self._copy_checked(source, Path(folder, name))
+            copy_tree_checked(Path(local_dir), Path(folder), redact=self._redacted)
             self._client.log_artifacts(run_id, folder, self._place(artifact_path))
+
+    def _redacted(self, _: str, text: str) -> str:
+        return self._redactor.redact_text(text)
 
     def _place(self, artifact_path: str | None) -> str | None:
         return self._redactor.redact_text(artifact_path) if artifact_path else artifact_path
-
-    def _copy_checked(self, source: Path, target: Path) -> None:
-        data = source.read_bytes()
-        if not is_sealed(data):
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                text = None
-            if text is None or "\0" in text:
-                raise RedactionError(
-                    f"artifact {source.name!r} is neither text nor encrypted by this package, so "
-                    "it could not be checked for secrets and personal data. It was not sent."
-                )
-            data = self._redactor.redact_text(text).encode()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number = 2
-        while target.exists():  # two names that differed only in what was taken out
-            target, number = target.with_name(f"{number}_{target.name}"), number + 1
-        target.write_bytes(data)
 
 
 def _text(value: Any) -> str:

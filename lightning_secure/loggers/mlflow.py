@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,11 @@ from lightning.pytorch.loggers import MLFlowLogger
 
 from lightning_secure.errors import ConfigError, MissingExtraError
 from lightning_secure.loggers.client import RedactingClient
+from lightning_secure.redaction.mlflow_store.enforce import (
+    enforce_mlflow_redaction,
+    plain,
+    switch_telemetry_off,
+)
 from lightning_secure.redaction.redactor import Redactor
 
 __all__ = ["RedactingMLFlowLogger"]
@@ -42,18 +46,20 @@ class RedactingMLFlowLogger(MLFlowLogger):
         synchronous: As for Lightning's MLFlowLogger.
         redactor: Decides what is taken out.
         insecure_allow_http: Whether a tracking server may be spoken to without TLS.
+        insecure_only_this_logger: Leave the rest of the process alone: what talks to MLflow past
+            the logger (``mlflow.log_*``, autologging, traces, a client of its own) is not redacted
+            then.
 
     Params, tags, metric names and text artifacts are redacted in what Lightning logs and in what
     the module logs through ``logger.experiment``; the user's login name and the script's folder
     are left out of MLflow's own tags, and MLflow's telemetry is switched off for the process,
-    whatever its environment says.
-
-    What this does not cover yet: code that talks to MLflow past the logger, with the fluent
-    ``mlflow.log_*`` functions or a client of its own. That takes a plugin at MLflow's store.
+    whatever its environment says. Everything else that this process tracks with MLflow is redacted
+    in MLflow's stores: see :func:`enforce_mlflow_redaction`, which is called here.
 
     Raises:
         MissingExtraError: MLflow, or its database support, is not installed.
-        ConfigError: The server is spoken to without TLS.
+        ConfigError: The server is spoken to without TLS, or the environment asks for traces to be
+            sent to a second place.
         RedactionError: ``logger.experiment`` was asked for something that cannot be checked.
     """
 
@@ -72,8 +78,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
         synchronous: bool | None = None,
         redactor: Redactor | None = None,
         insecure_allow_http: bool = False,
+        insecure_only_this_logger: bool = False,
     ) -> None:
-        _switch_telemetry_off()
+        switch_telemetry_off()
         uri = tracking_uri or _environments_uri()
         if uri is None:
             folder = Path(save_dir).absolute()
@@ -83,6 +90,8 @@ class RedactingMLFlowLogger(MLFlowLogger):
         _OWN_URIS.add(uri)
         _require_packages(uri)
         _require_tls(uri, insecure_allow_http)
+        if not insecure_only_this_logger:
+            enforce_mlflow_redaction(redactor)
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,
@@ -116,18 +125,6 @@ class RedactingMLFlowLogger(MLFlowLogger):
         super().log_metrics(dict(zip(names, numbers.values(), strict=True)), step)
 
 
-def _switch_telemetry_off() -> None:
-    # MLflow looks once, when it is imported; if it was already, its client is there.
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    telemetry: Any = sys.modules.get("mlflow.telemetry")
-    if telemetry is None:
-        return
-    client = telemetry.get_telemetry_client()
-    telemetry.set_telemetry_client()  # to none, as the environment now says
-    if client is not None:
-        client.flush(terminate=True)  # stops its threads; what waits is not sent
-
-
 def _environments_uri() -> str | None:
     """Return the address that the user put into the environment.
 
@@ -138,6 +135,7 @@ def _environments_uri() -> str | None:
 
 
 def _require_packages(uri: str) -> None:
+    uri = plain(uri)
     if importlib.util.find_spec("mlflow") is None:
         raise MissingExtraError("RedactingMLFlowLogger needs MLflow: pip install mlflow-skinny.")
     database = not uri.startswith(("http://", "https://", "databricks", "file:"))
@@ -149,7 +147,7 @@ def _require_packages(uri: str) -> None:
 
 
 def _require_tls(uri: str, insecure_allow_http: bool) -> None:
-    parts = urlsplit(uri)
+    parts = urlsplit(plain(uri))
     if parts.scheme == "http" and parts.hostname not in _LOCAL_HOSTS and not insecure_allow_http:
         raise ConfigError(
             f"the tracking server at {parts.hostname!r} would be spoken to without TLS, and "

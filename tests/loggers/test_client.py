@@ -11,8 +11,8 @@ import pytest
 from lightning_secure import EncryptedShardWriter, LocalKeyProvider, RedactingMLFlowLogger
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.errors import RedactionError
-from lightning_secure.loggers.sealed import is_sealed
 from lightning_secure.redaction.redactor import REDACTED
+from lightning_secure.redaction.sealed import is_sealed
 
 # MLflow and what it is built on, not used by this package's own code.
 pytestmark = [

@@ -125,9 +125,9 @@ def test_nothing_secret_reaches_a_database(tmp_path, keys):
     assert logger.redactor.counts["e-mail"] > 0
 
 
-def test_nothing_secret_reaches_a_server(tmp_path, keys, server):
+def test_nothing_secret_reaches_a_server(tmp_path, keys, mlflow_server):
     """Over HTTP, to the server's database, its artifacts and its own log."""
-    address, folder = server
+    address, folder = mlflow_server
     logger = RedactingMLFlowLogger("over http", tracking_uri=address, tags={"owner": ADDRESS})
     run = trained(tmp_path, logger, keys)
     assert run.data.params["db_password"] == REDACTED

@@ -1,0 +1,66 @@
+"""Redacting files before they are handed to somebody who keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.sealed import is_sealed
+
+__all__ = ["copy_checked", "copy_tree_checked"]
+
+
+def copy_checked(
+    source: Path, target: Path, *, redact: Callable[[str, str], str], binaries: bool = False
+) -> Path:
+    """Copy a text file with its text redacted, or a file that this package encrypted as it is.
+
+    Args:
+        source: The file.
+        target: Where to. If something is there already, a number is put before the name: two names
+            may have differed only in what was taken out.
+        redact: Is given the name of a file and its text, and returns the text redacted; or no name
+            and a name to redact.
+        binaries: Whether a file that is neither is copied as it is, unchecked.
+
+    Returns:
+        Where the copy is.
+
+    Raises:
+        RedactionError: The file is neither, so it could not be checked.
+    """
+    data = source.read_bytes()
+    if not is_sealed(data):
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = None
+        if text is not None and "\0" not in text:
+            data = redact(source.name, text).encode()
+        elif not binaries:
+            shown = redact("", source.name)
+            raise RedactionError(
+                f"artifact {shown!r} is neither text nor encrypted by this package, so it could "
+                "not be checked for secrets and personal data. It was not sent."
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name, number = target.name, 2
+    while target.exists():
+        target, number = target.with_name(f"{number}_{name}"), number + 1
+    target.write_bytes(data)
+    return target
+
+
+def copy_tree_checked(
+    root: Path, folder: Path, *, redact: Callable[[str, str], str], binaries: bool = False
+) -> None:
+    """Copy the files of a folder into another as :func:`copy_checked` does, names redacted too.
+
+    Raises:
+        RedactionError: A file could not be checked.
+    """
+    for source in sorted(root.rglob("*")):
+        if source.is_file():
+            name = redact("", source.relative_to(root).as_posix())
+            copy_checked(source, folder / name, redact=redact, binaries=binaries)

@@ -1,0 +1,1 @@
+"""Redaction inside MLflow's stores, where everything that is tracked has to pass."""

@@ -1,0 +1,45 @@
+"""Redaction inside MLflow's stores."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+MATRIX = "tests/redaction/test_matrix.py"
+
+CATALOGUE = [
+    Mutation(
+        "a store's method that nobody classified passes",
+        "redaction/mlflow_store/guard.py",
+        "wrap(name, method) or _refusing(name)",
+        "wrap(name, method) or method",
+        f"{MATRIX} -k 'method_of_a_newer'",
+    ),
+    Mutation(
+        "an argument that nobody classified passes",
+        "redaction/mlflow_store/guard.py",
+        '    raise RedactionError(\n        f"argument {name!r}',
+        '    return value\n    raise RedactionError(\n        f"argument {name!r}',
+        f"{MATRIX} -k 'method_of_a_newer'",
+    ),
+    Mutation(
+        "an entity that nobody classified passes",
+        "redaction/mlflow_store/values.py",
+        "        if kept is None or not type(value)",
+        "        if kept is None:\n            return value\n        if not type(value)",
+        f"{MATRIX} -k 'entity_of_a_newer'",
+    ),
+    Mutation(
+        "a second redactor replaces the first",
+        "redaction/mlflow_store/values.py",
+        "                self.redactors.append(redactor)",
+        "                self.redactors[:] = [redactor]",
+        f"{MATRIX} -k add_up",
+    ),
+    Mutation(
+        "a collector beside the store is not noticed",
+        "redaction/mlflow_store/enforce.py",
+        "    if wanted or metrics or traces or both:",
+        "    if wanted:",
+        f"{MATRIX} -k 'second_place and TRACES'",
+    ),
+]

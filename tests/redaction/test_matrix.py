@@ -1,0 +1,333 @@
+"""Every way into MLflow, on every store: nothing of what was sent may be found there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import mlflow_paths
+import pytest
+
+from lightning_secure.errors import ConfigError, RedactionError
+from lightning_secure.redaction.canary import CanarySearch
+from lightning_secure.redaction.mlflow_store import enforce
+from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
+from lightning_secure.redaction.mlflow_store.guard import guarded_class, is_guarded
+from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, ARTIFACTS, CHECKED, REFUSED
+from lightning_secure.redaction.mlflow_store.values import Policy
+from lightning_secure.redaction.redactor import REDACTED, Redactor
+
+# MLflow and what it is built on, not used by this package's own code.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+ROOT = Path(__file__).parents[2]
+# What cannot be checked is not sent: pixels, pickles, webhooks' secrets, code of scorers.
+UNCHECKED = {"figure", "image", "pickle", "pixels", "webhook", "scorer"}
+# MLflow's file store itself knows none of these.
+NOT_IN_FILES = {"evaluation_dataset", "links"}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """An empty database of MLflow's, to be copied: making one takes a second."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = tmp_path_factory.mktemp("template")
+    SqlAlchemyStore(f"sqlite:///{folder}/m.db", str(folder / "artifacts")).engine.dispose()
+    with sqlite3.connect(folder / "m.db") as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "m.db"
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A folder to write in, without waiting for traces that are sent by and by."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is not None:
+        mlflow.set_tracking_uri(None)
+
+
+def found(*folders):
+    """Return the paths whose canaries are found, without the files that they were sent from."""
+    for folder in folders:
+        shutil.rmtree(folder / "sources", ignore_errors=True)
+    search = CanarySearch(mlflow_paths.canaries())
+    hits = search.search(folders)
+    assert search.bytes_searched > 10_000
+    return {hit.label.partition(":")[0] for hit in hits}
+
+
+def refused(ended):
+    return {name for name, how in ended.items() if how != "sent"}
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+def test_nothing_is_found_in_a_database(quick, template):
+    enforce_mlflow_redaction()
+    shutil.copy(template, quick / "m.db")
+    ended = mlflow_paths.walk(f"sqlite:///{quick}/m.db", quick)
+    assert refused(ended) == UNCHECKED, ended
+    assert all(ended[name].startswith("RedactionError") for name in UNCHECKED)
+    assert found(quick) == set()
+
+
+def test_nothing_is_found_in_files(quick):
+    enforce_mlflow_redaction()
+    ended = mlflow_paths.walk((quick / "runs").as_uri(), quick)
+    assert refused(ended) == UNCHECKED | NOT_IN_FILES, ended
+    assert found(quick) == set()
+
+
+def test_nothing_is_found_on_a_server(quick, mlflow_server):
+    """Over HTTP: its database, its artifacts and its log, in which are the queries."""
+    address, folder = mlflow_server
+    enforce_mlflow_redaction()
+    ended = mlflow_paths.walk(address, quick)
+    assert refused(ended) == UNCHECKED, ended
+    assert found(folder, quick) == set()
+    # The log is one in which an address would stand.
+    with pytest.raises(OSError, match="404"):
+        urllib.request.urlopen(
+            f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=q7"
+        )
+    assert "experiment_name=q7" in (folder / "server.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory, template):
+    """A process that tracks first without redaction: its folder, and how each path ended."""
+    root = tmp_path_factory.mktemp("process")
+    for name in ("naive", "secure", "held"):
+        (root / name).mkdir()
+        shutil.copy(template, root / name / "m.db")
+    # The entry points, as an installed package has them.
+    info = root / "site" / "lightning_secure_here-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: lightning-secure-here\nVersion: 1\n"
+    )
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    (info / "entry_points.txt").write_text(
+        "\n".join(
+            line
+            for group, points in groups.items()
+            for line in (f"[{group}]", *(f"{name} = {home}" for name, home in points.items()))
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "mlflow_paths.py"), str(root)],
+        capture_output=True, text=True, check=False, cwd=root,
+        env={
+            "PATH": os.environ["PATH"], "HOME": str(root), "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{root / 'site'}",
+            "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, json.loads(done.stdout)
+
+
+def test_without_redaction_nearly_all_is_found(process):
+    """The search is one that finds, and the paths are ones that lead somewhere."""
+    root, ended = process
+    assert refused(ended["naive"]) <= {"webhook"}, ended["naive"]  # MLflow asks where it leads
+    hidden = set(mlflow_paths.PATHS) - found(root / "naive", root / "mlruns")
+    assert hidden <= {"webhook"}
+
+
+def test_an_address_with_secure_redacts_the_whole_process(process):
+    root, ended = process
+    assert refused(ended["secure"]) == set(), ended["secure"]
+    assert found(root / "secure") == set()
+    with sqlite3.connect(root / "secure" / "m.db") as database:
+        values = {value for (value,) in database.execute("SELECT value FROM params")}
+    assert REDACTED in values
+
+
+def test_what_existed_before_redacts_too(process):
+    root, ended = process
+    assert ended["held"]["db_password"] == REDACTED
+    assert ended["held"]["text"].startswith(f"write to {REDACTED}")
+    assert found(root / "held") == set()
+
+
+# ---------------------------------------------------------------- what a newer MLflow may bring
+
+
+def stores():
+    from mlflow.store.model_registry import abstract_store as models
+    from mlflow.store.model_registry import file_store as model_files
+    from mlflow.store.model_registry import rest_store as model_server
+    from mlflow.store.model_registry import sqlalchemy_store as model_database
+    from mlflow.store.tracking import abstract_store as runs
+    from mlflow.store.tracking import databricks_rest_store as databricks
+    from mlflow.store.tracking import file_store as files
+    from mlflow.store.tracking import rest_store as server
+    from mlflow.store.tracking import sqlalchemy_workspace_store as database
+    from mlflow.store.workspace import abstract_store as workspaces
+
+    return [
+        runs.AbstractStore, files.FileStore, server.RestStore,
+        databricks.DatabricksTracingRestStore,
+        database.WorkspaceAwareSqlAlchemyStore, models.AbstractStore, model_files.FileStore,
+        model_server.RestStore, model_database.SqlAlchemyStore, workspaces.AbstractStore,
+    ]  # fmt: skip
+
+
+def methods(kind):
+    for name in dir(kind):
+        if not name.startswith("_") and inspect.isfunction(inspect.getattr_static(kind, name)):
+            yield name, getattr(kind, name)
+
+
+def test_every_method_and_argument_of_mlflows_stores_is_classified():
+    seen = {}
+    for store in stores():
+        seen.update({name: {**seen.get(name, {}), **inspect.signature(method).parameters}
+                     for name, method in methods(store)})  # fmt: skip
+    assert set(seen) == CHECKED | REFUSED, "say in tables.py what the new method may store"
+    assert not CHECKED & REFUSED
+    arguments = {argument for name in CHECKED for argument in seen[name]}
+    arguments -= {"self", "args", "kwargs"}  # the file store's, of what it does not have
+    assert arguments == set(ARGUMENTS), "say in tables.py what the new argument holds"
+    assert len(seen) > 240
+
+
+def test_every_method_of_artifact_repositories_is_classified():
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from mlflow.store.artifact.artifact_repository_registry import (
+        get_registered_artifact_repositories,
+    )
+
+    kinds = {
+        ArtifactRepository,
+        *filter(inspect.isclass, get_registered_artifact_repositories().values()),
+    }
+    seen = {name for kind in kinds for name, _ in methods(kind)}
+    parts = {
+        "abort_multipart_upload", "complete_multipart_upload", "create_multipart_upload",
+        "create_presigned_upload_url", "log_artifact_from_async_stream", "log_artifact_from_stream",
+        "upload_archived_trace_data", "upload_archived_trace_data_bytes",
+    }  # fmt: skip
+    assert seen - set(ARTIFACTS) == parts, "say in tables.py whether the new method uploads"
+
+
+def test_every_method_of_the_client_is_walked():
+    from mlflow import MlflowClient
+
+    walked = {method for does in mlflow_paths.DOES.values() for method in does}
+    others = {  # refused, or in no store of this MLflow
+        "create_mcp_access_endpoint", "create_mcp_server", "create_mcp_server_version",
+        "create_workspace", "detach_prompt_from_run", "refresh_mcp_server_version_tools",
+        "set_mcp_server_alias",
+        "set_mcp_server_tag", "set_mcp_server_version_tag", "test_webhook",
+        "update_mcp_access_endpoint", "update_mcp_server", "update_mcp_server_version",
+        "unlink_traces_from_run", "update_webhook", "update_workspace",
+    }  # fmt: skip
+    reads = ("get_", "search_", "list_", "download_", "load_", "parse_", "delete_")
+    writing = {name for name, _ in methods(MlflowClient) if not name.startswith(reads)}
+    assert writing - walked == others, "add a path to mlflow_paths.py for the new method"
+    assert len(writing) > 60
+
+
+def test_a_method_of_a_newer_mlflow_is_refused():
+    from mlflow.store.tracking.file_store import FileStore
+
+    class Newer(FileStore):
+        def __init__(self):
+            self.thoughts = []
+
+        def log_thoughts(self, run_id, thoughts):
+            self.thoughts.append(thoughts)
+
+        def set_tag(self, run_id, tag, mood=None):
+            self.log_thoughts(run_id, mood or tag.value)
+
+    from mlflow.entities import RunTag
+
+    store = guarded_class(Newer, Policy(Redactor()))()
+    with pytest.raises(RedactionError, match="log_thoughts of MLflow's Newer"):
+        store.log_thoughts("0" * 32, "x")
+    with pytest.raises(RedactionError, match="'mood' of set_tag"):
+        store.set_tag("0" * 32, RunTag("a", "b"), mood="x")
+    store.set_tag("0" * 32, RunTag("api_key", "b"))
+    assert store.thoughts == [REDACTED]
+    assert isinstance(store, FileStore)
+    assert is_guarded(store)
+
+
+def test_an_entity_of_a_newer_mlflow_is_refused():
+    from mlflow.entities import Param
+
+    class Thought(Param):
+        pass
+
+    for value in (Thought("a", "b"), [Thought("a", "b")], object()):
+        with pytest.raises(RedactionError, match=r"Thought|object"):
+            Policy(Redactor()).argument(value)
+
+
+def test_every_scheme_has_an_entry_point():
+    from mlflow.store.artifact.artifact_repository_registry import (
+        get_registered_artifact_repositories,
+    )
+    from mlflow.tracking._model_registry.utils import _get_store_registry
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    schemes = {
+        "mlflow.tracking_store": _tracking_store_registry._registry,
+        "mlflow.model_registry_store": _get_store_registry()._registry,
+        "mlflow.artifact_repository": get_registered_artifact_repositories(),
+    }
+    for group, known in schemes.items():
+        # runs: and models: lead to one of the others; uc is no place for runs.
+        left_out = {"", "runs", "models", *({"uc", "databricks-uc"} if "tracking" in group else ())}
+        plain = {name for name in known if not name.startswith(enforce.PREFIX)} - left_out
+        assert {name.removeprefix(enforce.PREFIX) for name in groups[group]} == plain
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.mark.parametrize(
+    "name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"],
+)  # fmt: skip
+def test_a_second_place_for_traces_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match="collector"):
+        enforce_mlflow_redaction()
+
+
+def test_redactors_add_up(quick, template):
+    import mlflow
+
+    shutil.copy(template, quick / "m.db")
+    enforce_mlflow_redaction(Redactor(extra_patterns=[r"MRN-\d+"]))
+    enforce_mlflow_redaction(Redactor())
+    client = mlflow.MlflowClient(f"sqlite:///{quick}/m.db")
+    run = client.create_run("0").info.run_id
+    client.log_param(run, "patient", "MRN-123 a@b.example")
+    assert client.get_run(run).data.params == {"patient": f"{REDACTED} {REDACTED}"}
