@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from faker import Faker
@@ -39,6 +38,10 @@ class Case(NamedTuple):
     end: int
 
 
+def _addresses(fake: Faker) -> Callable[[], str]:
+    return lambda: str(fake.ipv4() if fake.pybool() else fake.ipv6())
+
+
 def _case(template: str, kind: str, value: str) -> Case:
     start = template.index("{}")
     return Case(template.replace("{}", value), kind, start, start + len(value))
@@ -52,7 +55,7 @@ def personal(each: int, seed: int) -> Iterator[Case]:
         kinds: dict[str, Callable[[], str]] = {
             "e-mail": fake.email,
             "iban": fake.iban,
-            "ip": lambda fake=fake: fake.random_element((fake.ipv4, fake.ipv6))(),  # type: ignore[misc]
+            "ip": _addresses(fake),
             "card": fake.credit_card_number,
             "phone": fake.phone_number,
         }
@@ -208,27 +211,34 @@ def configuration_names() -> list[str]:
     """Return the names of all settings of transformers' configurations and tokenizers."""
     import inspect
 
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    import transformers
+    from transformers.models.auto import configuration_auto
 
     names: set[str] = set()
-    for kind in CONFIG_MAPPING_NAMES:
+    for kind in configuration_auto.CONFIG_MAPPING_NAMES:  # type: ignore[attr-defined]
         try:
-            of = CONFIG_MAPPING[kind]
+            of = configuration_auto.CONFIG_MAPPING[kind]
             names |= set(inspect.signature(of.__init__).parameters) | set(vars(of()))
         except Exception:  # noqa: BLE001, S112 # some want further packages or settings
             continue
-    from transformers import GenerationConfig, TrainingArguments
-
-    names |= set(vars(GenerationConfig())) | set(inspect.signature(TrainingArguments).parameters)
+    names |= set(vars(transformers.GenerationConfig()))  # type: ignore[no-untyped-call]
+    names |= set(inspect.signature(transformers.TrainingArguments).parameters)
     return sorted(names)
 
 
-def parameters(path: Path | None = None) -> list[str]:
+def parameters() -> list[str]:
     """Return texts as they are logged as params: long ones, of real configurations, as JSON."""
     import transformers
 
     texts = []
-    for kind in ("BertConfig", "LlamaConfig", "T5Config", "ViTConfig", "WhisperConfig", "CLIPConfig"):
+    for kind in (
+        "BertConfig",
+        "LlamaConfig",
+        "T5Config",
+        "ViTConfig",
+        "WhisperConfig",
+        "CLIPConfig",
+    ):
         config = getattr(transformers, kind)()
         texts.append(config.to_json_string(use_diff=False))
     return texts

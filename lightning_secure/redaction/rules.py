@@ -36,7 +36,8 @@ class Rule(NamedTuple):
 class RuleSet:
     """Tries rules on texts.
 
-    One pass (Aho-Corasick) finds the keywords; only the rules that they call for are tried.
+    One pass (Aho-Corasick) finds the keywords, and only the rules that they call for are tried. The
+    others, and those with keywords of less than three letters, are tried as one expression first.
 
     Args:
         rules: At least one.
@@ -52,28 +53,34 @@ class RuleSet:
         import ahocorasick
 
         self._rules = [(rule, _compiled(rule)) for rule in rules]
-        self._always = {i for i, (rule, _) in enumerate(self._rules) if not rule.keywords}
         called: dict[str, set[int]] = {}
+        self._weak: list[int] = []
         for number, (rule, _) in enumerate(self._rules):
+            # Two letters stand in nearly every text.
+            if not rule.keywords or min(map(len, rule.keywords)) < _TELLING:
+                self._weak.append(number)
+                continue
             for keyword in rule.keywords:
                 called.setdefault(keyword, set()).add(number)
+        weak = "|".join(f"(?:{self._rules[number][0].regex})" for number in self._weak)
+        self._any_weak = _compiled(Rule("all that is tried on every text", weak)) if weak else None
         self._keywords = ahocorasick.Automaton()
         for keyword, numbers in called.items():
             self._keywords.add_word(keyword, numbers)
-        self._any = bool(called)
-        if self._any:
+        self._has_keywords = bool(called)
+        if called:
             self._keywords.make_automaton()
 
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what the rules find, each to the end of the word that it is part of."""
-        numbers = set(self._always)
-        if self._any:
+        numbers: set[int] = set()
+        if self._has_keywords:
             # Not lower(): the long s and the Kelvin sign match s and k where case is ignored.
             for _, called in self._keywords.iter(text.casefold()):
                 numbers |= called
-        if not numbers:
-            return
         data = text.encode("utf-8", "surrogatepass")
+        if self._any_weak is not None and self._any_weak.search(data):
+            numbers.update(self._weak)
         for number in sorted(numbers):
             rule, pattern = self._rules[number]
             byte = character = 0  # counted on from match to match, so that counting is linear too
@@ -90,6 +97,7 @@ def _characters(data: bytes, start: int, end: int) -> int:
     return len(data[start:end].decode("utf-8", "surrogatepass"))
 
 
+_TELLING: Final = 3
 _WORD: Final = re.compile(r"[A-Za-z0-9_]*")
 
 
@@ -123,13 +131,16 @@ def read_rules(source: str | Path) -> list[Rule]:
         ConfigError: The file cannot be read, has no rules, asks for rules of another file
             (``[extend]``), or a rule lacks what it needs.
     """
+    failed, content = "", {}
     try:
         content = tomllib.loads(Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        failed = type(error).__name__
+    if failed:  # out here, for the error may repeat what the file holds
         raise ConfigError(
-            f"the rules in {str(source)!r} cannot be read ({type(error).__name__}), so nothing was "
-            "searched by them."
-        ) from None
+            f"the rules in {str(source)!r} cannot be read ({failed}), so nothing was searched by "
+            "them."
+        )
     return _rules_of(content, str(source))
 
 
