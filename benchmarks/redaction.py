@@ -1,6 +1,6 @@
 """Measure the detectors: what they find, what they take by mistake, and how fast.
 
-    make redaction-peers                             # once: the peers, in an environment of their own
+    make redaction-peers                        # once: the peers, in an environment of their own
     python benchmarks/redaction.py [--quick] [--json benchmarks/results/redaction.json]
 
 Recall and precision do not depend on the machine: everything is drawn from a seed. Speed does, so
@@ -166,9 +166,7 @@ def measure(quick: bool, peers: Path) -> dict[str, Any]:
         systems[name] = {
             "personal": recall(people, of_people),
             "personal_precision": precision([[case] for case in people], of_people),
-            "secrets": recall(
-                [case._replace(kind="all formats") for case in hidden], of_hidden
-            ),
+            "secrets": recall([case._replace(kind="all formats") for case in hidden], of_hidden),
             "harmless_sentences_hit": sum(bool(spans) for spans in of_plain),
         }
         if shaped:
@@ -180,13 +178,19 @@ def measure(quick: bool, peers: Path) -> dict[str, Any]:
             )
         if name == "lightning_secure":
             by_format = recall(hidden, of_hidden)
+            systems[name]["harmless_sentences_hit_as_secrets"] = sum(
+                any(True for d in (SecretDetector(), AssignmentDetector()) for _ in d.find(text))
+                for text in plain
+            )
             systems[name]["formats_missed"] = [k for k, v in by_format.items() if v["recall"] < 1]
     names = configuration_names()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "seed": SEED,
-        "versions": {p: version(p) for p in ("faker", "transformers", "phonenumbers", "google-re2")},
+        "versions": {
+            p: version(p) for p in ("faker", "transformers", "phonenumbers", "google-re2")
+        },
         "systems": systems,
         "key_names": {
             "names": len(names),
@@ -210,7 +214,7 @@ def missed_targets(result: dict[str, Any]) -> list[str]:
     missed = [f"{k} < {t}" for k, t in TARGETS.items() if us["personal"][k]["recall"] < t]
     if us["secrets"]["all formats"]["recall"] < 0.98:
         missed.append("secrets < 0.98")
-    if us["harmless_sentences_hit"]:
+    if us["harmless_sentences_hit_as_secrets"]:
         missed.append("harmless sentences were hit")
     if set(result["key_names"]["hits"]) - {"hub_token"} or len(result["key_names"]["found"]) < 4:
         missed.append("key names")
@@ -230,7 +234,9 @@ def show(result: dict[str, Any]) -> None:
         for part in ("personal_precision", "templates_precision"):
             if part in of:
                 print(f"  {part:29} {of[part]['precision']:.4f}  {of[part]['wrong']} wrong")
-        print(f"  harmless sentences hit: {of['harmless_sentences_hit']} of 1500")
+        print(f"  harmless sentences hit: {of['harmless_sentences_hit']} of 1500", end="")
+        secret = of.get("harmless_sentences_hit_as_secrets")
+        print("" if secret is None else f", {secret} of them as secrets")
     print("key names:", json.dumps(result["key_names"]))
     print("speed:", json.dumps(result["speed"], indent=1))
 

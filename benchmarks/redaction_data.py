@@ -1,4 +1,4 @@
-"""What the detectors are tried on: made personal data, secrets in documented formats, plain text."""
+"""What the detectors are tried on: made personal data, secrets as documented, plain text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def filled(templates: list[str], seed: int) -> Iterator[tuple[str, list[Case]]]:
     }
     other: dict[str, Callable[[], Any]] = {
         "organization": fake.company, "person": fake.name, "address": fake.address,
-        "name_female": fake.name_female, "name_male": fake.name_male, "age": lambda: fake.random_int(1, 99),
+        "name_female": fake.name_female, "name_male": fake.name_male,
+        "age": lambda: fake.random_int(1, 99),
         "date_of_birth": fake.date, "date_time": fake.date_time, "url": fake.url,
         "zipcode": fake.zipcode, "nationality": fake.country,
     }  # fmt: skip
@@ -106,7 +107,7 @@ def filled(templates: list[str], seed: int) -> Iterator[tuple[str, list[Case]]]:
                 value = str(make())
                 found.append(Case("", kind, len(text), len(text) + len(value)))
             else:
-                value = str((other.get(name) or getattr(fake, name, fake.word))())
+                value = str((other.get(name) or getattr(fake, name, None) or fake.word)())
             text += value + rest
         yield text, found
 
@@ -129,9 +130,13 @@ FORMATS: Final[dict[str, tuple[str | tuple[str, int], ...]]] = {
     "GitLab runner token": ("glrt-", (_URL64, 20)),
     "GitLab trigger token": ("glptt-", (_HEX, 40)),
     "Slack bot token": ("xoxb-", (_DIGIT, 12), "-", (_DIGIT, 12), "-", (_ALNUM, 24)),
-    "Slack user token": ("xoxp-", (_DIGIT, 12), "-", (_DIGIT, 12), "-", (_DIGIT, 12), "-", (_HEX, 32)),
+    "Slack user token": (
+        "xoxp-", (_DIGIT, 12), "-", (_DIGIT, 12), "-", (_DIGIT, 12), "-", (_HEX, 32),
+    ),
     "Slack app token": ("xapp-1-", (_UPPER + _DIGIT, 11), "-", (_DIGIT, 13), "-", (_HEX, 64)),
-    "Slack webhook": ("https://hooks.slack.com/services/T", (_UPPER, 8), "/B", (_UPPER, 8), "/", (_ALNUM, 24)),
+    "Slack webhook": (
+        "https://hooks.slack.com/services/T", (_UPPER, 8), "/B", (_UPPER, 8), "/", (_ALNUM, 24),
+    ),
     "Stripe live key": ("sk_live_", (_ALNUM, 24)),
     "Stripe test key": ("sk_test_", (_ALNUM, 24)),
     "Stripe restricted key": ("rk_live_", (_ALNUM, 99)),
@@ -166,7 +171,9 @@ FORMATS: Final[dict[str, tuple[str | tuple[str, int], ...]]] = {
     "Docker token": ("dckr_pat_", (_URL64, 27)),
     "age key": ("AGE-SECRET-KEY-1", ("QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L", 58)),
     "JSON web token": ("eyJ", (_URL64, 33), ".eyJ", (_URL64, 60), ".", (_URL64, 43)),
-    "private key": ("-----BEGIN PRIVATE KEY-----\n", (_ALNUM + "+/", 64), "\n-----END PRIVATE KEY-----"),
+    "private key": (
+        "-----BEGIN PRIVATE KEY-----\n", (_ALNUM + "+/", 64), "\n-----END PRIVATE KEY-----",
+    ),
     "password in a URL": ("postgresql://bob:", (_ALNUM, 16), "@"),
 }  # fmt: skip
 SECRET_SENTENCES: Final = ("{}", "key {} in a log line", "value='{}'", '{"x": "{}"}', "({}), again")
@@ -194,12 +201,12 @@ def harmless(number: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     made: list[Callable[[], str]] = [
         fake.sentence,
-        lambda: f"epoch={draw.randrange(99)} train_loss={draw.random():.6f} lr={draw.random() / 100:.2e}",
+        lambda: f"epoch={draw.randrange(99)} train_loss={draw.random():.6f} lr={draw.random():.2e}",
         lambda: f"sha256 {draw.randbytes(32).hex()} of {fake.file_path(depth=3)}",
         lambda: f"commit {draw.randbytes(20).hex()} ({fake.word()}): {fake.sentence()}",
         lambda: f"run {fake.uuid4()} of experiment {draw.randrange(10**6)} began {fake.iso8601()}",
-        lambda: f"{fake.word()}/{fake.word()}:{draw.randrange(9)}.{draw.randrange(99)}.{draw.randrange(9)}",
-        lambda: f"layers.{draw.randrange(48)}.attention.query.weight torch.Size([{draw.randrange(4096)}])",
+        lambda: f"{fake.word()}/{fake.word()}:{draw.randrange(9)}.{draw.randrange(99)}.0",
+        lambda: f"layers.{draw.randrange(48)}.query.weight torch.Size([{draw.randrange(4096)}])",
         lambda: f"pad_token_id={draw.randrange(10**5)}, max_new_tokens={draw.randrange(4096)}",
         lambda: f"seen {draw.randrange(10**12)} tokens, {draw.uniform(1, 9e6):.3f} per second",
         lambda: f"https://{fake.domain_name()}/{fake.uri_path()}?page={draw.randrange(99)}",
@@ -219,7 +226,7 @@ def configuration_names() -> list[str]:
         try:
             of = configuration_auto.CONFIG_MAPPING[kind]
             names |= set(inspect.signature(of.__init__).parameters) | set(vars(of()))
-        except Exception:  # noqa: BLE001, S112 # some want further packages or settings
+        except Exception:  # noqa: BLE001 # some want further packages or settings
             continue
     names |= set(vars(transformers.GenerationConfig()))  # type: ignore[no-untyped-call]
     names |= set(inspect.signature(transformers.TrainingArguments).parameters)

@@ -32,22 +32,22 @@ _IPV6: Final = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _CARD: Final = re.compile(
-    r"(?<![\w.])(?:\d{12,19}|\d{4}([ -])\d{4,6}\1\d{4,5}(?:\1\d{1,4}){0,2})(?!\w|\.\d)", re.ASCII
+    r"(?<![\w.-])(?:\d{12,19}|\d{4}([ -])\d{4,6}\1\d{4,5}(?:\1\d{1,4}){0,2})(?!\w|\.\d)", re.ASCII
 )
 # The ranges of the schemes, with their lengths (ISO/IEC 7812);
 # milliseconds since 1970 begin with 1.
 _ISSUED: Final = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|3[47]\d{13}|3[0689]\d{12}|(?:1800|2131)\d{11}"
     r"|(?:5[1-5]|2[2-7]|35|6[0-9])\d{14}|3[0568]\d{14,17}|(?:62|5[068]|6[0-9])\d{15,17}|5[0678]\d{11,14}"
-    r"|(?:50[123]|5[678]\d|6304|6390|67[56])\d{8,9}"
+    r"|(?:0604|50[123]|5[678]\d|6304|6390|67[56])\d{8,9}"
 )
 _SSN: Final = re.compile(r"(?<![\w.-])(?!000|666)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", re.ASCII)
 _IBAN: Final = re.compile(
     r"(?<![a-z\d])[a-z]{2}\d\d(?:[ -]?[a-z\d]){11,30}(?![a-z\d])", re.ASCII | re.IGNORECASE
 )
 _PHONE: Final = re.compile(
-    r"(?<![\w.,+])(?:\(?\+ ?|\(?)\d(?:(?: ?\(| [-/] |[ ./-]|\)[ /-]?)?\d){6,16}+"
-    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:/-]\d|/\w)",
+    r"(?<![\w.,+/-])(?:\(?\+ ?|\(?)\d(?:(?: ?\(| [-/] |[ ./-]|\)[ /-]?)?\d){6,16}+"
+    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:]\d|[/-]\w)",
     re.ASCII | re.IGNORECASE,
 )
 # How numbers are written that need no word before them: with the country's code; as in North
@@ -90,7 +90,7 @@ class _National(NamedTuple):
 
 
 def _form(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w.])(?:{pattern})(?![\w]|\.\d)", re.ASCII | re.IGNORECASE)
+    return re.compile(rf"(?<![\w.-])(?:{pattern})(?!\w|\.\d|-\w)", re.ASCII | re.IGNORECASE)
 
 
 def _near(words: str) -> re.Pattern[str]:
