@@ -25,8 +25,8 @@ CATALOGUE = [
     Mutation(
         "rules may backtrack",
         "redaction/rules.py",
-        "    import re2\n",
-        "    import re as re2\n",
+        "pattern = re2.compile(rule.regex.encode(), options)",
+        "pattern = re.compile(rule.regex.encode())",
         f"{RULES} -k cannot_be_kept",
     ),
     Mutation(
