@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 PEERS ?= .venv-peers
+REDACTION_PEERS ?= .venv-redaction-peers
 
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format services peers bench-data bench-dp bench-results clean
+.PHONY: help demo test lint types format services peers redaction-peers bench-data bench-dp bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
@@ -52,6 +53,13 @@ $(PEERS)/.installed: benchmarks/peers.txt
 	@touch $@
 
 peers: $(PEERS)/.installed
+
+$(REDACTION_PEERS)/.installed: benchmarks/redaction-peers.txt
+	$(PYTHON) -m venv $(REDACTION_PEERS)
+	$(REDACTION_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/redaction-peers.txt
+	@touch $@
+
+redaction-peers: $(REDACTION_PEERS)/.installed
 
 # The other services that tests start (OpenBao, moto) come with the dev extra.
 services:

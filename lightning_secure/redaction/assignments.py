@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from lightning_secure.redaction.names import KeyNameDetector
@@ -16,7 +17,8 @@ _ASSIGNMENT: Final = re.compile(
     r"(?<![\w.\-/])(?P<name>[\w.\-/\[\]]++(?: [\w.\-/]++){0,3}?)(?P<quote>\\*+[\"'`])?\]?[ \t]*+"
     r"(?P<sign>:=|=>|==|=|:|%3[aAdD])(?P<space>[ \t]*+)"
 )
-_FLAG: Final = re.compile(r"(?<![\w.\-/])(?P<name>--?[A-Za-z][\w\-]*+)[\"']?,?\s++(?=[^\s-])")
+# It begins with a letter of its own, for that is searched for fast.
+_FLAG: Final = re.compile(r"(?P<name>-(?<![\w.\-/]-)-?[A-Za-z][\w\-]*+)[\"']?,?\s++(?=[^\s-])")
 _SHELL: Final = re.compile(r"(?<!\w)(?:setenv|ENV|ARG|env)[ \t]+(?P<name>[\w.]++)[ \t]++(?=\S)")
 _ELEMENT: Final = re.compile(r"<(?P<name>[\w:.\-]++)(?:\s[^<>]*+)?>(?P<value>[^<]++)")
 # {"name": "password", "value": "..."}, <add key="password" value="..."/>
@@ -30,6 +32,15 @@ _PROSE: Final = re.compile(
 )
 _NETRC: Final = re.compile(r"(?<!\w)login\s+\S+\s+password\s+(?=\S)")
 _CURL: Final = re.compile(r"(?<![\w\-])(?:-u|--(?:proxy-)?user)[ =]+[\"']?[^\s:\"']+:(?=\S)")
+# One of these stands in every name that KeyNameDetector takes for a secret's.
+_STEMS: Final = (
+    "pass", "pwd", "secret", "cred", "token", "key", "authorization", "cookie", "connectionstring",
+    "connstring",
+)  # fmt: skip
+_PARTS: Final = re.compile(r"[^a-z0-9]+")
+_PARTING: Final = str.maketrans("", "", "".join(chr(i) for i in range(128) if not chr(i).isalnum()))
+# No name holds one of these.
+_BREAKS: Final = "\n,;{}()\"'`<>=:&?|%"
 _BEARER: Final = re.compile(r"(?<!\w)bearer\s+(?P<value>[\w.~+/=\-]{8,})", re.IGNORECASE)
 
 _SCHEME: Final = re.compile(
@@ -52,6 +63,22 @@ _WORD: Final = re.compile(
 _CLOSING: Final = ",;)]}>\"'`\\"
 _LINE: Final = re.compile(r"[^\r\n]*+")
 
+# What follows a name without a sign; what each cannot do without, in lower case; and whether it
+# needs no name of a secret.
+_OTHERS: Final = tuple(
+    (pattern, re.compile(needed), pattern in (_CURL, _BEARER))
+    for pattern, needed in (
+        (_FLAG, "-"),
+        (_SHELL, "env|arg"),
+        (_ENTRY, r"val(?<![\w.\-/]val)(?:ue)?\\*[\"']?[ \t]*[:=]"),
+        (_PROSE, "pass|pwd"),
+        (_NETRC, "login"),
+        (_ELEMENT, "<"),
+        (_CURL, "-u"),
+        (_BEARER, "bearer"),
+    )
+)
+
 
 def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]]:
     """Yield where in ``text`` values of secrets stand, in the forms that people and tools write.
@@ -64,26 +91,71 @@ def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]
     to itself; a secret under no name, or one that only prose gives away; options of one letter, as
     in ``mysql -pSECRET``.
     """
-    position = 0
-    while match := _ASSIGNMENT.search(text, position):
+    plain = text.lower()
+    hits = _stems(text, plain)
+    if hits:
+        yield from _assigned(text, hits, names)
+    for pattern, needed, anyhow in _OTHERS:
+        if not ((hits or anyhow) and needed.search(plain)):
+            continue
+        position = 0
+        for match in pattern.finditer(text):
+            harmless = "name" in pattern.groupindex and not names.matches(match["name"])
+            if harmless or match.end() < position:
+                continue
+            if "value" in pattern.groupindex:
+                yield match.span("value")
+                continue
+            start, position = _single(text, match.end())
+            yield start, position
+
+
+def _stems(text: str, plain: str) -> Sequence[int]:
+    """Return where parts of names of secrets end in ``text``; there may be too many."""
+    if text.isascii():
+        joined = plain.translate(_PARTING)
+        odd = any(stem in joined and stem not in plain for stem in _STEMS)  # se_cret
+    else:
+        joined = _PARTS.sub("", unicodedata.normalize("NFKC", text).lower())  # of full width
+        odd = any(stem in joined for stem in _STEMS)
+    if odd:
+        return range(1, len(text) + 1)  # the whole text is looked at
+    if not text.isascii():
+        return ()
+    hits: list[int] = []
+    for stem in _STEMS:
+        at = plain.find(stem)
+        while at >= 0:
+            at += len(stem)
+            hits.append(at)
+            at = plain.find(stem, at)
+    return sorted(hits)
+
+
+def _assigned(text: str, hits: Sequence[int], names: KeyNameDetector) -> Iterator[tuple[int, int]]:
+    """Yield the values of the assignments in whose names one of ``hits`` lies."""
+    position = seen = 0
+    match: re.Match[str] | None = None
+    for hit in hits:
+        if hit <= position or (match is not None and hit <= match.start()):
+            continue
+        if match is None or match.end("name") < hit:
+            # A name with the hit in it begins after what no name holds. Only what lies after the
+            # hit before is looked through, so that a long text takes linear time.
+            cut = max(text.rfind(mark, seen, hit) for mark in _BREAKS) + 1
+            seen = max(position, seen, cut)
+            match = _ASSIGNMENT.search(text, seen)
+            if match is None:
+                return
+            if hit <= match.start():
+                continue
         position = match.end("sign")
         if names.matches(match["name"]):
             start, end = _value(text, match)
             if start < end:
                 yield start, end
             position = max(position, end)
-    for pattern in (_FLAG, _SHELL, _ENTRY, _PROSE, _NETRC, _CURL):
-        position = 0
-        for match in pattern.finditer(text):
-            harmless = "name" in pattern.groupindex and not names.matches(match["name"])
-            if harmless or match.end() < position:
-                continue
-            start, position = _single(text, match.end())
-            yield start, position
-    for pattern in (_ELEMENT, _BEARER):
-        for match in pattern.finditer(text):
-            if "name" not in pattern.groupindex or names.matches(match["name"]):
-                yield match.span("value")
+        match = None
 
 
 def _value(text: str, match: re.Match[str]) -> tuple[int, int]:

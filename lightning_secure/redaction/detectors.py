@@ -1,20 +1,23 @@
 """What looks like a secret or like personal data.
 
 Secrets are known by their format (the regular expressions of detect-secrets, without its entropy
-guesses) or by the name before them. Of personal data, e-mail addresses are found;
-names, places and free text are not, and no pattern can find them: declare such columns, or keep
-them out.
+guesses, and what issuers document) or by the name before them; personal data by its form and its
+check digits. Names, places and free text are not found, and no pattern can find them: declare such
+columns, or keep them out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
-from typing import Final, NamedTuple, Protocol
+from pathlib import Path
+from typing import Final
 
 from lightning_secure.redaction.assignments import secret_values
+from lightning_secure.redaction.finding import Detector, Finding
 from lightning_secure.redaction.names import KeyNameDetector
+from lightning_secure.redaction.personal import PersonalDataDetector
+from lightning_secure.redaction.rules import RuleSet, built_in_rules, read_rules
 
 __all__ = [
     "AssignmentDetector",
@@ -27,33 +30,14 @@ __all__ = [
 ]
 
 
-class Finding(NamedTuple):
-    """A part of a text that should not be shown.
-
-    Attributes:
-        rule: What was recognised.
-        start: Where it begins, in characters.
-        end: Where it ends.
-    """
-
-    rule: str
-    start: int
-    end: int
-
-
-class Detector(Protocol):
-    """Finds parts of texts."""
-
-    def find(self, text: str) -> Iterator[Finding]:
-        """Yield what is found in ``text``, in any order; findings may overlap."""
-
-
 class PatternDetector:
     """Finds what matches a regular expression of the user's.
 
     Args:
         rule: Name of the rule.
-        pattern: The expression. Its first group is what is found, or all of it without a group.
+        pattern: The expression, in Python's syntax. Its first group is what is found, or all of it
+            without a group. How long it takes is the user's to know; rules in a file, as
+            :class:`SecretDetector` takes them, cannot take more than linear time.
     """
 
     def __init__(self, rule: str, pattern: str | re.Pattern[str]) -> None:
@@ -69,7 +53,17 @@ class PatternDetector:
 
 
 class SecretDetector:
-    """Finds secrets by their format: cloud keys, tokens, private keys, credentials in URLs."""
+    """Finds secrets by their format: cloud keys, tokens, private keys, credentials in URLs.
+
+    Args:
+        extra_rules: A file of further rules in the format of gitleaks.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds a rule that could take more than linear time.
+
+    >>> [f.rule for f in SecretDetector().find("postgresql://jo:pw@db, AKIAIOSFODNN7EXAMPLE")]
+    ['url-credentials', 'aws-access-key']
+    """
 
     # Everything between :// and the last @ before the path: passwords may hold @ and :.
     _URL: Final = PatternDetector("url-credentials", r"://([^/\s?#'\"]+)@")
@@ -79,47 +73,19 @@ class SecretDetector:
         "private-key", r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*-----|\Z)"
     )
 
+    def __init__(self, extra_rules: str | Path | None = None) -> None:
+        self._rules = built_in_rules()
+        self._extra = None if extra_rules is None else RuleSet(read_rules(extra_rules))
+
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what has the format of a secret, whole."""
-        yield from self._URL.find(text)
-        yield from self._PEM.find(text)
-        for rule, pattern in _secret_patterns():
-            for match in pattern.finditer(text):
-                yield Finding(rule, *match.span())
-
-
-@cache
-def _secret_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    from detect_secrets.plugins.base import RegexBasedDetector
-    from detect_secrets.plugins.basic_auth import BasicAuthDetector
-    from detect_secrets.plugins.ip_public import IPPublicDetector
-
-    # Its basic-auth rule finds less than the one above, and version numbers look like addresses.
-    left_out = (BasicAuthDetector, IPPublicDetector)
-    patterns = []
-    kinds: list[type] = list(get_mapping_from_secret_type_to_class().values())
-    for kind in kinds:
-        if issubclass(kind, RegexBasedDetector) and not issubclass(kind, left_out):
-            plugin = kind()
-            rule = plugin.secret_type.lower().replace(" ", "-")
-            patterns += [(rule, re.compile(pattern)) for pattern in plugin.denylist]
-    return patterns
-
-
-class PersonalDataDetector:
-    """Finds e-mail addresses."""
-
-    # The characters of RFC 5321's local part that people use; bounded, so that a long line without
-    # an address takes linear time.
-    _EMAIL: Final = PatternDetector(
-        "e-mail",
-        r"(?<![\w.+%'-])([\w.+%'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24})(?![\w-])",
-    )
-
-    def find(self, text: str) -> Iterator[Finding]:
-        """Yield the addresses."""
-        yield from self._EMAIL.find(text)
+        if "://" in text and "@" in text:
+            yield from self._URL.find(text)
+        if "-----BEGIN" in text:
+            yield from self._PEM.find(text)
+        yield from self._rules.find(text)
+        if self._extra is not None:
+            yield from self._extra.find(text)
 
 
 class AssignmentDetector:

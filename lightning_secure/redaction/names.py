@@ -6,6 +6,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 __all__ = ["KeyNameDetector"]
@@ -93,11 +94,20 @@ class KeyNameDetector:
 
     def matches(self, name: str) -> bool:
         """Return whether a value under this name should not be shown."""
-        plain = unicodedata.normalize("NFKC", name)  # full-width letters are letters
-        parts = [words for part in _PARTS.split(plain) if (words := _words(part))]
-        joined = [word for words in parts for word in words]
-        # {"api": {"key": ...}} becomes api/key.
-        return any(map(_secret, parts)) or (len(parts) > 1 and _named_key(joined))
+        return _remembered(name) if len(name) <= _SHORT else _names_a_secret(name)
+
+
+def _names_a_secret(name: str) -> bool:
+    plain = unicodedata.normalize("NFKC", name)  # full-width letters are letters
+    parts = [words for part in _PARTS.split(plain) if (words := _words(part))]
+    joined = [word for words in parts for word in words]
+    # {"api": {"key": ...}} becomes api/key.
+    return any(map(_secret, parts)) or (len(parts) > 1 and _named_key(joined))
+
+
+# The same names come at every step.
+_SHORT: Final = 64
+_remembered = lru_cache(maxsize=4096)(_names_a_secret)
 
 
 def _words(part: str) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 #: Stands in place of what was taken out; MLflow accepts it in names too.
 REDACTED: Final = "REDACTED"
 _MAX_DEPTH: Final = 32
+_SHORT: Final = 64
+_REMEMBERED: Final = 4096
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
 
@@ -35,10 +38,14 @@ class Redactor:
     Args:
         extra_patterns: Regular expressions of your own. The first group is taken out, or the whole
             match if there is none.
+        extra_rules: A file of rules of your own in the format of gitleaks (TOML).
         strict: Whether a detector that fails raises. Otherwise what it was looking at is dropped.
 
     Attributes:
-        counts: How often each rule took something out.
+        counts: How often each rule took something out, by the rule's name; never what it was.
+
+    Raises:
+        ConfigError: The file of rules cannot be used.
 
     >>> redactor = Redactor()
     >>> redactor.redact({"url": "postgresql://jo:pw@db/x", "opt": {"api_key": "k", "lr": 0.1}})
@@ -46,13 +53,19 @@ class Redactor:
     """
 
     def __init__(
-        self, *, extra_patterns: Sequence[str | re.Pattern[str]] = (), strict: bool = False
+        self,
+        *,
+        extra_patterns: Sequence[str | re.Pattern[str]] = (),
+        extra_rules: str | Path | None = None,
+        strict: bool = False,
     ) -> None:
         self.counts: Counter[str] = Counter()
+        # Short texts in which nothing was found, such as the names of metrics at every step.
+        self._clean: set[str] = set()
         self._strict = strict
         self._names = KeyNameDetector()
         self._detectors: list[Detector] = [
-            SecretDetector(),
+            SecretDetector(extra_rules),
             AssignmentDetector(),
             PersonalDataDetector(),
             *(PatternDetector(f"extra-{i}", pattern) for i, pattern in enumerate(extra_patterns)),
@@ -136,7 +149,9 @@ class Redactor:
         Raises:
             RedactionError: A detector failed and the redactor is strict.
         """
-        if _SURROGATE.search(text):
+        if text in self._clean:
+            return text
+        if not text.isascii() and _SURROGATE.search(text):
             # No store can hold it, and the error of trying carries the text along.
             return self._dropped("encoding")
         try:
@@ -145,6 +160,12 @@ class Redactor:
             found = None
         if found is None:
             return self._dropped("detector")
+        if not found:
+            if len(text) <= _SHORT:
+                if len(self._clean) >= _REMEMBERED:
+                    self._clean.clear()
+                self._clean.add(text)
+            return text
         pieces, position = [], 0
         for rule, start, end in sorted(found, key=lambda finding: (finding.start, -finding.end)):
             if (start < position and end <= position) or text[start:end] == REDACTED:

@@ -106,6 +106,17 @@ def test_redacting_twice_changes_nothing_more():
     assert Redactor().redact_text(once) == once
 
 
+def test_only_clean_texts_are_remembered_and_not_too_many():
+    redactor = Redactor()
+    for _ in range(2):
+        assert redactor.redact_text("by jo@clinic.example") == f"by {REDACTED}"
+    assert redactor.counts == {"e-mail": 2}
+    for number in range(5000):
+        redactor.redact_text(f"layer {number}")
+    assert 0 < len(redactor._clean) <= 4096
+    assert not any("jo@" in text for text in redactor._clean)
+
+
 class Broken:
     def find(self, text):
         raise ValueError(text)

@@ -1,0 +1,29 @@
+"""What a detector is, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+__all__ = ["Detector", "Finding"]
+
+
+class Finding(NamedTuple):
+    """A part of a text that should not be shown.
+
+    Attributes:
+        rule: What was recognised.
+        start: Where it begins, in characters.
+        end: Where it ends.
+    """
+
+    rule: str
+    start: int
+    end: int
+
+
+class Detector(Protocol):
+    """Finds parts of texts."""
+
+    def find(self, text: str) -> Iterator[Finding]:
+        """Yield what is found in ``text``, in any order; findings may overlap."""

@@ -1,0 +1,53 @@
+"""What finds secrets and personal data."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+RULES = "tests/redaction/test_rules.py"
+PERSONAL = "tests/redaction/test_personal.py"
+
+CATALOGUE = [
+    Mutation(
+        "a keyword hides what its rule would find",
+        "redaction/rules.py",
+        "self._keywords.iter(text.casefold())",
+        "self._keywords.iter(text)",
+        f"{RULES} -k gitleaks",
+    ),
+    Mutation(
+        "positions of secrets are counted in bytes",
+        "redaction/rules.py",
+        'return len(data[start:end].decode("utf-8", "surrogatepass"))',
+        "return end - start",
+        f"{RULES} -k positions",
+    ),
+    Mutation(
+        "rules that are in another file are missing and nobody is told",
+        "redaction/rules.py",
+        'if "extend" in content:',
+        "if False:",
+        f"{RULES} -k cannot_be_kept",
+    ),
+    Mutation(
+        "names of secrets are looked for in the wrong place",
+        "redaction/assignments.py",
+        "seen = max(position, seen, cut)",
+        "seen = max(position, hit)",
+        f"{RULES} -k near_the_stems",
+    ),
+    Mutation(
+        "a card is followed by its date and not found",
+        "redaction/personal.py",
+        "        written = written[:cut]\n",
+        "        return None\n",
+        f"{PERSONAL} -k before_it_or_after_it",
+    ),
+    Mutation(
+        "what was found once is remembered as clean",
+        "redaction/redactor.py",
+        "        if not found:\n",
+        "        self._clean.add(text)\n        if not found:\n",
+        "tests/redaction/test_redactor.py -k remembered",
+    ),
+]
