@@ -10,11 +10,12 @@ REDACTION_PEERS ?= .venv-redaction-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types format services peers redaction-peers bench-data bench-dp bench-results clean
+.PHONY: help demo test mutations lint types format services peers redaction-peers bench-data bench-dp bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
 	@echo "make test   the whole test suite, with its coverage"
+	@echo "make mutations   known weaknesses, put back one by one: each must turn a test red"
 	@echo "make services   what some tests need beyond Python's packages (softhsm2, by apt-get)"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
@@ -30,9 +31,14 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=95 \
+		--ignore=tests/mutations
 	$(BIN)/python -m coverage report --fail-under=100 \
 		--include='lightning_secure/crypto/*,lightning_secure/data/format.py,lightning_secure/data/header.py'
+
+# A test of the tests, and so not among them.
+mutations: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/mutations
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -63,8 +63,8 @@ class Model(L.LightningModule):
         fully_shard(self.net, mesh=mesh)
 
     def loss(self, batch):
-        out = self.net(batch[0])[:, 0] + self.shift
-        return F.binary_cross_entropy_with_logits(out.float(), batch[1].float())
+        out = (self.net(batch[0])[:, 0] + self.shift).float()
+        return F.binary_cross_entropy_with_logits(out, batch[1].float())
 
     def training_step(self, batch, batch_idx):
         return self.loss(batch)
