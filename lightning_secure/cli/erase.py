@@ -102,6 +102,9 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
     help="What was --key-file then, if the dataset has another now. It is destroyed if the erasure "
     "was to do so.",
 )
+@click.option(
+    "--old-key-is-gone", is_flag=True, help="It was to be destroyed, and cannot be given any more."
+)
 @recipient_files
 @pins
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -110,6 +113,7 @@ def finish(
     root: Path,
     key_path: Path,
     old_key_file: Path | None,
+    old_key_is_gone: bool,
     recipients: tuple[Path, ...],
     yes: bool,
     **pinned: Any,
@@ -127,6 +131,7 @@ def finish(
                 keys=keys,
                 old=old,
                 recipients=[provider(path) for path in recipients],
+                old_is_gone=old_key_is_gone,
                 **pinned,
             )
         )

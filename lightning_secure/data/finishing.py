@@ -24,6 +24,7 @@ def finish_erasure(
     keys: KeyProvider,
     old: KeyProvider | None = None,
     recipients: Sequence[KeyProvider] = (),
+    old_is_gone: bool = False,
     min_generation: int | None = None,
     manifest_digest: str | None = None,
 ) -> ErasureReport:
@@ -35,6 +36,8 @@ def finish_erasure(
         old: What was ``keys`` then, if that was another. If the erasure was to destroy it, it is
             destroyed now, once ``keys`` was seen to open the manifest in place.
         recipients: All other recipients, to be tried on the old manifest.
+        old_is_gone: Ends it without ``old``, although it was to destroy that key and did not write
+            down that it had; after a crash right behind that, nobody can give the key any more.
         min_generation: The oldest generation that is accepted as the manifest in place.
         manifest_digest: The only manifest that is.
 
@@ -43,8 +46,8 @@ def finish_erasure(
         counts as one that opens it.
 
     Raises:
-        ConfigError: No erasure is unfinished, it did not get so far that rows were erased, or
-            ``old`` is not the key that it was begun with.
+        ConfigError: No erasure is unfinished, it did not get so far that rows were erased, ``old``
+            is not the key that it was begun with, or is missing and was to be destroyed.
         IntegrityError: The record of it was altered, or is not by somebody whom ``keys`` or
             ``old`` trusts.
         AuditWriteError: A listener could not record it. It is still unfinished.
@@ -69,6 +72,13 @@ def finish_erasure(
             raise ConfigError(
                 f"the erasure in {str(root)!r} was begun with key {record.key[1]!r}, and key "
                 f"{old.key_id!r} was given as the old one. Nothing was done; {RECORD_NAME} stays."
+            )
+        ordered = record.retire and not record.retired and record.key != present
+        if ordered and old is None and not old_is_gone:
+            raise ConfigError(
+                f"the erasure in {str(root)!r} was to destroy key {record.key[1]!r}, which opens "
+                "old copies unless it is gone. Give it as the old key, or say that it is gone "
+                f"(old_is_gone, --old-key-is-gone). Nothing was done; {RECORD_NAME} stays."
             )
         events.announce(
             "data.erase.finish",

@@ -83,4 +83,11 @@ CATALOGUE = [
         "type(value) is not Tensor\n",
         "tests/plugins/test_compact.py -k another_kind",
     ),
+    Mutation(
+        "an erasure is finished without the key that it was to destroy, and forgets that it was",
+        "data/finishing.py",
+        "if ordered and old is None and not old_is_gone:",
+        "if False:",
+        "tests/data/test_erasure.py -k counts_as_alive",
+    ),
 ]
