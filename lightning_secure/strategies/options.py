@@ -32,7 +32,7 @@ from lightning_secure.errors import (
 )
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.journal import attach_journal
-from lightning_secure.privacy.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.promise import require_same_promise
 
 __all__ = [
@@ -229,10 +229,10 @@ def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -
 def carry_ledger(
     trainer: pl.Trainer, ledger: Ledger, config: DPConfig, journal: str | Path | None
 ) -> None:
-    """Let the module carry the account of its weights, and its run's journal cover it.
+    """Let a run's journal cover the account of its weights.
 
     Args:
-        trainer: Whose module it is, and in whose ``default_root_dir`` journals lie by default.
+        trainer: In whose ``default_root_dir`` journals lie by default.
         ledger: A new one, or the one that the run goes on with.
         config: What is asked for now, which must be what the run was begun with.
         journal: The directory that the user wants instead.
@@ -243,8 +243,6 @@ def carry_ledger(
         LedgerError: The promise is another one, or the journal does not allow the run to go on;
             see :func:`~lightning_secure.privacy.journal.attach_journal`.
     """
-    # First, because the weights are there even if the run is refused.
-    keep_ledger(trainer.lightning_module, ledger)
     require_same_promise(config, ledger)
     directory = str(journal) if journal is not None else f"{trainer.default_root_dir}/{_JOURNALS}"
     if "://" in directory:

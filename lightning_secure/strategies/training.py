@@ -155,6 +155,8 @@ class PrivateTraining(SteppingStrategy):
         def carried() -> Ledger | None:
             ledger = ledger_of_run()
             if ledger is not None:
+                # First, because the weights are there even if the run is refused.
+                keep_ledger(self._module, ledger)
                 carry_ledger(self._module.trainer, ledger, self.config, self._journal)
                 # What this finds out is part of the account that others are given.
                 ledger.affords_a_step(self.config.target_epsilon)

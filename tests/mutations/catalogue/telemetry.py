@@ -88,10 +88,11 @@ CATALOGUE = [
     ),
     Mutation(
         "a fit after a resume begins a new account",
-        "strategies/options.py",
-        "    keep_ledger(trainer.lightning_module, ledger)\n",
-        "",
+        "strategies/training.py",
+        "                keep_ledger(self._module, ledger)\n                carry_ledger",
+        "                carry_ledger",
         f"{PRIVACY} -k after_a_resume",
+        (("            keep_ledger(self._module, ledger)\n            with", "            with"),),
     ),
     Mutation(
         "a loaded module forgets its account",
