@@ -136,6 +136,20 @@ def test_a_journal_that_could_not_be_written_loses_nothing_of_before(tmp_path, k
     assert only_named_files(tmp_path, keys)
 
 
+def test_no_line_of_a_journal_follows_one_that_was_not_written_whole(tmp_path, keys):
+    options = {"split": "train", "keys": keys, "source_id": "v1", **SMALL}
+    writer = EncryptedShardWriter(tmp_path, threads=1, **options)
+    journal = writer._state._journal
+    writer.write_batch({"x": X[:200], "y": Y[:200]})
+    size = os.fstat(journal._fd).st_size
+    with full(size + 99), pytest.raises(OSError, match="too large"):
+        journal.start(8, bytes(16))
+    with pytest.raises(OSError, match="an earlier line"):  # there is room again
+        journal.start(9, bytes(16))
+    assert os.fstat(journal._fd).st_size == size
+    writer.suspend()
+
+
 def test_killed_at_random_points_again_and_again_it_ends_with_every_row_once(tmp_path, keys):
     # One process that forks, because a start takes longer than many kills.
     code = (

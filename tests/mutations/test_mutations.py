@@ -77,7 +77,7 @@ def test_a_weakness_turns_a_test_red(mutation, tmp_path, zygote):
     output = (tmp_path / "output").read_text()
     # 1: a test failed. Anything else (an error while collecting, no test at all) proves nothing.
     assert code == 1, output[-6000:]
-    assert " failed" in output
+    assert " failed" in output or " error" in output  # where a fixture makes the runs
     # A mutant that merely crashes says nothing about the tests.
     for crash in ("NameError", "AttributeError", "SyntaxError", "ImportError"):
         assert f"E   {crash}" not in output, output[-6000:]

@@ -10,7 +10,7 @@ CATALOGUE = [
         "data/journal.py",
         "        if self._broken:\n",
         "        if False:\n",
-        "tests/data/test_resume.py -k could_not_be_written",
+        "tests/data/test_resume.py -k not_written_whole",
         more=(("                os.ftruncate(self._fd, whole)\n", "                pass\n"),),
     ),
     Mutation(
