@@ -371,7 +371,7 @@ def test_a_shard_that_is_there_is_left_and_a_damaged_one_is_sent(
     name = next(name for name in memory.find(url[8:]) if name.endswith(".lsec"))
     memory.pipe_file(name, DAMAGE[damage](memory.cat_file(name)))
     sent, put = [], type(memory).put_file
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # it does what it did
         type(memory),
         "put_file",
         lambda self, here, there, **rest: (sent.append(there), put(self, here, there, **rest))[1],
