@@ -21,6 +21,7 @@ __all__ = [
     "make_private_directories",
     "open_regular",
     "read_regular",
+    "release_lock",
     "sync_directory",
 ]
 
@@ -151,6 +152,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
             a file would be made wherever somebody wants one.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    owner = os.getpid()
     fd = os.open(path, flags, 0o666)
     try:
         regular = stat.S_ISREG(os.fstat(fd).st_mode)
@@ -158,5 +160,22 @@ def exclusive_lock(path: Path) -> Iterator[None]:
             raise OSError(errno.EINVAL, "not a regular file")
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        release_lock(fd, owner=owner)
+
+
+def release_lock(fd: int, *, owner: int) -> None:
+    """Close a file that an advisory lock is held on, and let go of the lock.
+
+    Args:
+        fd: The file.
+        owner: Id of the process that took the lock; in one that it forked, the lock stays.
+
+    Closing alone does not let go: a process that was forked meanwhile has inherited the file, and
+    with it the lock, for as long as it runs.
+    """
+    try:
+        if os.getpid() == owner:
+            fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)

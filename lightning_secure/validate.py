@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
+from typing import Any
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["open_unit_interval", "positive", "positive_int"]
+__all__ = ["open_unit_interval", "positive", "positive_int", "whole_number"]
 
 
 def positive(**values: float | None) -> None:
@@ -44,6 +47,14 @@ def open_unit_interval(**values: float) -> None:
     for name, value in values.items():
         if not (_number(value) and 0 < value < 1):
             raise ConfigError(f"{name} must lie between 0 and 1, not {value!r}.")
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number of any type as an int; None for anything else, also True and 1.0."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    return None
 
 
 def _number(value: object) -> bool:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
+import fsspec
 import pytest
 from hypothesis import settings
 
@@ -78,6 +80,16 @@ def heard() -> Iterator[list[events.Event]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "dataset"
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Where a dataset behind a URL may be made."""
+    root = f"{uuid.uuid4().hex}/dataset"
+    yield f"memory://{root}"
+    files = fsspec.filesystem("memory")
+    if files.exists(f"/{root}"):
+        files.rm(f"/{root}", recursive=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -90,6 +91,54 @@ def test_a_lock_keeps_others_out(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.fixture
+def forked():
+    """Fork processes that wait; they end with the test."""
+    ends = []
+
+    def forked():
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        ends.append((write, child))
+
+    yield forked
+    for write, child in ends:
+        os.close(write)
+        os.waitpid(child, 0)
+
+
+def taken(path):
+    """Whether somebody holds the lock."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path, forked):
+    with exclusive_lock(tmp_path / ".lock"):
+        forked()
+        assert taken(tmp_path / ".lock")
+    assert not taken(tmp_path / ".lock")
+
+
+def test_a_forked_process_does_not_open_its_parents_lock(tmp_path):
+    with exclusive_lock(tmp_path / ".lock"):
+        parent, child = os.getpid(), os.fork()
+        if child:
+            os.waitpid(child, 0)
+            assert taken(tmp_path / ".lock")
+    if os.getpid() != parent:
+        os._exit(0)
 
 
 def test_the_mode_is_that_asked_for(tmp_path):

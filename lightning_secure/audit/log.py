@@ -12,14 +12,15 @@ import datetime as dt
 import fcntl
 import hashlib
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
+from lightning_secure.files import release_lock
+from lightning_secure.forks import ForkLock
 
 __all__ = ["AuditLog", "AuditSummary"]
 
@@ -42,6 +43,22 @@ class AuditSummary:
     head: str
 
 
+class _Seen(NamedTuple):
+    """The last record that an object knows of; exchanged as a whole, so a fork copies no half.
+
+    Attributes:
+        end: Where it ends in the file, in bytes.
+        length: Of its line.
+        seq: Number of the next.
+        head: Its hash.
+    """
+
+    end: int = 0
+    length: int = 0
+    seq: int = 0
+    head: str = _GENESIS
+
+
 class AuditLog:
     """A log file of JSON lines, chained by hashes.
 
@@ -60,11 +77,8 @@ class AuditLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._lock = threading.Lock()
-        self._end = 0
-        self._length = 0
-        self._seq = 0
-        self._head = _GENESIS
+        self._lock = ForkLock()
+        self._seen = _Seen()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (str(self._path),))
@@ -110,24 +124,25 @@ class AuditLog:
 
     def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags, owner = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, os.getpid()
         fd = os.open(self._path, flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
             self._require_kept(fd)
-            if size != self._end:
+            seq, head = self._seen.seq, self._seen.head
+            if size != self._seen.end:
                 # Another process wrote meanwhile, or this is the first record of this object.
-                self._seq, self._head = self._last(fd, size)
+                seq, head = self._last(fd, size)
             record = {
                 "version": _VERSION,
-                "seq": self._seq,
+                "seq": seq,
                 "time": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
                 "action": action,
                 "outcome": outcome,
-                "pid": os.getpid(),
+                "pid": owner,
                 "details": details,
-                "prev": self._head,
+                "prev": head,
             }
             line = canonical_json(record)
             written = os.write(fd, line + b"\n")
@@ -136,16 +151,16 @@ class AuditLog:
                 raise OSError(28, "no space left")
             os.fsync(fd)
         finally:
-            os.close(fd)
-        self._end, self._length = size + written, written
-        self._seq += 1
-        self._head = hashlib.sha256(line).hexdigest()
-        return self._head
+            release_lock(fd, owner=owner)
+        head = hashlib.sha256(line).hexdigest()
+        self._seen = _Seen(size + written, written, seq + 1, head)
+        return head
 
     def _require_kept(self, fd: int) -> None:
         """Refuse to go on if the last record that this object knows of is not where it was."""
-        last = os.pread(fd, self._length, self._end - self._length)
-        if self._length and hashlib.sha256(last[:-1]).hexdigest() != self._head:
+        end, length, _, head = self._seen
+        last = os.pread(fd, length, end - length)
+        if length and hashlib.sha256(last[:-1]).hexdigest() != head:
             raise AuditWriteError(
                 f"audit log {str(self._path)!r} no longer holds the record that this process saw "
                 "last: it was cut off, removed or exchanged. Nothing was written to it."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import as_path
 
 __all__ = ["known", "parsed", "shown", "typed"]
 
+_T = TypeVar("_T")
 _NAME: Final = re.compile(r"[A-Za-z_]{1,20}")
 
 
@@ -46,7 +47,7 @@ def parsed(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({reason}).")
     if where is not None:
         raise ConfigError(f"configuration {str(path)!r} is not valid YAML in line {where}.")
-    return typed(config, dict, "the configuration")  # type: ignore[no-any-return]
+    return typed(config, dict, "the configuration")
 
 
 def _loader() -> Any:
@@ -77,7 +78,7 @@ def known(value: Any, names: set[str], what: str) -> dict[str, Any]:
             f"{what} has the unknown key {shown(unknown, fields)}; known are "
             f"{', '.join(sorted(names))}. Nothing was sealed."
         )
-    return fields  # type: ignore[no-any-return]
+    return fields
 
 
 def shown(unknown: Sequence[Any], fields: Mapping[Any, Any]) -> str:
@@ -91,7 +92,7 @@ def shown(unknown: Sequence[Any], fields: Mapping[Any, Any]) -> str:
     return ", ".join(named) or "(not shown)"
 
 
-def typed(value: Any, kind: type, what: str) -> Any:
+def typed(value: Any, kind: type[_T], what: str) -> _T:
     """Return a value of exactly this type; raises ConfigError for any other."""
     if type(value) is not kind:
         raise ConfigError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,6 @@ def close_together(writers: Sequence[EncryptedShardWriter]) -> Manifest:
     :meth:`EncryptedShardWriter.close` keeps to be resumed is kept of each.
     """
     first = writers[0]
-    manifest = first._dataset
     for one in writers:
         one._closed = True
     try:
@@ -43,17 +43,17 @@ def close_together(writers: Sequence[EncryptedShardWriter]) -> Manifest:
             manifest = commit_splits(
                 first._root, new, keys=first._keys, replace=first._replace, pins=first._pins
             )
-    except BaseException as error:
+        else:
+            manifest = first._open_dataset()  # others may have written since it was opened
+    except BaseException as error:  # an interruption leaves no lock or shard behind either
         for one in writers:
             one._leave(type(error))
         raise
     # From here on the manifest names the shards: they are no longer the writers' to remove.
-    for one in writers:
-        one._over = True
-    try:
+    with contextlib.ExitStack() as held:
+        for one in writers:
+            one._over = True
+            held.callback(one._release, keep=False)
         if first._spool:
             manifest = first._spool.send([one._split for one in writers])
-    finally:
-        for one in writers:
-            one._release(keep=False)
     return manifest

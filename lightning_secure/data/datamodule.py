@@ -12,8 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset, check_pins
+from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
+from lightning_secure.data.pins import check_pins
 from lightning_secure.data.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -29,6 +27,7 @@ from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.threads import threads_to_use
 from lightning_secure.errors import ConfigError
+from lightning_secure.validate import whole_number
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
 
@@ -263,12 +262,15 @@ class EncryptedShardDataset(Dataset[Any]):
         rows = np.asarray(indices)
         if rows.dtype.kind not in "iu":
             # Not by numpy, which would take 1.9 and True for row 1.
-            rows = np.asarray([_whole(index) for index in indices], dtype=np.int64)
-        rows = rows.astype(np.int64)
-        rows = np.where(rows < 0, rows + len(self), rows)
-        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            found = [None if rows.dtype.kind == "b" else whole_number(index) for index in indices]
+            if None in found:
+                raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
+            rows = np.asarray(found, dtype=object)
+        # Before it becomes int64, which would take 2**64 - 1 for the last row.
+        if rows.size and not (rows.min() >= -len(self) and rows.max() < len(self)):
             raise IndexError(f"split {self._split!r} has rows 0 to {len(self) - 1}")
-        return rows
+        rows = rows.astype(np.int64)
+        return np.where(rows < 0, rows + len(self), rows)
 
     def _segment(self, shard: int, segment: int) -> dict[str, ColumnData]:
         # One segment is kept, so that reading row by row in order does not decrypt it each time.
@@ -322,13 +324,3 @@ def _distinct(columns: Sequence[str] | None) -> tuple[str, ...] | None:
             f"columns={columns!r} is not a sequence of different names; leave it out to get all."
         )
     return tuple(columns)
-
-
-def _whole(index: Any) -> int:
-    number: int | None = None
-    if not isinstance(index, bool | np.bool_):
-        with contextlib.suppress(TypeError):
-            number = operator.index(index)
-    if number is None:
-        raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
-    return number

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from lightning_secure.errors import (
     DataError,
     KeyUnavailableError,
 )
+from lightning_secure.validate import whole_number
 
 __all__ = ["ErasureReport", "RecoveryAttempt", "erase_shard", "erase_subject"]
 
@@ -103,11 +103,11 @@ def erase_shard(
 
 
 def _whole(numbers: Any) -> set[int]:
-    several = list(numbers) if isinstance(numbers, Iterable) else [numbers]
-    with contextlib.suppress(TypeError):
-        if not any(isinstance(one, bool) for one in several) and not isinstance(numbers, bytes):
-            return {operator.index(number) for number in several}
-    raise ConfigError("shards are chosen by whole numbers; nothing was erased.")
+    several = isinstance(numbers, Iterable) and not isinstance(numbers, bytes)
+    found = {whole_number(number) for number in (numbers if several else [numbers])}
+    if None in found:
+        raise ConfigError("shards are chosen by whole numbers; nothing was erased.")
+    return {number for number in found if number is not None}
 
 
 def erase_subject(

@@ -89,7 +89,8 @@ class Filler:
         out = None
         if until and (first := self._schema.names[0]) in self._names:
             out = rows.span(first, int(targets[0]), until, length)
-        plaintext = self._decrypt(reader, segment, layout, scratch, out)
+        plaintext = reader.decrypt(segment, scratch, out)
+        self._check(reader, [segment], layout, plaintext)
         if out is not None:
             columns = [(name, offset) for name, offset in columns if name != first]
         rows.put(columns, targets, plaintext, records, sources)
@@ -151,19 +152,6 @@ class Filler:
             places = [(n, offsets[n]) for n in self._names]
             layout = self._layouts[records] = places, length, byte_limits(self._schema, records)
         return layout
-
-    def _decrypt(
-        self,
-        reader: ShardReader,
-        segment: int,
-        layout: _Layout,
-        scratch: Scratch,
-        out: memoryview | None,
-    ) -> memoryview:
-        """Return the plaintext of one segment, which is what its schema says."""
-        plaintext = reader.decrypt(segment, scratch, out)
-        self._check(reader, [segment], layout, plaintext)
-        return plaintext
 
     @staticmethod
     def _check(

@@ -28,7 +28,7 @@ from lightning_secure.data.format import Schema
 from lightning_secure.data.leftovers import SEALING_JOURNAL_NAME
 from lightning_secure.data.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
-from lightning_secure.files import sync_directory
+from lightning_secure.files import release_lock, sync_directory
 
 __all__ = ["JOURNAL_NAME", "Journal", "Progress", "source_mark"]
 
@@ -120,6 +120,7 @@ class Journal:
         self._seq = 0
         self._digest = ""
         self._broken = False
+        self._owner = os.getpid()
         self._fd = _open_locked(self._path)
         sync_directory(folder)
 
@@ -193,7 +194,7 @@ class Journal:
             return
         if remove:
             self._path.unlink(missing_ok=True)
-        os.close(self._fd)
+        release_lock(self._fd, owner=self._owner)
         self._fd = -1
 
     def _append(self, kind: str, record: Mapping[str, Any], *, flush: bool = True) -> None:

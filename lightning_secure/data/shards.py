@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lightning_secure.data.groups import OpenGroups, OpenShard
 from lightning_secure.data.storage import Storage
-from lightning_secure.data.threads import ForkLock
+from lightning_secure.forks import ForkLock
 
 __all__ = ["ShardSet"]
 

@@ -185,7 +185,7 @@ class EncryptedShardWriter:
         self._closed = self._over = False
 
     def _start(self, source_id: str | None, *, resume: bool) -> None:
-        dataset = self._dataset = self._open_dataset()
+        dataset = self._open_dataset()
         if not resume:
             self._require_free(dataset)
         self._state = self._begin(dataset, source_id, resume=resume)
@@ -370,7 +370,8 @@ class EncryptedShardWriter:
         self._over = True
         self._pending.forget()
         stray = self._queue.stop()
-        mine = stray if keep else [*self._queue.entries, *stray]
+        # Shards of a split that was found complete are the manifest's, also if it was rolled back.
+        mine = stray if keep or self.complete else [*self._queue.entries, *stray]
         # The manifest may be in place already: an interruption can come right after that.
         remove_unnamed(self._root, [entry.file for entry in mine], keys=self._keys)
         self._release(keep=keep)

@@ -7,7 +7,6 @@ accepts that. With one, nothing is written.
 from __future__ import annotations
 
 import shutil
-import uuid
 
 import fsspec
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
+from lightning_secure.data.closing import close_together
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.erasure import erase_shard, erase_subject
 from lightning_secure.data.leftovers import collect_garbage
@@ -187,6 +187,27 @@ def test_a_roll_back_while_data_is_rotated_is_seen(states, keys, second, tmp_pat
     assert rows(root, keys) == 4
 
 
+def test_a_roll_back_takes_no_rows_of_a_split_that_was_sealed_before(tmp_path, keys):
+    """A sealing that goes on and is refused removes what it wrote, and that is not its to remove.
+
+    The older manifest, put in place, does not name the shards of the split that is complete.
+    """
+    root, options = tmp_path / "d", {"keys": keys, "source_id": "v1"}
+    write(root, keys, "other")
+    older = (root / MANIFEST_NAME).read_bytes()
+    write(root, keys, "train", source_id="v1")
+    newest = (root / MANIFEST_NAME).read_bytes()
+    done = EncryptedShardWriter(root, split="train", resume=True, **options)
+    late = EncryptedShardWriter(root, split="val", **options)
+    late.write_batch({"x": X})
+    (root / MANIFEST_NAME).write_bytes(older)
+    with pytest.raises(ManifestMismatchError, match="rolled back"):
+        close_together([done, late])
+    (root / MANIFEST_NAME).write_bytes(newest)
+    data = EncryptedShardDataset(root, split="train", keys=keys)
+    assert np.array_equal(data.__getitems__(range(len(X))).batch()[0], X)
+
+
 def test_another_dataset_in_its_place_is_seen(current, keys, tmp_path):
     write(tmp_path / "other", keys)
     writer = EncryptedShardWriter(current, split="more", keys=keys)
@@ -237,15 +258,6 @@ def test_shards_that_only_the_newest_manifest_names_are_not_garbage(states, curr
 
 
 # ---------------------------------------------------------------- behind a URL
-
-
-@pytest.fixture
-def url():
-    root = f"{uuid.uuid4().hex}/dataset"
-    yield f"memory://{root}"
-    files = fsspec.filesystem("memory")
-    if files.exists(f"/{root}"):
-        files.rm(f"/{root}", recursive=True)
 
 
 def test_nothing_is_sent_to_a_remote_dataset_that_was_rolled_back(url, states, keys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import stat
 import threading
 
@@ -271,3 +272,42 @@ def test_a_log_that_cannot_be_read_is_not_sound(tmp_path):
     (tmp_path / "audit.jsonl").mkdir()
     with pytest.raises(AuditChainError, match="cannot be read"):
         AuditLog(tmp_path / "audit.jsonl").verify()
+
+
+def _append_in_child(log, results):
+    results.put(log.append("key.unwrap", {"n": 1}))
+
+
+def test_a_fork_while_a_record_is_written_stops_neither_process(log, monkeypatch):
+    """As a thread may be at it when a loader's workers are forked, with its lock and its file."""
+    context = multiprocessing.get_context("fork")
+    results, fsync = context.Queue(), os.fsync
+    child = context.Process(target=_append_in_child, args=(log, results))
+
+    def forking(fd):  # it does what it did
+        monkeypatch.undo()
+        child.start()
+        fsync(fd)
+
+    log.append("key.wrap")
+    monkeypatch.setattr(os, "fsync", forking)
+    log.append("key.unwrap", {"n": 0})
+    heads = [results.get(timeout=10), log.append("key.unwrap", {"n": 2})]
+    child.join(10)
+    assert (child.exitcode, log.verify().records) == (0, 4)
+    assert log.verify(expected_head=heads[0]).head == heads[1]
+
+
+def test_a_record_that_failed_behind_anothers_does_not_end_the_log(log):
+    other = AuditLog(log.path)
+    log.append("key.wrap")
+    other.append("key.wrap")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9, before[1]))
+    try:
+        with pytest.raises(AuditWriteError, match="space"):
+            log.append("key.unwrap")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.append("key.unwrap")  # there is room again
+    assert log.verify().records == 3

@@ -50,7 +50,7 @@ def test_reading_goes_on_where_it_stopped():
 
 
 def test_the_key_is_renewed_from_the_stream(monkeypatch):
-    monkeypatch.setattr(keystream, "KEY_LIFE", 64)
+    monkeypatch.setattr(keystream, "KEY_LIFE", 64)  # it is 64 GiB
     old = reference(KEY, 96)
     new = old[64:]
     newest = reference(new, 96)[64:]

@@ -603,6 +603,7 @@ def test_what_is_wrong_about_a_record_is_refused(sealed, old, new, other_keys):
 def test_a_record_of_another_dataset_destroys_no_key(sealed, old, heir, tmp_path):
     """Not even one whose erasure did not happen yet: its dataset has the old key only."""
     with pytest.MonkeyPatch.context() as patch:
+        # As a kill would: nothing is tidied up on the way out.
         patch.setattr(UnfinishedErasure, "settle", lambda *_: None)
         broken_off(sealed, "data.erase", keys=old, rotate_kek_to=heir, retire_kek=True)
     other = tmp_path / "other"
@@ -639,7 +640,7 @@ def test_a_key_is_not_destroyed_that_a_split_was_sealed_under_meanwhile(
 ):
     real = recovery.read_manifest
 
-    def meanwhile(root, **options):
+    def meanwhile(root, **options):  # another process, in the moment before the look
         monkeypatch.setattr(recovery, "read_manifest", real)
         current = manifest_of(sealed, heir)
         late = dataclasses.replace(

@@ -150,6 +150,25 @@ def test_no_line_of_a_journal_follows_one_that_was_not_written_whole(tmp_path, k
     writer.suspend()
 
 
+def test_a_process_that_a_source_forked_does_not_keep_the_sealing_from_going_on(tmp_path, keys):
+    options = {"split": "train", "keys": keys, "source_id": "v1", **SMALL}
+    writer = EncryptedShardWriter(tmp_path, **options)
+    writer.write_batch({"x": X, "y": Y})
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:  # as a loader's worker, which outlives the sealing
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        writer.suspend()
+        with EncryptedShardWriter(tmp_path, resume=True, **options) as again:
+            assert again.records > 0
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
+
+
 def test_killed_at_random_points_again_and_again_it_ends_with_every_row_once(tmp_path, keys):
     # One process that forks, because a start takes longer than many kills.
     code = (

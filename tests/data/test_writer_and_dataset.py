@@ -460,13 +460,16 @@ def test_half_a_character_leaves_the_rows_before_it(tmp_path, keys):
     assert dataset(tmp_path, keys).__getitems__([0]).batch() == (["fine"],)
 
 
-@pytest.mark.parametrize("index", [1.9, True, [True, False], [0, 1.0]])
+@pytest.mark.parametrize("index", [1.9, True, [True, False], [0, 1.0], torch.tensor([True, False])])
 def test_rows_are_chosen_by_whole_numbers(folder, keys, index):
     with EncryptedShardWriter(folder, split="train", keys=keys) as writer:
         writer.write_batch({"x": np.arange(4)})
     data = EncryptedShardDataset(folder, split="train", keys=keys)
     with pytest.raises(ConfigError, match="whole numbers"):
-        data.__getitems__(index) if isinstance(index, list) else data[index]
+        data[index] if isinstance(index, float | bool) else data.__getitems__(index)
+    for far in (2**63, 2**64 - 1, 2**64, -(2**64), -5):
+        with pytest.raises(IndexError):
+            data[far]
     assert int(data[torch.tensor(2)][0]) == 2
     assert len(data.__getitems__([])) == 0
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, final
@@ -22,6 +21,7 @@ from lightning_secure.crypto.providers.external import (
     require_safe_url,
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
+from lightning_secure.forks import ForkLock
 from lightning_secure.validate import positive
 
 __all__ = ["AwsKmsKeyProvider"]
@@ -92,7 +92,7 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
             )
         positive(timeout=timeout)
         import_extra("boto3", extra="aws", user="AwsKmsKeyProvider")
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._clients: dict[int, Any] = {}
         self._client()
 

@@ -18,9 +18,9 @@ from typing_extensions import Buffer
 from lightning_secure import events
 from lightning_secure.crypto.manifest import ShardEntry
 from lightning_secure.data.storage.base import StoredFile
-from lightning_secure.data.threads import ForkLock
 from lightning_secure.errors import ConfigError
-from lightning_secure.files import exclusive_lock
+from lightning_secure.files import exclusive_lock, release_lock
+from lightning_secure.forks import ForkLock
 from lightning_secure.validate import positive_int
 
 __all__ = ["CiphertextCache"]
@@ -256,6 +256,7 @@ def _open_entry(path: Path, size: int) -> int | None:
 @contextlib.contextmanager
 def _lent(part: Path) -> Iterator[int]:
     """Open the file that a download goes to, and hold its lock."""
+    owner = os.getpid()
     with _cache_errors():
         fd = os.open(part, os.O_RDWR | os.O_CREAT | _OPEN, 0o600)
     try:
@@ -263,7 +264,7 @@ def _lent(part: Path) -> Iterator[int]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:
-        os.close(fd)
+        release_lock(fd, owner=owner)
 
 
 def _remove_if_dead(part: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from lightning_secure.data.storage.transport import (
     watch_client,
 )
 from lightning_secure.errors import ConfigError, MissingExtraError, StorageError
+from lightning_secure.forks import ForkLock
 from lightning_secure.validate import positive, positive_int
 
 __all__ = ["Options", "RemoteStorage"]
@@ -95,7 +95,7 @@ class RemoteStorage:
         self._start()
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._pid = os.getpid()
         self._file_system: Any = None
         self._windows: OrderedDict[int, RemoteFile] = OrderedDict()

@@ -101,7 +101,8 @@ class Spool:
         Raises as :func:`upload_split` does.
         """
         sealed = read_manifest(self.folder, trusted=self._keys.trusted_signers)
-        there = self._there
+        there, _, _ = current_manifest(self._storage, self._keys)
+        self._pins.check(there, self._storage)
         if there is not None and all(same_split(there, sealed, name) for name in splits):
             return there
         return upload_splits(

@@ -42,6 +42,7 @@ def sealed(tmp_path_factory, keys):
 
 @pytest.fixture(autouse=True)
 def _threads_for_small_segments(monkeypatch):
+    """Segments that are worth a thread would make each of these tests read megabytes."""
     monkeypatch.setattr("lightning_secure.data.dataset._WORTH_A_THREAD_BYTES", 0)
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import uuid
 from pathlib import Path
 
 import fsspec
@@ -19,6 +18,7 @@ import pytest
 
 from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
+from lightning_secure.data.closing import close_together
 from lightning_secure.data.erasure import erase_subject
 from lightning_secure.data.leftovers import collect_garbage
 from lightning_secure.data.rotation import rotate_data, rotate_kek, rotate_partition
@@ -47,15 +47,6 @@ OTHER = ROWS + 10_000
 def seal(keys, seal):
     """Seal a split of 2 shards."""
     return functools.partial(seal, shard_bytes=3200)
-
-
-@pytest.fixture
-def url():
-    root = f"{uuid.uuid4().hex}/dataset"
-    yield f"memory://{root}"
-    files = fsspec.filesystem("memory")
-    if files.exists(f"/{root}"):
-        files.rm(f"/{root}", recursive=True)
 
 
 @pytest.fixture(autouse=True)
@@ -247,6 +238,23 @@ def test_an_answer_that_got_lost_is_not_taken_for_a_conflict(s3, seal, read):
     assert np.array_equal(read(s3.root, storage_options=s3.options), ROWS)
 
 
+@pytest.mark.parametrize("where", ["folder", "url"])
+def test_a_sealing_that_was_complete_returns_the_manifest_that_is_in_place_at_its_end(
+    url, keys, tmp_path, where
+):
+    root, place = (url, RemoteStorage(url)) if where == "url" else [tmp_path / "d"] * 2
+    spool = tmp_path / "kept" if where == "url" else None
+    options = {"split": "train", "keys": keys, "source_id": "v1", "spool": spool}
+    with EncryptedShardWriter(root, **options) as writer:
+        writer.write_batch({"x": ROWS})
+    again = EncryptedShardWriter(root, resume=True, **options)
+    assert again.complete
+    with EncryptedShardWriter(root, split="val", keys=keys) as writer:
+        writer.write_batch({"x": ROWS})
+    newest = read_manifest(place, trusted=keys.trusted_signers)
+    assert close_together([again]) == newest
+
+
 def test_an_answer_that_got_lost_is_not_taken_for_a_conflict_after_another_writer(
     s3, seal, read, keys, tmp_path
 ):
@@ -363,7 +371,7 @@ def test_a_shard_that_is_there_is_left_and_a_damaged_one_is_sent(
     name = next(name for name in memory.find(url[8:]) if name.endswith(".lsec"))
     memory.pipe_file(name, DAMAGE[damage](memory.cat_file(name)))
     sent, put = [], type(memory).put_file
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # it does what it did
         type(memory),
         "put_file",
         lambda self, here, there, **rest: (sent.append(there), put(self, here, there, **rest))[1],

@@ -14,6 +14,27 @@ CATALOGUE = [
         more=(("                os.ftruncate(self._fd, whole)\n", "                pass\n"),),
     ),
     Mutation(
+        "a process that was forked meanwhile keeps a lock",
+        "files.py",
+        "        if os.getpid() == owner:\n",
+        "        if False:\n",
+        "tests/test_files.py -k forked_meanwhile",
+    ),
+    Mutation(
+        "a forked process opens its parent's lock",
+        "files.py",
+        "        if os.getpid() == owner:\n",
+        "        if True:\n",
+        "tests/test_files.py -k parents_lock",
+    ),
+    Mutation(
+        "a fork leaves a closed lock",
+        "forks.py",
+        "        lock._lock = threading.Lock()\n",
+        "        pass\n",
+        "tests/audit/test_log.py -k stops_neither",
+    ),
+    Mutation(
         "a split is put into the manifest under a key that is gone",
         "crypto/keys.py",
         "            self._require_kept()\n",

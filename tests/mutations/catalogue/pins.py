@@ -45,6 +45,20 @@ CATALOGUE = [
         f"{ROLLBACK} -k begun_where",
     ),
     Mutation(
+        "a refused sealing removes shards that only the manifest before a roll-back names",
+        "data/writer.py",
+        "if keep or self.complete else",
+        "if keep else",
+        f"{ROLLBACK} -k takes_no_rows",
+    ),
+    Mutation(
+        "what a sealing returns to be pinned is from before it",
+        "data/storage/spool.py",
+        "there, _, _ = current_manifest(self._storage, self._keys)",
+        "there = self._there",
+        f"{UPLOAD} -k 'in_place_at_its_end and url'",
+    ),
+    Mutation(
         "shards are sent unseen",
         "data/storage/upload.py",
         "        verify_shard(LocalStorage(here), entry)\n",
