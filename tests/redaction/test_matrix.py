@@ -321,6 +321,31 @@ def test_a_second_place_for_traces_is_refused(monkeypatch, name):
         enforce_mlflow_redaction()
 
 
+def test_binaries_pass_only_if_that_is_asked_for_and_names_are_redacted_even_so(quick):
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    enforce_mlflow_redaction()
+    repository = get_artifact_repository((quick / "artifacts").as_uri())
+    (quick / "of a@b.example").write_bytes(b"\x89PNG\0")
+    with pytest.raises(RedactionError, match=f"of {REDACTED}"):
+        repository.log_artifact(str(quick / "of a@b.example"))
+    enforce_mlflow_redaction(insecure_allow_binaries=True)
+    enforce_mlflow_redaction()
+    repository.log_artifact(str(quick / "of a@b.example"))
+    sent = [path.name for path in (quick / "artifacts").iterdir()]
+    assert sent == [f"of {REDACTED}"]
+
+
+def test_an_error_about_a_metric_does_not_repeat_what_it_was_given():
+    from mlflow.entities import Metric
+
+    for value in ("password=hunter2", b"hunter2"):
+        with pytest.raises(RedactionError, match="not a number") as caught:
+            Policy(Redactor()).argument([Metric("loss", value, 0, 0)])
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
 def test_redactors_add_up(quick, template):
     import mlflow
 
