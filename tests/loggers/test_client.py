@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ ADDRESS = "zoe.quill@clinic.example"
 
 
 @pytest.fixture
-def client(tmp_path):
+def client(tmp_path, mlflow_database):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "runs")
     return logger.experiment, logger.run_id, tmp_path
 
