@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.files import copy_checked, copy_tree_checked
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -90,7 +91,7 @@ class RedactingClient:
     def _argument(self, method: str, argument: str, value: Any, given: Mapping[str, Any]) -> Any:
         redactor = self._redactor
         if argument == "value" and method == "log_metric":
-            return float(value)
+            return number_of(value)
         if argument == "value":
             return self._stored(value, name=str(given["key"]))
         if argument == "tags" and isinstance(value, Mapping):
@@ -112,7 +113,7 @@ class RedactingClient:
         number = type(entity).__name__ == "Metric"
         for field, value in vars(entity).items():
             if field == "_value":
-                clean._value = float(value) if number else self._stored(value, name=entity.key)
+                clean._value = number_of(value) if number else self._stored(value, name=entity.key)
             elif field not in _ID_FIELDS and not isinstance(value, int | float | None):
                 setattr(clean, field, self._redactor.redact_text(_text(value)))
         return clean

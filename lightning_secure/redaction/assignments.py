@@ -49,6 +49,8 @@ _SCHEME: Final = re.compile(
 _WHOLE_LINE: Final = re.compile(r"authorization$|cookies?$", re.IGNORECASE)
 _LINE_START: Final = re.compile(r"[ \t]*(?:- +)?[\"']?")
 _SPACE: Final = re.compile(r"\s*+")
+# What stands before the first item of a list of YAML, or before the text of a key below it.
+_ITEM: Final = re.compile(r"\s*+(?:- +)?+")
 _JSON_VALUE: Final = frozenset("\"'[{")
 _DEFAULT: Final = re.compile(r"[ \t]*=[ \t]*(?=\S)")
 _OPENING: Final = re.compile(r"[bBrRuUfF]{0,2}(?P<quote>\\*+(?:\"\"\"|'''|[\"'`]))")
@@ -168,7 +170,11 @@ def _value(text: str, match: re.Match[str]) -> tuple[int, int]:
         follows = _SPACE.match(text, start)
         if match["quote"] and follows and text[follows.end() : follows.end() + 1] in _JSON_VALUE:
             return _single(text, follows.end())
-        return start, _below(text, line, match.start()) if begins else start
+        if not begins:
+            return start, start
+        end = _below(text, line, match.start())
+        first = _ITEM.match(text, start, end)
+        return (first.end() if first else start), end
     if _WHOLE_LINE.search(match["name"]):
         before = text[match.start() - 1 : match.start()]
         stop = before if before and before in "\"'`" else "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from argparse import Namespace
 from collections import deque
@@ -10,7 +11,9 @@ from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["fields_of", "items_of"]
+from lightning_secure.errors import RedactionError
+
+__all__ = ["fields_of", "items_of", "number_of"]
 
 
 def fields_of(value: Any) -> dict[str, Any] | None:
@@ -44,6 +47,22 @@ def items_of(value: Any) -> list[Any] | None:
     if isinstance(value, Sequence | AbstractSet | deque | ValuesView):
         return list(value)
     return None
+
+
+def number_of(value: Any) -> float:
+    """Return the value of a metric.
+
+    Raises:
+        RedactionError: It is none. Python's own error would repeat a text that was given instead.
+    """
+    number = None
+    with contextlib.suppress(ValueError):
+        number = float(value)
+    if number is None:
+        raise RedactionError(
+            f"the value of a metric is not a number but {type(value).__name__}. Nothing was sent."
+        )
+    return number
 
 
 def _under_text(fields: Mapping[Any, Any]) -> dict[str, Any]:

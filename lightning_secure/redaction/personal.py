@@ -17,10 +17,10 @@ __all__ = ["PHONE_REGIONS", "PersonalDataDetector"]
 #: Where a telephone number without a country's code may be at home.
 PHONE_REGIONS: Final = ("US", "GB", "DE", "FR", "IT", "ES", "NL", "BR", "PL", "SE")
 
-# The characters of RFC 5321's local part that people use; bounded, so that a long line without an
-# address takes linear time.
+# The characters of RFC 5321's local part that people use, but a quote before it is the text's;
+# bounded, so that a long line without an address takes linear time.
 _EMAIL: Final = re.compile(
-    r"(?<![\w.+%'-])([\w.+%'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24})(?![\w-])"
+    r"(?<![\w.+%-])([\w.+%-][\w.+%'-]{0,63}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24})(?![\w-])"
 )
 # Numbers of people are looked for where so many digits stand near each other.
 _DIGITS: Final = re.compile(r"\d(?:[ .()/+\-]{0,3}\d){6,}+", re.ASCII)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ ADDRESS = "zoe.quill@clinic.example"
 
 
 @pytest.fixture
-def client(tmp_path):
+def client(tmp_path, mlflow_database):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "runs")
     return logger.experiment, logger.run_id, tmp_path
 
@@ -69,7 +72,7 @@ def test_values_that_are_no_text_are_redacted_before_they_become_text(client):
 
 
 def test_mlflows_own_errors_do_not_repeat_a_secret(client):
-    from mlflow.entities import Param, RunTag
+    from mlflow.entities import Metric, Param, RunTag
 
     proxy, run, _ = client
     proxy.log_param(run, "config", "a")
@@ -78,8 +81,10 @@ def test_mlflows_own_errors_do_not_repeat_a_secret(client):
         lambda: proxy.log_param(run, "config", {"password": SECRET}),
         lambda: proxy.log_batch(run, tags=[RunTag("/../x", {"password": SECRET})]),
         lambda: proxy.set_terminated(run, status=f"password={SECRET}"),
+        lambda: proxy.log_metric(run, "n", f"password={SECRET}"),
+        lambda: proxy.log_batch(run, metrics=[Metric("n", SECRET, 0, 0)]),
     ):
-        with pytest.raises(Exception, match=r"config|\.\.|status") as caught:
+        with pytest.raises(Exception, match=r"config|\.\.|status|not a number") as caught:
             act()
         error = caught.value
         while error is not None:
@@ -154,9 +159,15 @@ assert before is not None, "this MLflow sends nothing, and the test shows nothin
 before._is_config_fetched = True
 before._fetch_config = lambda: None  # which would ask a server
 before.activate()
-from lightning_secure import RedactingMLFlowLogger
-RedactingMLFlowLogger("x", save_dir={str(tmp_path)!r})
+from mlflow.tracking._tracking_service.utils import _get_store
+from lightning_secure import RedactingMLFlowLogger, enforce_mlflow_redaction
+from lightning_secure.redaction.mlflow_store.guard import is_guarded
+logger = RedactingMLFlowLogger("x", save_dir={str(tmp_path)!r}, insecure_only_this_logger=True)
 assert get_telemetry_client() is None
+store = _get_store("sqlite:///{tmp_path}/mlflow.db")
+assert not is_guarded(store), "it was to leave the rest of the process alone"
+enforce_mlflow_redaction()
+assert is_guarded(store)
 assert before._is_stopped
 assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 """

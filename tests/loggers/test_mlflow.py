@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -155,7 +156,9 @@ def test_encrypted_checkpoints_are_logged_and_others_refused(tmp_path, keys):
 
 
 @pytest.fixture
-def client(tmp_path):
+def client(tmp_path, mlflow_database):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "runs")
     return logger.experiment, logger.run_id, tmp_path
 

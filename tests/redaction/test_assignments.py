@@ -57,7 +57,10 @@ def test_secrets_in_free_text_are_known_by_the_name_before_them(form):
         ("export A_SECRET=x y=2", f"export A_SECRET={REDACTED} y=2"),
         ('{"password": "a", "lr": 3}', f'{{"password": "{REDACTED}", "lr": 3}}'),
         ("a:\n  password: x y\n  lr: 3", f"a:\n  password: {REDACTED}\n  lr: 3"),
-        ("secrets:\n  a: x\nlr: 3", f"secrets:{REDACTED}\nlr: 3"),
+        ("secrets:\n  a: x\nlr: 3", f"secrets:\n  {REDACTED}\nlr: 3"),
+        ("secrets:\n- a\n- x\nlr: 3", f"secrets:\n- {REDACTED}\nlr: 3"),
+        ("secrets:\n  - a\n\n  - x\nlr: 3", f"secrets:\n  - {REDACTED}\nlr: 3"),
+        ("secrets:\nlr: 3", "secrets:\nlr: 3"),
         ("H 'Authorization: Basic x' y", f"H 'Authorization: Basic {REDACTED}' y"),
     ],
 )

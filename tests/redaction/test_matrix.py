@@ -41,18 +41,6 @@ UNCHECKED = {"figure", "image", "pickle", "pixels", "webhook", "scorer"}
 NOT_IN_FILES = {"evaluation_dataset", "links"}
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """An empty database of MLflow's, to be copied: making one takes a second."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    folder = tmp_path_factory.mktemp("template")
-    SqlAlchemyStore(f"sqlite:///{folder}/m.db", str(folder / "artifacts")).engine.dispose()
-    with sqlite3.connect(folder / "m.db") as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "m.db"
-
-
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """A folder to write in, without waiting for traces that are sent by and by."""
@@ -83,9 +71,9 @@ def refused(ended):
 # ---------------------------------------------------------------- the matrix
 
 
-def test_nothing_is_found_in_a_database(quick, template):
+def test_nothing_is_found_in_a_database(quick, mlflow_database):
     enforce_mlflow_redaction()
-    shutil.copy(template, quick / "m.db")
+    shutil.copy(mlflow_database, quick / "m.db")
     ended = mlflow_paths.walk(f"sqlite:///{quick}/m.db", quick)
     assert refused(ended) == UNCHECKED, ended
     assert all(ended[name].startswith("RedactionError") for name in UNCHECKED)
@@ -115,12 +103,12 @@ def test_nothing_is_found_on_a_server(quick, mlflow_server):
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory, template):
+def process(tmp_path_factory, mlflow_database):
     """A process that tracks first without redaction: its folder, and how each path ended."""
     root = tmp_path_factory.mktemp("process")
     for name in ("naive", "secure", "held"):
         (root / name).mkdir()
-        shutil.copy(template, root / name / "m.db")
+        shutil.copy(mlflow_database, root / name / "m.db")
     # The entry points, as an installed package has them.
     info = root / "site" / "lightning_secure_here-1.dist-info"
     info.mkdir(parents=True)
@@ -321,10 +309,35 @@ def test_a_second_place_for_traces_is_refused(monkeypatch, name):
         enforce_mlflow_redaction()
 
 
-def test_redactors_add_up(quick, template):
+def test_binaries_pass_only_if_that_is_asked_for_and_names_are_redacted_even_so(quick):
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    enforce_mlflow_redaction()
+    repository = get_artifact_repository((quick / "artifacts").as_uri())
+    (quick / "of a@b.example").write_bytes(b"\x89PNG\0")
+    with pytest.raises(RedactionError, match=f"of {REDACTED}"):
+        repository.log_artifact(str(quick / "of a@b.example"))
+    enforce_mlflow_redaction(insecure_allow_binaries=True)
+    enforce_mlflow_redaction()
+    repository.log_artifact(str(quick / "of a@b.example"))
+    sent = [path.name for path in (quick / "artifacts").iterdir()]
+    assert sent == [f"of {REDACTED}"]
+
+
+def test_an_error_about_a_metric_does_not_repeat_what_it_was_given():
+    from mlflow.entities import Metric
+
+    for value in ("password=hunter2", b"hunter2"):
+        with pytest.raises(RedactionError, match="not a number") as caught:
+            Policy(Redactor()).argument([Metric("loss", value, 0, 0)])
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+def test_redactors_add_up(quick, mlflow_database):
     import mlflow
 
-    shutil.copy(template, quick / "m.db")
+    shutil.copy(mlflow_database, quick / "m.db")
     enforce_mlflow_redaction(Redactor(extra_patterns=[r"MRN-\d+"]))
     enforce_mlflow_redaction(Redactor())
     client = mlflow.MlflowClient(f"sqlite:///{quick}/m.db")

@@ -46,6 +46,8 @@ def test_personal_data_is_found_whole(rule, value, text):
         ("mein Telefon 08377 83", f"mein Telefon {REDACTED}"),
         ("4111 1111 1111 1111 12", f"{REDACTED} 12"),
         ("DE89 3704 0044 0532 0130 00 AND MORE", f"{REDACTED} AND MORE"),
+        ("name = 'zoe@clinic.example'", f"name = '{REDACTED}'"),
+        ("of o'brien@clinic.example", f"of {REDACTED}"),
     ],
 )
 def test_a_word_before_it_or_after_it(text, clean):

@@ -38,6 +38,8 @@ def enforce_mlflow_redaction(
 
     Args:
         redactor: Takes things out in addition to the default one, and to those of earlier calls.
+            Each one looks at every text for as long as the process lives, so make one and hand it
+            to all loggers.
         insecure_allow_binaries: Let artifacts that are neither text nor encrypted by this package
             pass unchecked (figures, pickled models). Otherwise they are refused.
 

@@ -6,7 +6,6 @@ import ast
 import copy
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
@@ -15,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction.containers import fields_of, items_of
+from lightning_secure.redaction.containers import fields_of, items_of, number_of
 from lightning_secure.redaction.mlflow_store.tables import ENTITIES
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -34,7 +33,6 @@ _COMPARED: Final = re.compile(
 )
 _LONGEST_LITERAL: Final = 100_000
 _MAX_DEPTH: Final = 32
-_CLEAN_TEXTS: Final = 4096
 
 
 class Policy:
@@ -46,15 +44,11 @@ class Policy:
 
     def __init__(self, *redactors: Redactor) -> None:
         self.redactors = list(redactors)
-        self._lock = threading.Lock()
-        self._known_clean: set[str] = set()
 
     def add(self, redactor: Redactor) -> None:
         """Let ``redactor`` take out things too; what was taken out before still is."""
-        with self._lock:
-            if all(known is not redactor for known in self.redactors):
-                self.redactors.append(redactor)
-                self._known_clean = set()
+        if all(known is not redactor for known in self.redactors):
+            self.redactors.append(redactor)
 
     def text(self, text: str, *, name: str = "") -> str:
         """Return a redacted text; containers that were written out in it are looked into.
@@ -63,16 +57,9 @@ class Policy:
             text: The text.
             name: Under which it stands, if it is stored as the value of something.
         """
-        known = self._known_clean  # of the redactors of now: another set comes with another one
-        if not name and text in known:
-            return text
         clean = self._inside(text)
         for redactor in self.redactors:
             clean = redactor.redact(clean, name=name)
-        if not name and clean == text and len(text) < 256:  # metric names come again and again
-            if len(known) > _CLEAN_TEXTS:
-                known.clear()
-            known.add(text)
         return clean
 
     def _inside(self, text: str) -> str:
@@ -265,7 +252,7 @@ class Policy:
             if field in kept:
                 shown = self.identifier(item, what=f"{field} of {type(value).__name__}")
             elif field in ("_value", "value") and type(value).__name__ == "Metric":
-                shown = float(item)
+                shown = number_of(item)
             elif field in ("_value", "value") and isinstance(item, str):
                 shown = self.stored(item, name=name)
             elif field in ("_value", "value"):

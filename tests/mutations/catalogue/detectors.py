@@ -50,4 +50,11 @@ CATALOGUE = [
         "        self._clean.add(text)\n        if not found:\n",
         "tests/redaction/test_redactor.py -k remembered",
     ),
+    Mutation(
+        "what is left of a list of YAML is no YAML",
+        "redaction/assignments.py",
+        "return (first.end() if first else start), end",
+        "return start, end",
+        "tests/redaction/test_assignments.py -k secrets",
+    ),
 ]

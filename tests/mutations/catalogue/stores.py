@@ -31,8 +31,8 @@ CATALOGUE = [
     Mutation(
         "a second redactor replaces the first",
         "redaction/mlflow_store/values.py",
-        "                self.redactors.append(redactor)",
-        "                self.redactors[:] = [redactor]",
+        "            self.redactors.append(redactor)",
+        "            self.redactors[:] = [redactor]",
         f"{MATRIX} -k add_up",
     ),
     Mutation(
@@ -41,5 +41,19 @@ CATALOGUE = [
         "    if wanted or metrics or traces or both:",
         "    if wanted:",
         f"{MATRIX} -k 'second_place and TRACES'",
+    ),
+    Mutation(
+        "an error about a metric repeats what it was given",
+        "redaction/containers.py",
+        "    with contextlib.suppress(ValueError):\n        number = float(value)",
+        "    number = float(value)",
+        f"{MATRIX} -k error_about_a_metric",
+    ),
+    Mutation(
+        "binaries pass unasked",
+        "redaction/mlflow_store/enforce.py",
+        "_ARTIFACTS.binaries or insecure_allow_binaries",
+        "True",
+        f"{MATRIX} -k binaries_pass",
     ),
 ]
