@@ -27,7 +27,9 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
+from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import Chunk, seed_of_rank
 from lightning_secure.privacy.units.base import widened
 from lightning_secure.strategies.randomness import FreshRandomness
@@ -152,6 +154,22 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
                 result = action()
         shared: T = self.broadcast(result)
         return shared
+
+    def _charge(self, ledger: Ledger, release: Release) -> None:
+        self._require_no_chunk()
+
+        def charged() -> PrivacyError | None:
+            try:
+                ledger.charge(release)
+            except PrivacyError as error:
+                return error
+            return None
+
+        # The first process has the journal. What it cannot charge, all refuse for its reason.
+        if (refused := self._once(charged)) is not None:
+            self._fail_together(refused)
+        if not self.is_global_zero:
+            ledger.enter(release)
 
     @contextlib.contextmanager
     def _until_combined(self) -> Iterator[None]:

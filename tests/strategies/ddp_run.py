@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_secure.metrics import PrivateAccuracy
+from lightning_secure.privacy.journal import known_releases
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -92,6 +94,41 @@ def resumed(folder):
     return {"ledger": run.strategy.ledger.state_dict(), "weights": weights(model)}
 
 
+class Accurate(Model):
+    """Publishes how well it does with noise, and charges the run for it."""
+
+    def __init__(self, noise_multiplier):
+        super().__init__()
+        self.accuracy = PrivateAccuracy(noise_multiplier=noise_multiplier, public_rows=32)
+        self.in_steps = []
+
+    def training_step(self, batch, batch_idx):
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.in_steps.append(float(self.accuracy.compute()))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("val_accuracy", self.accuracy)
+
+
+def metrics(folder, noise=9.0, **config):
+    model = Accurate(noise)
+    run = trainer(
+        folder, limit_val_batches=1.0, max_epochs=2, num_sanity_val_steps=1, config=config
+    )
+    run.fit(model)
+    ledger = run.strategy.ledger
+    found = float(run.callback_metrics["val_accuracy"])
+    (after,) = run.validate(model, verbose=False)
+    journal = known_releases(ledger, folder / "privacy_journal")
+    return {
+        "accuracy": (found, after["val_accuracy"]), "in_steps": model.in_steps,
+        "releases": [tuple(release) for release in ledger.releases],
+        "journal": [tuple(release) for release in journal],
+    }  # fmt: skip
+
+
 class FailsLater(Model):
     def training_step(self, batch, batch_idx):
         if RANK == 1 and self.trainer.global_step == 2:
@@ -131,6 +168,8 @@ SCENARIOS = {
     "quiet": quiet,
     "layers": partial(quiet, clipping="per_layer"),
     "noisy": noisy,
+    "metrics": metrics,
+    "too_dear": partial(metrics, noise=0.1, target_epsilon=40.0, accountant="rdp"),
     "resumed": resumed,
     "fails_later": failing(FailsLater, max_epochs=3),
     "contrastive": failing(Contrastive, config={"insecure_seed": 3}),

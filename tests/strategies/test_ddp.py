@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -211,6 +212,23 @@ def test_the_budget_stops_all_at_the_same_step(tmp_path):
     ledger = Ledger.from_state_dict(one["ledger"])
     assert one["steps"] == other["steps"] == ledger.steps > 0
     assert ledger.epsilon() <= 4.0
+
+
+def test_a_metric_of_the_module_is_one_release_that_all_have_paid_for(tmp_path):
+    found = results(tmp_path, "metrics", "too_dear")
+    one, other = found["metrics"]
+    assert one["accuracy"] == other["accuracy"]
+    assert len(set(one["accuracy"])) == 2
+    step, accuracy = (1.0, 8 / 33), (9.0, 1.0)
+    paid = [(*step, 5), (*accuracy, 1), (*step, 5), (*accuracy, 2)]
+    assert one["releases"] == other["releases"] == paid
+    assert sorted(one["journal"]) == [(*step, 10), (*accuracy, 3)]
+    for rank in (one, other):  # which have numbers of chunks of their own
+        assert rank["in_steps"]
+        assert all(map(math.isnan, rank["in_steps"]))
+    for rank in found["too_dear"]:
+        assert all(map(math.isnan, rank["accuracy"]))
+        assert rank["releases"] == [(*step, 10)]
 
 
 def test_no_process_publishes_a_value_with_noise_of_its_own():
