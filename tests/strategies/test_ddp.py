@@ -22,6 +22,7 @@ from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
+from lightning_secure.strategies.reduction import answered
 from lightning_secure.strategies.registry import register_strategies
 
 results = partial(launch, Path(__file__).parent / "ddp_run.py")
@@ -204,6 +205,14 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path, name, first, second):
         assert text in rank["raised"][1]
         assert rank["seconds"] < 20
         assert rank["steps"] == (2 if name.startswith("fails") else 0)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_process_that_has_gone():
+    def full():
+        raise torch.OutOfMemoryError("no room for all weights")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        answered(full)
 
 
 def test_the_budget_stops_all_at_the_same_step(tmp_path):
