@@ -163,6 +163,11 @@ class Ledger:
         # Which steps fit was found out without it.
         self._certified.clear()
 
+    def enter(self, release: Release) -> None:
+        """Enter what another process of the run has charged, and written into the journal."""
+        self._charge(release)
+        self._certified.clear()
+
     def _charge(self, release: Release, *, at_most: int | None = None) -> None:
         if self._journal is not None:
             self._journal.cover(release, at_most=at_most)

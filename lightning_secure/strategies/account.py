@@ -46,6 +46,7 @@ class RunAccount:
         trying: Returns whether the module is only being tried out, by the preflight or by the
             Trainer's sanity check.
         ledger: Returns the account of its weights, once there is one.
+        charge: Charges an account for a release, in every process that has it.
         charged: Is called after each release: it may have left nothing for another step.
     """
 
@@ -54,10 +55,12 @@ class RunAccount:
         *,
         trying: Callable[[], bool],
         ledger: Callable[[], Ledger | None],
+        charge: Callable[[Ledger, Release], None],
         charged: Callable[[], None],
     ) -> None:
         self._trying = trying
         self._ledger = ledger
+        self._charge = charge
         self._charged = charged
 
     def charge(self, release: Release) -> None:
@@ -76,7 +79,7 @@ class RunAccount:
         ledger = self._ledger()
         if ledger is None:
             raise LedgerError("there is no account before the first fit. Nothing was released.")
-        ledger.charge(release)
+        self._charge(ledger, release)
         self._charged()
 
 

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import (
     CHECKPOINT_KEY,
@@ -106,6 +107,10 @@ class AccountedStrategy(Strategy):
     def _once(self, action: Callable[[], T]) -> T:
         """Run something in one process, and return its result in every one."""
         return action()
+
+    def _charge(self, ledger: Ledger, release: Release) -> None:
+        """Enter a single release in the account that every process has, or in none."""
+        ledger.charge(release)
 
     @property
     def _module(self) -> pl.LightningModule:

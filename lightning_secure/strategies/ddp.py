@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.steps import required
 
@@ -65,46 +56,6 @@ class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
     strategy_name = "private_ddp"
     clippings: ClassVar[tuple[type[ClippingRule], ...]] = (FlatClipping, PerLayerClipping)
 
-    def __init__(
-        self,
-        config: DPConfig,
-        *,
-        public_metrics: Sequence[str] = (),
-        journal: str | Path | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-    ) -> None:
-        # Processes are started as scripts only: a process that was forked or spawned would hand
-        # its weights back to this one, and their account would stay behind.
-        super().__init__(
-            config,
-            public_metrics=public_metrics,
-            journal=journal,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-
     def configure_ddp(self) -> None:
         """Give every process the weights and buffers of the first one, and wrap nothing."""
         _sync_module_states(required(self.model))
-
-    def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint in every process, or in none.
-
-        Raises:
-            LedgerError: It is to be trained further and has no account.
-        """
-        with self._together():
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)

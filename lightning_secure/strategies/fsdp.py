@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,7 +19,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.sampling import Chunk
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.sharding import (
@@ -198,34 +193,8 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
 
     strategy_name = "private_fsdp"
 
-    def __init__(
-        self,
-        config: DPConfig,
-        *,
-        public_metrics: Sequence[str] = (),
-        journal: str | Path | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-    ) -> None:
-        super().__init__(
-            config,
-            public_metrics=public_metrics,
-            journal=journal,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        self._shards: Shards | None = None
-        self._gatherable = False
+    _shards: Shards | None = None
+    _gatherable = False
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set up as with ``PrivateDDPStrategy``, with the weights sharded as they are."""
@@ -278,17 +247,6 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         self._require_noised_once(*self._added([0, int(noised)]))
         for parameter, home in required(self._engine).homes.items():
             sums[parameter] = added_shard(sums[parameter], home)
-
-    def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint in every process, or in none.
-
-        Raises:
-            LedgerError: It is to be trained further and has no account.
-        """
-        with self._together():
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def teardown(self) -> None:
         """Take everything off again."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -21,6 +27,9 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
+from lightning_secure.privacy.accounting import Release
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import Chunk, seed_of_rank
 from lightning_secure.privacy.units.base import widened
 from lightning_secure.strategies.randomness import FreshRandomness
@@ -41,6 +50,18 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     There is one account: the first process keeps the journal, gives the others its account at the
     start, and all enter the same steps.
 
+    Args:
+        config: What the promise depends on.
+        public_metrics: Names of metrics, logged while training, that do not depend on the rows.
+        journal: Directory of the run's journal; None for the default.
+        accelerator: For Lightning's strategy, like the others.
+        parallel_devices: The same.
+        cluster_environment: The same.
+        checkpoint_io: The same.
+        precision_plugin: The same.
+        process_group_backend: The same.
+        timeout: How long a process waits for the others before it fails.
+
     Guarantees:
         The noise is in the gradient exactly once: in every step the processes count who added it.
         If preparing or taking a step fails in one process, it fails in all, and nothing is
@@ -50,6 +71,35 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
 
     _shared_failure: BaseException | None = None
     _in_chunk = False
+
+    def __init__(
+        self,
+        config: DPConfig,
+        *,
+        public_metrics: Sequence[str] = (),
+        journal: str | Path | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        # Processes are started as scripts only: a process that was forked or spawned would hand
+        # its weights back to this one, and their account would stay behind.
+        super().__init__(
+            config,
+            public_metrics=public_metrics,
+            journal=journal,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
 
     # Setting up
 
@@ -77,6 +127,17 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             )
         return self.global_rank, self.world_size
 
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint in every process, or in none.
+
+        Raises:
+            LedgerError: It is to be trained further and has no account.
+        """
+        with self._together():
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
     # Going on, or failing, together
 
     @contextlib.contextmanager
@@ -93,6 +154,22 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
                 result = action()
         shared: T = self.broadcast(result)
         return shared
+
+    def _charge(self, ledger: Ledger, release: Release) -> None:
+        self._require_no_chunk()
+
+        def charged() -> PrivacyError | None:
+            try:
+                ledger.charge(release)
+            except PrivacyError as error:
+                return error
+            return None
+
+        # The first process has the journal. What it cannot charge, all refuse for its reason.
+        if (refused := self._once(charged)) is not None:
+            self._fail_together(refused)
+        if not self.is_global_zero:
+            ledger.enter(release)
 
     @contextlib.contextmanager
     def _until_combined(self) -> Iterator[None]:
@@ -169,6 +246,9 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             "a strategy in several processes releases no values: each process would add noise of "
             "its own to the same rows. Use PrivateMean or PrivateAccuracy. Nothing was released."
         )
+
+    # ``safe-super``: ParallelStrategy leaves these abstract, and Lightning's strategy for several
+    # processes, which comes after this class among the bases, has them.
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning's; not within a training step."""

@@ -63,9 +63,12 @@ def answered(exchange: Callable[[], T]) -> T:
 
     Raises:
         PrivacyError: One of them has gone, or did not answer in time.
+        OutOfMemoryError: This process has no memory for what is exchanged.
     """
     try:
         return exchange()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         failure = type(error).__name__
     # Raised out here: the text of the other one names machines.

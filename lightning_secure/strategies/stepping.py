@@ -352,5 +352,6 @@ class SteppingStrategy(AccountedStrategy):
                 or (self._results is not None and self._results.muted)
             ),
             ledger=lambda: self._ledger,
+            charge=self._charge,
             charged=self._stop_if_spent,
         )

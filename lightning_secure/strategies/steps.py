@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -51,16 +51,13 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
         Not a number for the loss, which is computed from rows without noise: whoever decides by it
         fails where it can be seen. A dict with the public entries of the last chunk, if it had any.
     """
-    last = None
+    last: Any = None
     for output in outputs:
         last = output
     loss = torch.full((), float("nan"), device=device)
-    told = {name: value for name, value in last.items() if name in public} if _is_dict(last) else {}
+    entries = last.items() if isinstance(last, dict) else ()
+    told = {name: value for name, value in entries if name in public}
     return {**told, "loss": loss} if told else loss
-
-
-def _is_dict(output: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(output, dict)
 
 
 def spare_logical_batch(module: pl.LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.engine import GradientEngine
@@ -59,7 +57,7 @@ class PrivateTraining(SteppingStrategy):
                 if self._ledger is not None:
                     require_same_weights(module, self._ledger)
                     self._ledger.release_beside(self._released.noise_multipliers)
-            self._ledger = self._carried(lambda: self._ledger)
+            self._carry(lambda: self._ledger)
         if self._ledger is not None:
             self._ledger.budget = self.config.target_epsilon
         lend_account(module, self._account())
@@ -95,12 +93,14 @@ class PrivateTraining(SteppingStrategy):
             return dataloader
         with self._together():
             loader = require_plain_loader(dataloader)
-        rank, world_size = self._part(len(loader.dataset))  # type: ignore[arg-type]
+        rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
+        rank, world_size = self._part(rows)
         if self._ledger is None:
-            self._ledger = self._carried(partial(self._begun, loader, world_size))
+            batch_size = (loader.batch_size or 1) * world_size
+            self._carry(partial(self._begun, rows, batch_size))
         public = required(self._ledger).public
         if self.config.mechanism == "banded":
-            self._begin_banded(trainer, len(loader.dataset))  # type: ignore[arg-type]
+            self._begin_banded(trainer, rows)
         return PrivateDataLoader(
             loader,
             sample_rate=public.sample_rate,
@@ -139,35 +139,35 @@ class PrivateTraining(SteppingStrategy):
                 "several, or something exchanged it. No step was taken."
             )
 
-    def _begun(self, loader: DataLoader[Any], world_size: int) -> Ledger:
+    def _begun(self, rows: int, batch_size: int) -> Ledger:
         """Return a new account, with the public numbers of the first fit."""
         return begin_ledger(
             self.config,
-            rows=len(loader.dataset),  # type: ignore[arg-type] # require_plain_loader saw to it
-            batch_size=(loader.batch_size or 1) * world_size,
+            rows=rows,
+            batch_size=batch_size,
             planned_steps=partial(planned_steps, self._module.trainer, self.config),
             beside=self._released.noise_multipliers,
         )
 
-    def _carried(self, ledger_of_run: Callable[[], Ledger | None]) -> Ledger | None:
-        """Let the module carry an account, and its run's journal cover it."""
+    def _carry(self, ledger_of_run: Callable[[], Ledger | None]) -> None:
+        """Let the module carry an account, and its run's journal cover it.
 
-        def carried() -> Ledger | None:
+        Where the run is refused, weights of a checkpoint have the account that came with them.
+        """
+
+        def covered() -> Ledger | None:
             ledger = ledger_of_run()
             if ledger is not None:
-                # First, because the weights are there even if the run is refused.
-                keep_ledger(self._module, ledger)
                 carry_ledger(self._module.trainer, ledger, self.config, self._journal)
                 # What this finds out is part of the account that others are given.
                 ledger.affords_a_step(self.config.target_epsilon)
             return ledger
 
-        ledger = self._once(carried)
+        self._ledger = ledger = self._once(covered)
         if ledger is not None:
             keep_ledger(self._module, ledger)
             with self._together():
                 require_same_promise(self.config, ledger)
-        return ledger
 
     def _part(self, rows: int) -> tuple[int, int]:
         """Return which part of how many parts of the rows this process draws from."""

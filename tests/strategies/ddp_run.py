@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import time
-import warnings
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import lightning as L
+import scenarios
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scenarios import ROWS, FailsOutside, Watch, rows, weights
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from lightning_secure.privacy.config import DPConfig
+from lightning_secure.metrics import PrivateAccuracy
+from lightning_secure.privacy.journal import known_releases
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 
-ROWS, RANK = 33, int(os.environ.get("LOCAL_RANK", "0"))
-SECONDS = timedelta(seconds=15)
-CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 0.3}
-
-
-def rows(count=ROWS):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 5, generator=generator)
-    return TensorDataset(x, (x.sum(1) > 0).long(), torch.arange(count))
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+Strategy = partial(PrivateDDPStrategy, public_metrics=["constant"])
+trainer = partial(scenarios.trainer, Strategy)
+failing = partial(scenarios.failing, Strategy)
 
 
 class Model(L.LightningModule):
@@ -60,45 +53,6 @@ class Model(L.LightningModule):
 
     def val_dataloader(self):
         return DataLoader(rows(32), batch_size=4)
-
-
-class Watch(Callback):
-    """Keeps draws and gradients; empties the draw of some processes in some steps."""
-
-    def __init__(self, empty=()):
-        self.empty = set(empty)
-        self.drawn, self.grads = [], []
-        self.first = None
-
-    def on_train_start(self, trainer, module):
-        self.first = weights(module).clone()
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if (trainer.global_step, RANK) in self.empty:
-            batch.chunks = ()
-        self.drawn.append([int(row) for chunk in batch.chunks for row in chunk.data[2]])
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.grads.append(torch.cat([p.grad.flatten() for p in module.parameters()]).clone())
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def trainer(folder, *callbacks, strategy=None, **options):
-    config = DPConfig(**{**CONFIG, **options.pop("config", {})})
-    return L.Trainer(
-        **{
-            "strategy": PrivateDDPStrategy(
-                config, public_metrics=["constant"], timeout=SECONDS, **(strategy or {})
-            ),
-            "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": False,
-            "limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "default_root_dir": folder,
-            "callbacks": list(callbacks), **options,
-        }
-    )  # fmt: skip
 
 
 def quiet(folder, **config):
@@ -140,25 +94,39 @@ def resumed(folder):
     return {"ledger": run.strategy.ledger.state_dict(), "weights": weights(model)}
 
 
-def failing(model, *callbacks, **options):
-    """Return what every process raises, and how long it took to do so."""
+class Accurate(Model):
+    """Publishes how well it does with noise, and charges the run for it."""
 
-    def scenario(folder):
-        made = model() if callable(model) else model
-        run, start = trainer(folder, *callbacks, **options), time.monotonic()
-        raised = None
-        try:
-            run.fit(made)
-        except Exception as error:  # noqa: BLE001 # whatever it is is what is looked for
-            raised = (type(error).__name__, str(error))
-        ledger = run.strategy.ledger
-        return {
-            "raised": raised, "seconds": time.monotonic() - start, "steps": run.global_step,
-            "account": ledger and ledger.steps,
-            "epsilon": ledger and run.strategy.ledger.epsilon(),
-        }  # fmt: skip
+    def __init__(self, noise_multiplier):
+        super().__init__()
+        self.accuracy = PrivateAccuracy(noise_multiplier=noise_multiplier, public_rows=32)
+        self.in_steps = []
 
-    return scenario
+    def training_step(self, batch, batch_idx):
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.in_steps.append(float(self.accuracy.compute()))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("val_accuracy", self.accuracy)
+
+
+def metrics(folder, noise=9.0, **config):
+    model = Accurate(noise)
+    run = trainer(
+        folder, limit_val_batches=1.0, max_epochs=2, num_sanity_val_steps=1, config=config
+    )
+    run.fit(model)
+    ledger = run.strategy.ledger
+    found = float(run.callback_metrics["val_accuracy"])
+    (after,) = run.validate(model, verbose=False)
+    journal = known_releases(ledger, folder / "privacy_journal")
+    return {
+        "accuracy": (found, after["val_accuracy"]), "in_steps": model.in_steps,
+        "releases": [tuple(release) for release in ledger.releases],
+        "journal": [tuple(release) for release in journal],
+    }  # fmt: skip
 
 
 class FailsLater(Model):
@@ -191,12 +159,6 @@ def promises(folder):
     return failing(Model, config={"max_grad_norm": 0.3 + RANK})(folder)
 
 
-class FailsOutside(Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if RANK == 1 and trainer.global_step == 2:
-            raise ValueError("outside of the step")
-
-
 def in_the_way(folder):
     (folder / "journal").write_text("not a folder")
     return failing(Model, strategy={"journal": folder / "journal"})(folder)
@@ -206,6 +168,8 @@ SCENARIOS = {
     "quiet": quiet,
     "layers": partial(quiet, clipping="per_layer"),
     "noisy": noisy,
+    "metrics": metrics,
+    "too_dear": partial(metrics, noise=0.1, target_epsilon=40.0, accountant="rdp"),
     "resumed": resumed,
     "fails_later": failing(FailsLater, max_epochs=3),
     "contrastive": failing(Contrastive, config={"insecure_seed": 3}),
@@ -219,16 +183,5 @@ SCENARIOS = {
 }
 
 
-def main(folder, *names):
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    found = {}
-    for name in names:
-        place = Path(folder) / name
-        place.mkdir(exist_ok=True)
-        found[name] = SCENARIOS[name](place)
-    torch.save(found, Path(folder) / f"rank{RANK}.pt")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    scenarios.main(SCENARIOS, *sys.argv[1:])

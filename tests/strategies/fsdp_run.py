@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import lightning as L
+import scenarios
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from scenarios import FailsOutside, Watch, rows, weights, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.providers.local import LocalKeyProvider
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.sharding import Shards
 
-ROWS, RANK = 33, int(os.environ.get("LOCAL_RANK", "0"))
-CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 0.3}
-
-
-def rows(count=ROWS):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 5, generator=generator)
-    return TensorDataset(x, (x.sum(1) > 0).float(), torch.arange(count))
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+trainer = partial(scenarios.trainer, PrivateFSDPStrategy)
+failing = partial(scenarios.failing, PrivateFSDPStrategy)
 
 
 def plain_net():
@@ -89,64 +82,12 @@ class WithAdam(Model):
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
-class Watch(Callback):
-    """Keeps draws and gradients; empties the draw of some processes in some steps."""
-
-    def __init__(self, empty=()):
-        self.empty, self.drawn, self.chunks, self.grads = set(empty), [], [], []
-        self.first = None
-
-    def on_train_start(self, trainer, module):
-        self.first = weights(module)
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if (trainer.global_step, RANK) in self.empty:
-            batch.chunks = ()
-        self.chunks.append(len(batch.chunks))
-        self.drawn.append([int(row) for chunk in batch.chunks for row in chunk.data[2]])
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.grads.append(whole([p.grad for p in module.parameters()]))
-
-
 class LeavesWhole(Callback):
     """Has weights gathered before they change, so that they are old ones in the next step."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         for part in (module.net[0], module.net[2], module.net):
             part.unshard()
-
-
-class FailsOutside(Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if RANK == 1 and trainer.global_step == 2:
-            raise ValueError("outside of the step")
-
-
-def whole(tensors):
-    return torch.cat([t.detach().full_tensor().flatten() for t in tensors]).clone()
-
-
-def weights(model):
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
-    return whole(model.parameters())
-
-
-def trainer(folder, *callbacks, strategy=None, config=None, **options):
-    return L.Trainer(
-        **{
-            "strategy": PrivateFSDPStrategy(
-                DPConfig(**{**CONFIG, **(config or {})}),
-                timeout=timedelta(seconds=15), **(strategy or {}),
-            ),
-            "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": False,
-            "limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "default_root_dir": folder,
-            "callbacks": list(callbacks), **options,
-        }
-    )  # fmt: skip
 
 
 def on_the_cpu(model):
@@ -221,20 +162,6 @@ def resumed(folder):
         "weights": begun.weights, "momentum": begun.momentum,
         "ledger": run.strategy.ledger.state_dict(),
     }  # fmt: skip
-
-
-def failing(model, *callbacks, **options):
-    """Return what every process raises."""
-
-    def scenario(folder):
-        run, raised = trainer(folder, *callbacks, **options), None
-        try:
-            run.fit(model())
-        except Exception as error:  # noqa: BLE001 # whatever it is is what is looked for
-            raised = (type(error).__name__, str(error))
-        return {"raised": raised, "steps": run.global_step}
-
-    return scenario
 
 
 class FailsLater(Model):
@@ -344,7 +271,7 @@ class Layers(Model):
         x = net[:4](batch[0])
         x = net[4](x, x, x, need_weights=False)[0]
         x = torch.utils.checkpoint.checkpoint(net[5:9], x, use_reentrant=False)
-        return F.binary_cross_entropy_with_logits(net[9](x)[:, 0], batch[1])
+        return F.binary_cross_entropy_with_logits(net[9](x)[:, 0], batch[1].float())
 
 
 class OwnLayer(Model):
@@ -381,16 +308,5 @@ SCENARIOS = {
 }
 
 
-def main(folder, *names):
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    found = {}
-    for name in names:
-        place = Path(folder) / name
-        place.mkdir(exist_ok=True)
-        found[name] = SCENARIOS[name](place)
-    torch.save(found, Path(folder) / f"rank{RANK}.pt")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    scenarios.main(SCENARIOS, *sys.argv[1:])

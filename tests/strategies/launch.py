@@ -16,8 +16,8 @@ import torch
 SECONDS = 30
 
 
-def launch(script: Path, folder: Path, *arguments: str, world: int = 2) -> list[dict]:
-    """Run a script in several processes; return what each has saved as ``rank<n>.pt``.
+def launch(script: Path, folder: Path, *names: str, world: int = 2) -> dict[str, list]:
+    """Run a script's scenarios in several processes; return what each process saw, by their names.
 
     They are forked, because the imports take longer than the tests; where torch has more than one
     thread, which a fork would lose, they are started anew.
@@ -28,13 +28,14 @@ def launch(script: Path, folder: Path, *arguments: str, world: int = 2) -> list[
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     start = _forked if torch.get_num_threads() == 1 else _started
     waits = [
-        start(script, [str(folder), *arguments], {**common, "LOCAL_RANK": str(rank)}, folder, rank)
+        start(script, [str(folder), *names], {**common, "LOCAL_RANK": str(rank)}, folder, rank)
         for rank in range(world)
     ]
     codes = [wait() for wait in waits]
     outputs = [(folder / f"output{rank}").read_text()[-6000:] for rank in range(world)]
     assert codes == [0] * world, "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    return {name: [rank[name] for rank in ranks] for name in names}
 
 
 def _started(script, arguments, environment, folder, rank):

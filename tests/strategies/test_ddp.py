@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +12,7 @@ import pytest
 import torch
 from launch import launch
 from lightning.pytorch.strategies import StrategyRegistry
+from scenarios import rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,16 +22,11 @@ from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
+from lightning_secure.strategies.reduction import answered
 from lightning_secure.strategies.registry import register_strategies
 
-SCRIPT = Path(__file__).parent / "ddp_run.py"
+results = partial(launch, Path(__file__).parent / "ddp_run.py")
 CONFIG = DPConfig(noise_multiplier=1000.0, delta=1e-5, max_grad_norm=0.3)
-
-
-def results(folder, *names):
-    """What both processes saw, a pair for each scenario."""
-    ranks = launch(SCRIPT, folder, *names)
-    return {name: [rank[name] for rank in ranks] for name in names}
 
 
 # ---------------------------------------------------------------- the sum
@@ -44,12 +42,6 @@ def quiet(without_noise):
     return without_noise["quiet"]
 
 
-def rows(count):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 5, generator=generator)
-    return x, (x.sum(1) > 0).long()
-
-
 @pytest.mark.parametrize("clipping", ["quiet", "layers"])
 def test_both_processes_together_are_dp_sgd_by_hand(without_noise, clipping):
     """The draws of both, clipped and averaged by functorch as one batch."""
@@ -57,7 +49,7 @@ def test_both_processes_together_are_dp_sgd_by_hand(without_noise, clipping):
     layers, bound = (["0.", "2."], 0.3 / 2**0.5) if clipping == "layers" else ([""], 0.3)
     net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     nn.utils.vector_to_parameters(quiet[0]["first"].clone(), net.parameters())
-    x, y = rows(33)
+    x, y, _ = rows().tensors
 
     def loss(parameters, x, y):
         return F.cross_entropy(torch.func.functional_call(net, parameters, (x[None],)), y[None])
@@ -175,9 +167,7 @@ def test_a_run_goes_on_in_another_number_of_processes(noisy):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(*rows(33)), batch_size=4, shuffle=True
-    )
+    loader = torch.utils.data.DataLoader(rows(), batch_size=4, shuffle=True)
     trainer = L.Trainer(
         strategy=PrivateStrategy(CONFIG), accelerator="cpu", max_epochs=4, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -217,11 +207,37 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path, name, first, second):
         assert rank["steps"] == (2 if name.startswith("fails") else 0)
 
 
+def test_memory_that_runs_out_is_not_taken_for_a_process_that_has_gone():
+    def full():
+        raise torch.OutOfMemoryError("no room for all weights")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        answered(full)
+
+
 def test_the_budget_stops_all_at_the_same_step(tmp_path):
     one, other = results(tmp_path, "budget")["budget"]
     assert one["raised"] is other["raised"] is None
-    assert one["steps"] == other["steps"] == one["account"] > 0
-    assert one["epsilon"] <= 4.0
+    ledger = Ledger.from_state_dict(one["ledger"])
+    assert one["steps"] == other["steps"] == ledger.steps > 0
+    assert ledger.epsilon() <= 4.0
+
+
+def test_a_metric_of_the_module_is_one_release_that_all_have_paid_for(tmp_path):
+    found = results(tmp_path, "metrics", "too_dear")
+    one, other = found["metrics"]
+    assert one["accuracy"] == other["accuracy"]
+    assert len(set(one["accuracy"])) == 2
+    step, accuracy = (1.0, 8 / 33), (9.0, 1.0)
+    paid = [(*step, 5), (*accuracy, 1), (*step, 5), (*accuracy, 2)]
+    assert one["releases"] == other["releases"] == paid
+    assert sorted(one["journal"]) == [(*step, 10), (*accuracy, 3)]
+    for rank in (one, other):  # which have numbers of chunks of their own
+        assert rank["in_steps"]
+        assert all(map(math.isnan, rank["in_steps"]))
+    for rank in found["too_dear"]:
+        assert all(map(math.isnan, rank["accuracy"]))
+        assert rank["releases"] == [(*step, 10)]
 
 
 def test_no_process_publishes_a_value_with_noise_of_its_own():

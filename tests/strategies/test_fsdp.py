@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from fsdp_run import WithAdam, encrypted, plain_net, rows
+from fsdp_run import WithAdam, encrypted, plain_net
 from launch import launch
+from scenarios import rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,13 +21,7 @@ from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
 
-SCRIPT = Path(__file__).parent / "fsdp_run.py"
-
-
-def results(folder, *names):
-    """What both processes saw, a pair for each scenario."""
-    ranks = launch(SCRIPT, folder, *names)
-    return {name: [rank[name] for rank in ranks] for name in names}
+results = partial(launch, Path(__file__).parent / "fsdp_run.py")
 
 
 # ---------------------------------------------------------------- the sum
@@ -52,7 +48,7 @@ def test_both_processes_together_are_dp_sgd_by_hand(quiet):
         if not drawn:
             continue
         parameters = {n: p.detach() for n, p in net.named_parameters()}
-        grads = per_sample(parameters, x[drawn], y[drawn])
+        grads = per_sample(parameters, x[drawn], y[drawn].float())
         norms = sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
         factors = (0.3 / norms).clamp(max=1)
         for name, parameter in net.named_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,7 +32,7 @@ _SIZES: Final = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleasedMetric:
+class ReleasedMetric(ABC):
     """A mean over the rows of each step that is published with noise.
 
     Attributes:

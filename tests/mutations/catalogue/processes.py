@@ -54,6 +54,13 @@ CATALOGUE = [
         f"{DDP} -k 'fails_in_all and fails_later'",
     ),
     Mutation(
+        "a release is in the account of the first process only",
+        "strategies/processes.py",
+        "            ledger.enter(release)\n",
+        "            pass\n",
+        f"{DDP} -k paid_for",
+    ),
+    Mutation(
         "a process goes on under a promise of its own",
         "strategies/training.py",
         "                require_same_promise(self.config, ledger)\n",

@@ -89,10 +89,9 @@ CATALOGUE = [
     Mutation(
         "a fit after a resume begins a new account",
         "strategies/training.py",
-        "                keep_ledger(self._module, ledger)\n                carry_ledger",
-        "                carry_ledger",
+        "            keep_ledger(self._module, ledger)\n",
+        "",
         f"{PRIVACY} -k after_a_resume",
-        (("            keep_ledger(self._module, ledger)\n            with", "            with"),),
     ),
     Mutation(
         "a loaded module forgets its account",

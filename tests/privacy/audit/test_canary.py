@@ -53,6 +53,9 @@ def test_without_clipping_the_claim_is_refuted(monkeypatch, caplog):
         report.require()
 
 
+# Weaknesses, put in one by one: what the audit is there to see.
+
+
 def half_the_noise(monkeypatch):
     add = GaussianNoise.add_
     monkeypatch.setattr(GaussianNoise, "add_", lambda self, t, *, std: add(self, t, std=std / 2))

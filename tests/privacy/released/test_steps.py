@@ -16,6 +16,7 @@ from lightning_secure.privacy.promise import begin_ledger
 from lightning_secure.privacy.released.steps import (
     ClippedFraction,
     GradientNorm,
+    ReleasedMetric,
     RowMean,
     StepMetrics,
     require_rows_apart,
@@ -91,6 +92,8 @@ def test_an_entry_must_be_one_number_a_row():
 
 
 def test_metrics_out_of_range_are_refused():
+    with pytest.raises(TypeError, match="abstract"):
+        ReleasedMetric(noise_multiplier=1.0)  # says nothing of a row, nor between what it lies
     with pytest.raises(ConfigError, match="noise_multiplier"):
         ClippedFraction(noise_multiplier=0)
     with pytest.raises(ConfigError, match="largest"):
