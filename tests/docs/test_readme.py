@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import statistics
+import tomllib
 from pathlib import Path
 
 import click
@@ -106,9 +107,9 @@ def test_the_readmes_speeds_are_those_of_the_stored_result():
     text = " ".join((ROOT / "README.md").read_text().split())
     said = re.search(
         r"On (\w+) cores, .* 3 KB are read ([\d.]+) times as fast as litdata reads its plaintext "
-        r"shuffled, and ([\d.]+) times as fast as it does at its best; rows of 150 KB ([\d.]+) times "
-        r"as fast as it does at its best, and ([\d.]+) times as fast as it does with Fernet\. "
-        r"`Trainer\.fit` of a small CNN takes ([\d.]+) times as long as with tensors in RAM\.",
+        r"shuffled, and ([\d.]+) times as fast as it does at its best; rows of 150 KB ([\d.]+) "
+        r"times as fast as it does at its best, and ([\d.]+) times as fast as it does with "
+        r"Fernet\. `Trainer\.fit` of a small CNN takes ([\d.]+) times as long as with tensors in RAM\.",
         text,
     )
     result = json.loads((ROOT / "benchmarks" / "results" / "shards.json").read_text())
@@ -142,6 +143,13 @@ def test_commands_and_options_that_a_document_names_exist(document):
         if name in lightning_secure.__all__:
             parameters = inspect.signature(getattr(lightning_secure, name)).parameters
             assert option in parameters, f"{name}({option}=)"
+
+
+def test_the_changelog_counts_the_formats_that_were_added():
+    vendors = ROOT / "lightning_secure" / "redaction" / "vendors.toml"
+    count = len(tomllib.loads(vendors.read_text())["rules"])
+    text = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"with {count} more formats that issuers document" in text
 
 
 def test_the_tests_that_the_threat_model_names_exist():

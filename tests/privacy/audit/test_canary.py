@@ -53,6 +53,7 @@ def test_without_clipping_the_claim_is_refuted(monkeypatch, caplog):
         report.require()
 
 
+# The weaknesses themselves, put in: what the audit is for.
 def half_the_noise(monkeypatch):
     add = GaussianNoise.add_
     monkeypatch.setattr(GaussianNoise, "add_", lambda self, t, *, std: add(self, t, std=std / 2))
