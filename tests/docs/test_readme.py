@@ -109,7 +109,8 @@ def test_the_readmes_speeds_are_those_of_the_stored_result():
         r"On (\w+) cores, .* 3 KB are read ([\d.]+) times as fast as litdata reads its plaintext "
         r"shuffled, and ([\d.]+) times as fast as it does at its best; rows of 150 KB ([\d.]+) "
         r"times as fast as it does at its best, and ([\d.]+) times as fast as it does with "
-        r"Fernet\. `Trainer\.fit` of a small CNN takes ([\d.]+) times as long as with tensors in RAM\.",
+        r"Fernet\. `Trainer\.fit` of a small CNN takes ([\d.]+) times as long as with tensors in "
+        r"RAM\.",
         text,
     )
     result = json.loads((ROOT / "benchmarks" / "results" / "shards.json").read_text())

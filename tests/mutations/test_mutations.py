@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -14,15 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutation import catalogue
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-CATALOGUE = [
-    mutation
-    for path in sorted((HERE / "catalogue").glob("*.py"))
-    for mutation in importlib.import_module(f"catalogue.{path.stem}").CATALOGUE
-]
+CATALOGUE = catalogue()
 
 
 def mutated(mutation, folder: Path) -> Path:
