@@ -81,7 +81,7 @@ bench-data: $(INSTALLED) $(PEERS)/.installed
 bench-dp: $(INSTALLED)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/dp.py $(ARGS)
 
-# What benchmarks/results/ and the pictures in docs/img hold; half an hour, on a quiet machine.
+# Speeds and costs in benchmarks/results/, and their pictures; it takes long, on a quiet machine.
 bench-results:
 	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
 	$(BIN)/python benchmarks/picture.py benchmarks/results/shards.json docs/img/shards.svg
