@@ -18,7 +18,7 @@ help:
 	@echo "make mutations   known weaknesses, put back one by one: each must turn a test red"
 	@echo "make services   what some tests need beyond Python's packages (softhsm2, by apt-get)"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
-	@echo "make peers  the libraries that the benchmarks compare with, in an environment of their own"
+	@echo "make peers redaction-peers   the libraries that benchmarks compare with, in environments of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
 	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick; ARGS='--device cuda')"
 
@@ -81,7 +81,7 @@ bench-data: $(INSTALLED) $(PEERS)/.installed
 bench-dp: $(INSTALLED)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/dp.py $(ARGS)
 
-# What benchmarks/results/ and the pictures in docs/img hold; half an hour, on a quiet machine.
+# Speeds and costs in benchmarks/results/, and their pictures; it takes long, on a quiet machine.
 bench-results:
 	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
 	$(BIN)/python benchmarks/picture.py benchmarks/results/shards.json docs/img/shards.svg
@@ -90,4 +90,4 @@ bench-results:
 	$(BIN)/python benchmarks/dp_picture.py benchmarks/results/dp.json benchmarks/results/dp_utility.json docs/img/dp.svg
 
 clean:
-	rm -rf $(VENV) $(PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run
+	rm -rf $(VENV) $(PEERS) $(REDACTION_PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run

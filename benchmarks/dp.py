@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description="What private training costs.")
-    parser.add_argument("--quick", action="store_true", help="small models, under a minute")
+    parser.add_argument("--quick", action="store_true", help="small models, a minute or two")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))

@@ -156,7 +156,7 @@ def by_opacus(seed: int, noise: float, epochs: int) -> Run:
     for x, y in itertools.islice(batches, epochs * STEPS_PER_EPOCH):
         optimizer.zero_grad(set_to_none=True)
         loss = functional.cross_entropy(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call] # torch does not type it
         optimizer.step()
     return Run(digits.accuracy(net), engine.get_epsilon(DELTA))
 

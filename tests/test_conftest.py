@@ -47,6 +47,7 @@ def test_a_file_that_skips_itself_is_a_failure_as_well(pytester, monkeypatch, re
             raise AssertionError
         """
     )
+    # The switch of the rule; the run is a process of its own.
     monkeypatch.setenv("LIGHTNING_SECURE_REQUIRE_SERVICES", required)
     counted = pytester.runpytest_subprocess("-p", "no:cacheprovider").parseoutcomes()
     assert counted == ({"errors": 1} if required else {"skipped": 1})

@@ -108,7 +108,7 @@ def test_other_work_is_seen(one, why):
 
 
 def cell(*seconds: float, peak: float = 1.0, **known: object) -> Cell:
-    return Cell(seconds_per_row=list(seconds), peak_mb=peak, peak_mb_later=peak / 2, **known)  # type: ignore[arg-type]
+    return Cell(seconds_per_row=list(seconds), peak_mb=peak, peak_mb_later=peak / 2, **known)
 
 
 def test_ratios_are_taken_within_rounds_and_opacus_best_is_that_of_each_round():

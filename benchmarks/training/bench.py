@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -183,7 +183,7 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _failing(cell: Cell) -> Any:
+def _failing(cell: Cell) -> Iterator[None]:
     try:
         yield
     except SystemFailedError as error:

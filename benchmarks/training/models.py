@@ -224,8 +224,7 @@ def _perceptron(width: int) -> Task:
 
 
 def _vit(*, image: int, **options: int) -> Task:
-    make = partial(VisionTransformer, image=image, classes=10, **options)
-    return Task(make=make, row=(3, image, image), classes=10)
+    return _image(partial(VisionTransformer, image=image), image, **options)
 
 
 #: By size. ``full`` is that of the papers; the others keep its proportions (four times as wide in

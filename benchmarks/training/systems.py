@@ -116,7 +116,8 @@ class _Steps(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any
     ) -> None:
-        if not self._watch.step_done(pl_module.net):  # type: ignore[arg-type]
+        assert isinstance(pl_module, _Module)
+        if not self._watch.step_done(pl_module.net):
             trainer.should_stop = True
 
 
@@ -126,7 +127,7 @@ def _optimizer(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _lightning(setting: Setting, watch: Watch, *, private: bool) -> None:
-    strategy = {"strategy": _private(setting)} if private else {}
+    strategy: dict[str, Any] = {"strategy": _private(setting)} if private else {}
     trainer = L.Trainer(
         accelerator="gpu" if setting.device == "cuda" else "cpu",
         devices=1,
@@ -138,7 +139,7 @@ def _lightning(setting: Setting, watch: Watch, *, private: bool) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=setting.folder,
-        **strategy,  # type: ignore[arg-type]
+        **strategy,
     )
     trainer.fit(_Module(setting, watch), setting.loader())
 

@@ -26,6 +26,7 @@ PASSPHRASE = "correct horse battery staple"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    # Configurations name files by relative paths, and a secret by its variable.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSEC_TEST_X", PASSPHRASE)
     Path("t.csv").write_text("x,y\n" + "".join(f"{i}.5,{i}\n" for i in range(20)))

@@ -653,6 +653,7 @@ def test_a_key_is_not_destroyed_that_a_split_was_sealed_under_meanwhile(
         return real(root, **options)
 
     copy = shutil.copytree(sealed, sealed.with_name("copy"))
+    # Another writer comes just when all is read; two processes would seldom meet so.
     monkeypatch.setattr(recovery, "read_manifest", meanwhile)
     report = erase_shard(sealed, "train", 1, keys=old, rotate_kek_to=heir, retire_kek=True)
     assert (report.kek_retired, report.recoverable) == (False, True)

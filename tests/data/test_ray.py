@@ -297,6 +297,7 @@ def test_an_error_after_the_commit_does_not_take_the_rows_with_it(folder, keys, 
         commit(*args, **options)
         raise OSError("the folder could not be flushed")
 
+    # No disk fails on demand between the commit and its return.
     monkeypatch.setattr(ray_module, "commit_split", late)
     with pytest.raises(OSError, match="flushed"):
         write(one, [(0, [table(0, 50)])])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+import statistics
+import tomllib
 from pathlib import Path
 
+import click
 import lightning as L
 import numpy as np
+import picture
 import pytest
 import torch
 from torch import nn
 
+import lightning_secure
 from lightning_secure import EncryptedCheckpointIO, EncryptedDataModule
+from lightning_secure.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -93,6 +101,56 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+def test_the_readmes_speeds_are_those_of_the_stored_result():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(
+        r"On (\w+) cores, .* 3 KB are read ([\d.]+) times as fast as litdata reads its plaintext "
+        r"shuffled, and ([\d.]+) times as fast as it does at its best; rows of 150 KB ([\d.]+) "
+        r"times as fast as it does at its best, and ([\d.]+) times as fast as it does with "
+        r"Fernet\. `Trainer\.fit` of a small CNN takes ([\d.]+) times as long as with tensors in "
+        r"RAM\.",
+        text,
+    )
+    result = json.loads((ROOT / "benchmarks" / "results" / "shards.json").read_text())
+    fits, found = result["fits"]["seconds"], result["ratios"]
+    fit = statistics.median(a / b for a, b in zip(fits["aes"], fits["ram"], strict=True))
+    assert said.groups() == (
+        {2: "two"}[result["machine"]["cores"]],
+        f"{picture.speeds(result, '3kb')['aes']:.1f}",
+        f"{found['window_aes_vs_litdata_plain_3kb']:.1f}",
+        f"{found['window_aes_vs_litdata_plain_150kb']:.2f}",
+        f"{found['window_aes_vs_litdata_fernet_150kb']:.1f}",
+        f"{fit:.2f}",
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_and_options_that_a_document_names_exist(document):
+    text = document.read_text()
+    for words in re.findall(r"(?<!install )lightning-secure ([a-z]+(?: [a-z]+)?)", text):
+        command: click.Command = main
+        for word in words.split():
+            if isinstance(command, click.Group):
+                assert word in command.commands, words
+                command = command.commands[word]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in re.findall(r"(?:`|^)make\s+([a-z]+(?:[ -][a-z]+)*)", text, re.MULTILINE):
+        assert set(words.split()) <= set(targets), words
+    for path in re.findall(r"`((?:benchmarks|examples)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+    for name, option in re.findall(r"`(\w+)\((\w+)=", text):
+        if name in lightning_secure.__all__:
+            parameters = inspect.signature(getattr(lightning_secure, name)).parameters
+            assert option in parameters, f"{name}({option}=)"
+
+
+def test_the_changelog_counts_the_formats_that_were_added():
+    vendors = ROOT / "lightning_secure" / "redaction" / "vendors.toml"
+    count = len(tomllib.loads(vendors.read_text())["rules"])
+    text = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"with {count} more formats that issuers document" in text
 
 
 def test_the_tests_that_the_threat_model_names_exist():

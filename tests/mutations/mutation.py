@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -23,3 +25,12 @@ class Mutation(NamedTuple):
     new: str
     tests: str
     more: tuple[tuple[str, str], ...] = ()
+
+
+def catalogue() -> list[Mutation]:
+    """Return all of them."""
+    return [
+        mutation
+        for path in sorted((Path(__file__).parent / "catalogue").glob("*.py"))
+        for mutation in importlib.import_module(f"catalogue.{path.stem}").CATALOGUE
+    ]

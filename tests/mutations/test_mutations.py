@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,15 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutation import catalogue
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-CATALOGUE = [
-    mutation
-    for path in sorted((HERE / "catalogue").glob("*.py"))
-    for mutation in importlib.import_module(f"catalogue.{path.stem}").CATALOGUE
-]
+CATALOGUE = catalogue()
 
 
 def mutated(mutation, folder: Path) -> Path:
@@ -59,28 +56,73 @@ def zygote() -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
-def test_a_weakness_turns_a_test_red(mutation, tmp_path, zygote):
-    mutated(mutation, tmp_path)
+def outcome(zygote, package: Path, folder: Path, tests: str) -> tuple[int, str]:
+    """Return pytest's exit code, and what it printed."""
     quiet = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "-p", "no:xdist"]
     # The zygote has imported anyio, by way of torchmetrics and transformers, and it is a plugin.
     quiet += ["-W", "ignore:Module already imported so cannot be rewritten"]
     request = {
-        "package": str(tmp_path),
-        "arguments": [*quiet, f"--basetemp={tmp_path / 'base'}", *shlex.split(mutation.tests)],
-        "output": str(tmp_path / "output"),
+        "package": str(package),
+        "arguments": [*quiet, f"--basetemp={folder / 'base'}", *shlex.split(tests)],
+        "output": str(folder / "output"),
         "seconds": 240,
     }
     zygote.stdin.write(json.dumps(request) + "\n")
     zygote.stdin.flush()
     code = json.loads(zygote.stdout.readline())
-    output = (tmp_path / "output").read_text()
+    return code, (folder / "output").read_text()
+
+
+CRASH = re.compile(
+    # Also as the last line of a traceback that a process of the test's has left in its output.
+    r"^E +(NameError|UnboundLocalError|AttributeError|SyntaxError|IndentationError|ImportError"
+    r"|ModuleNotFoundError)\b",
+    re.MULTILINE,
+)
+
+
+def noticed(code: int, output: str) -> bool:
+    """Whether a test failed, or a check in what a fixture has run for it, and nothing crashed."""
     # 1: a test failed. Anything else (an error while collecting, no test at all) proves nothing.
-    assert code == 1, output[-6000:]
-    assert " failed" in output or " error" in output  # where a fixture makes the runs
-    # A mutant that merely crashes says nothing about the tests.
-    for crash in ("NameError", "AttributeError", "SyntaxError", "ImportError"):
-        assert f"E   {crash}" not in output, output[-6000:]
+    if code != 1 or CRASH.search(output):  # a mutant that crashes says nothing about the tests
+        return False
+    if re.search(r"^1 failed\b.* in [\d.]+s", output, re.MULTILINE):
+        return True
+    _, setup, error = output.partition(" ERROR at setup of ")
+    return bool(setup and re.search(r"^\S+:\d+: AssertionError$", error, re.MULTILINE))
+
+
+@pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
+def test_a_weakness_turns_a_test_red(mutation, tmp_path, zygote):
+    mutated(mutation, tmp_path)
+    code, output = outcome(zygote, tmp_path, tmp_path, mutation.tests)
+    assert noticed(code, output), output[-6000:]
+
+
+FIXTURE = "import pytest\n\n@pytest.fixture\ndef run():\n    {}\n\ndef test(run): assert {}\n"
+TRACEBACK = "'Traceback (most recent call last):\\nNameError: it'"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "test", "red"),
+    [
+        ("pass", "True", False),
+        ("pass", "not 'failed'", True),
+        ("assert [1] == [0], 'a run failed'", "True", True),
+        ("import no_such_module", "True", False),
+        ("from os import nothing", "True", False),
+        ("raise RuntimeError('1 failed')", "True", False),
+        (f"assert [1] == [0], {TRACEBACK}", "True", False),
+        ("pass", f"[1] == [0], {TRACEBACK}", False),
+        ("pass", "nothing", False),
+        ("pass\n\ndef test_another(missing): pass", "True", False),
+        ("yield\n    assert False", "True", False),
+    ],
+)
+def test_a_crash_is_no_red_test(tmp_path, zygote, fixture, test, red):
+    file = tmp_path / "test_it.py"
+    file.write_text(FIXTURE.format(fixture, test))
+    assert noticed(*outcome(zygote, ROOT, tmp_path, str(file))) is red
 
 
 def test_the_catalogue_names_each_weakness_once():

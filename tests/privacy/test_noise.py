@@ -91,6 +91,7 @@ def test_a_fork_does_not_repeat_the_noise(secure):
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_no_number_is_used_twice(secure, monkeypatch):
+    # Blocks so small that their ends are met.
     monkeypatch.setattr(module, "_LARGEST", 64)
     monkeypatch.setattr(module, "_SMALLEST", 8)
     source = GaussianNoise(secure=secure)

@@ -162,7 +162,9 @@ def test_norms_and_sums_are_exact_whatever_the_model_may_round(careless, monkeyp
                 found.append((name, *(setting.fp32_precision for setting in careless)))
                 return rule(unit, *args)
 
+            # It does what it did, and tells under which settings.
             monkeypatch.setattr(kind, name, spy)
+    # The trial of ways would choose by time, and so not always the same rules.
     monkeypatch.setattr(Unit, "ways", lambda *args: [GHOST])
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Linear(4, 2))
     engine = GradientEngine(model, max_grad_norm=1.0)

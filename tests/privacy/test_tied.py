@@ -64,6 +64,7 @@ def refuse_tables(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("a gradient as large as the table was formed for a sample")
 
+    # A result does not show by which way it came.
     monkeypatch.setattr(EmbeddingUnit, "per_sample", refused)
 
 

@@ -62,6 +62,7 @@ def test_pieces_of_a_batch_give_the_whole(monkeypatch, way, keep):
     unit, inputs, grads = linear(7)
     whole = Record(unit, inputs, grads, scale=7.0, way=way)
     expected = whole.squares(), whole.weighted_sum(torch.arange(7.0), keep), whole.per_sample()
+    # Room for two rows, so that there are several pieces.
     monkeypatch.setattr(base, "PIECE_BYTES", 2 * unit.working_bytes(inputs, grads, way))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the room grows with threads
     parts = Record(unit, inputs, grads, scale=7.0, way=way)
@@ -92,6 +93,7 @@ def test_the_input_of_a_small_convolution_is_not_unfolded(monkeypatch, size, gro
     inputs = torch.randn(3, 4, *size, dtype=torch.float64)
     grads = torch.randn_like(layer(inputs))
     expected = Record(unit, inputs, grads, way=Way("unfold", kept=True)).squares()
+    # A result does not show by which way it came.
     monkeypatch.setattr("lightning_secure.privacy.units.conv.unfolded", None)
     torch.testing.assert_close(unit.ghost_squares(inputs, grads), expected, rtol=1e-9, atol=0)
 

@@ -44,6 +44,7 @@ NOT_IN_FILES = {"evaluation_dataset", "links"}
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """A folder to write in, without waiting for traces that are sent by and by."""
+    # MLflow takes these from the environment, and from nowhere else.
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -304,6 +305,7 @@ def test_every_scheme_has_an_entry_point():
              "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"],
 )  # fmt: skip
 def test_a_second_place_for_traces_is_refused(monkeypatch, name):
+    # It is how MLflow itself is told of the second place.
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match="collector"):
         enforce_mlflow_redaction()

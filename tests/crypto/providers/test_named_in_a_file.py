@@ -32,6 +32,7 @@ def named(case, kind, path):
 def test_a_dataset_is_sealed_and_rotated_under_a_key_that_never_leaves(
     request, kind, tmp_path, monkeypatch
 ):
+    # The command line is given relative paths.
     monkeypatch.chdir(tmp_path)
     case = request.getfixturevalue(kind.partition("-")[0])
     config = named(case, kind, tmp_path / "seal.yaml")

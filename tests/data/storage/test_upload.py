@@ -370,6 +370,7 @@ def test_a_shard_that_is_there_is_left_and_a_damaged_one_is_sent(
     memory = fsspec.filesystem("memory")
     name = next(name for name in memory.find(url[8:]) if name.endswith(".lsec"))
     memory.pipe_file(name, DAMAGE[damage](memory.cat_file(name)))
+    # It does what it did, and tells what was sent.
     sent, put = [], type(memory).put_file
     monkeypatch.setattr(  # it does what it did
         type(memory),
