@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import Stateful, copied, difference, preserved
 from lightning_secure.privacy.rows import first_rows, leaves, recombined, with_row
 from lightning_secure.privacy.trial import (
@@ -25,7 +26,6 @@ from lightning_secure.privacy.trial import (
     Run,
     Trial,
     differing,
-    exact_arithmetic,
     row_differs,
     same_layers,
     without_dropout,
