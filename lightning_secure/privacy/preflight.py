@@ -30,7 +30,7 @@ from lightning_secure.privacy.trial import (
     same_layers,
     without_dropout,
 )
-from lightning_secure.privacy.units.base import Record
+from lightning_secure.privacy.units.base import Record, accumulate
 
 __all__ = ["preflight", "require_rows_kept_apart"]
 
@@ -223,7 +223,7 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
     for record in run.records:
         weights = torch.full((rows,), 1 / rows, device=record.squares().device)
         for parameter, total in record.weighted_sum(weights).items():
-            recorded[parameter] = recorded[parameter] + total if parameter in recorded else total
+            accumulate(recorded, parameter, total)
     names = {parameter: name for name, parameter in trial.model.named_parameters()}
     gradients = trial.ordinary(batch, rows=rows)
     for parameter, gradient in zip(trial.engine.parameters, gradients, strict=True):

@@ -38,8 +38,8 @@ CATALOGUE = [
     Mutation(
         "squares that are lost count as zero",
         "privacy/layers.py",
-        "least = 2 * numbers.tiny / numbers.eps",
-        "least = 0.0",
+        "return 2 * torch.finfo(dtype).tiny / torch.finfo(dtype).eps",
+        "return 0.0",
         f"{ROUNDING} -k too_small",
     ),
     Mutation(
