@@ -9,7 +9,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.error import URLError
 
@@ -57,6 +58,31 @@ def _no_listeners() -> Iterator[None]:
 def _quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def in_fork() -> Callable[[Callable[[], bytes]], bytes]:
+    """What a function returns in a forked process, if it returns."""
+
+    def run(function: Callable[[], bytes]) -> bytes:
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.write(write, function())
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(write)
+        with open(read, "rb") as pipe:
+            found = pipe.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

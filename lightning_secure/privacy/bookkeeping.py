@@ -24,7 +24,14 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.clipping.layers import LayerGroups
 from lightning_secure.privacy.exact import exact_products
 from lightning_secure.privacy.layers import clip_factor
-from lightning_secure.privacy.units.base import Record, Unit, combined, norm_squared, zero_rows
+from lightning_secure.privacy.units.base import (
+    Record,
+    Unit,
+    accumulate,
+    combined,
+    norm_squared,
+    zero_rows,
+)
 from lightning_secure.privacy.units.tied import tied_pairs
 
 __all__ = ["Recorder", "add_clipped_sums", "per_sample_norms"]
@@ -242,10 +249,10 @@ def add_clipped_sums(
     for record in simple:
         weights = factors[record.unit.parameters[0]]
         for parameter, total in record.weighted_sum(weights, keep).items():
-            _accumulate(sums, parameter, total)
+            accumulate(sums, parameter, total)
     for parameter, grads in added.items():
         rows = {parameter: grads if keep is None else zero_rows(grads, keep)}
-        _accumulate(sums, parameter, combined(rows, factors[parameter])[parameter])
+        accumulate(sums, parameter, combined(rows, factors[parameter])[parameter])
     return norms
 
 
@@ -300,12 +307,5 @@ def _added(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
     totals: dict[nn.Parameter, Tensor] = {}
     for record in records:
         for parameter, grads in record.per_sample().items():
-            _accumulate(totals, parameter, grads)
+            accumulate(totals, parameter, grads)
     return totals
-
-
-def _accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
-    if parameter in sums:
-        sums[parameter].add_(value)
-    else:
-        sums[parameter] = value

@@ -53,7 +53,6 @@ class DPConfig:
         accountant: By which epsilon is reported and the budget kept: ``pld``, the tightest, or
             ``rdp``, both by dp_accounting; ``opacus-rdp`` or ``opacus-prv``, to compare with runs
             of Opacus. All are upper bounds. Opacus' GDP is none and is refused.
-
         secure_noise: Whether noise, on every device, and the draws of rows come from an AES-256-CTR
             keystream under keys of the operating system, and each noise value is made of four in
             double precision, against reading its last bits. Made on the CPU, some 25 ns a number

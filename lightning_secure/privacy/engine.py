@@ -27,6 +27,10 @@ _FLAT: Final = FlatClipping()
 class GradientEngine:
     """Per-sample clipping and noise for one model.
 
+    :meth:`attach` puts hooks on the model. A step then is :meth:`begin_step`; for each chunk of
+    rows :meth:`recording` around a forward and a backward pass, which begins with what
+    :meth:`scaled` makes of the mean loss, and :meth:`add_chunk`; and :meth:`release`, once.
+
     Args:
         model: Its trainable parameters are those that require grad now.
         max_grad_norm: Clipping bound.
@@ -34,6 +38,11 @@ class GradientEngine:
         clipping: Whether it is for all layers together or shared out among them.
         homes: From parameters that layers compute with to those that the optimizer has in their
             place, and that get the gradients; the others get their own.
+
+    Attributes:
+        units: The trainable layers.
+        parameters: Those that they compute with, each once.
+        homes: For each of them, the one that gets its gradient.
 
     Raises:
         UnsupportedModelError: See :func:`find_units`, and if nothing is trainable or ``clipping``

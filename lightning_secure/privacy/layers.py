@@ -203,8 +203,12 @@ def grams_squares(
 
 def _lengths(block: Tensor) -> Tensor:
     """Return the lengths of the steps, no smaller than where squares are too small for a float."""
-    numbers = torch.finfo(block.dtype)
-    return block.diagonal(dim1=1, dim2=2).add(2 * numbers.tiny / numbers.eps).sqrt()
+    return block.diagonal(dim1=1, dim2=2).add(_least(block.dtype)).sqrt()
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Return what is added to a sum of squares, some of which may be lost to zero below it."""
+    return 2 * torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
 def _form(left: Tensor, block: Tensor, right: Tensor) -> Tensor:
@@ -224,8 +228,7 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
     """
     if inputs.ndim == 2:
         squares = grads.square().sum(1)
-        numbers = torch.finfo(grads.dtype)
-        least = 2 * numbers.tiny / numbers.eps  # below, a square may be lost
+        least = _least(grads.dtype)
         result = inputs.square().sum(1).add(least) * squares.add(least)
         return result + squares if bias else result
     return gram_squares(inputs, grads, bias=bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import Stateful, copied, difference, preserved
 from lightning_secure.privacy.rows import first_rows, leaves, recombined, with_row
 from lightning_secure.privacy.trial import (
@@ -25,12 +26,11 @@ from lightning_secure.privacy.trial import (
     Run,
     Trial,
     differing,
-    exact_arithmetic,
     row_differs,
     same_layers,
     without_dropout,
 )
-from lightning_secure.privacy.units.base import Record
+from lightning_secure.privacy.units.base import Record, accumulate
 
 __all__ = ["preflight", "require_rows_kept_apart"]
 
@@ -223,7 +223,7 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
     for record in run.records:
         weights = torch.full((rows,), 1 / rows, device=record.squares().device)
         for parameter, total in record.weighted_sum(weights).items():
-            recorded[parameter] = recorded[parameter] + total if parameter in recorded else total
+            accumulate(recorded, parameter, total)
     names = {parameter: name for name, parameter in trial.model.named_parameters()}
     gradients = trial.ordinary(batch, rows=rows)
     for parameter, gradient in zip(trial.engine.parameters, gradients, strict=True):

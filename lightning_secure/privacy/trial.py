@@ -23,7 +23,6 @@ __all__ = [
     "Run",
     "Trial",
     "differing",
-    "exact_arithmetic",
     "row_differs",
     "same_layers",
     "without_dropout",
@@ -241,21 +240,3 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, training in zip(layers, modes, strict=True):
             layer.training = training
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Have float32 be float32: rounded to TF32, batches of other sizes differ by their kernels."""
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

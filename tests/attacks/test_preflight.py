@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import warnings
 from collections import Counter, deque
 
 import lightning as L
@@ -14,11 +12,11 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
+from private_run import trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_secure import DPConfig, PrivateStrategy
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.leftovers import copied, difference
@@ -79,23 +77,6 @@ def loader(shift=0.0, **options):
     x = torch.randn(32, 4, generator=generator) + shift
     y = torch.randint(0, 3, (32,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=8, **options)
-
-
-def trainer(tmp_path, **options):
-    options = {"logger": False, **options}
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        strategy=PrivateStrategy(
-            DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, expected_batch_size=8)
-        ),
-        **options,
-    )
 
 
 # ---------------------------------------------------------------- mixing that keeps norms
@@ -462,24 +443,7 @@ def test_no_way_to_a_sum_makes_not_a_number_of_a_row_left_out(kept):
 # ---------------------------------------------------------------- processes and copies
 
 
-def in_a_fork(draw):
-    """Return what a forked child draws."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, repr(draw()).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        return pipe.read()
-
-
-def test_a_fork_draws_noise_and_rows_of_its_own():
+def test_a_fork_draws_noise_and_rows_of_its_own(in_fork):
     noise = GaussianNoise()
     sampler = PoissonBatchSampler(1000, sample_rate=0.5, steps=1)
 
@@ -487,8 +451,7 @@ def test_a_fork_draws_noise_and_rows_of_its_own():
         return noise.add_(torch.zeros(3), std=1.0).tolist(), list(sampler)
 
     draw()
-    theirs = in_a_fork(draw)
-    assert theirs
+    theirs = in_fork(lambda: repr(draw()).encode()).decode()
     ours = draw()
     assert str(ours[0]) not in theirs
     assert str(ours[1]) not in theirs

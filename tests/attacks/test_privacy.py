@@ -6,14 +6,13 @@ import lightning as L
 import pytest
 import torch
 import torchmetrics
+from private_run import trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_secure import (
-    DPConfig,
     EncryptedCheckpointIO,
-    PrivateStrategy,
     load_encrypted_checkpoint,
 )
 from lightning_secure.errors import UnsupportedModelError, UnsupportedTrainerOptionError
@@ -39,23 +38,6 @@ def loader(**options):
     x = torch.randn(64, 4, generator=generator)
     y = torch.randint(0, 3, (64,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=8, **options)
-
-
-def trainer(tmp_path, **options):
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        strategy=PrivateStrategy(
-            DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, expected_batch_size=8)
-        ),
-        **options,
-    )
 
 
 # ---------------------------------------------------------------- the noise

@@ -21,11 +21,12 @@ from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.tuner import Tuner
+from private_run import trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_secure import AuditTrail, DPConfig, EncryptedCheckpointIO, PrivateStrategy
+from lightning_secure import AuditTrail, EncryptedCheckpointIO
 from lightning_secure.errors import (
     LedgerError,
     UnsupportedModelError,
@@ -57,22 +58,6 @@ def loader(**options):
     x = torch.randn(64, 4, generator=generator)
     y = torch.randint(0, 3, (64,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=8, **options)
-
-
-def trainer(tmp_path, *, public=(), dp=None, **options):
-    settings = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 1.0}
-    config = DPConfig(**{**settings, "expected_batch_size": 8, **(dp or {})})
-    defaults = {
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "strategy": PrivateStrategy(config, public_metrics=public),
-    }
-    return L.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=tmp_path, **{**defaults, **options}
-    )
 
 
 def plain_trainer(tmp_path, **options):

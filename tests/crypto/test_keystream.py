@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 
 import pytest
@@ -17,22 +16,6 @@ KEY = bytes(range(32))
 def reference(key, size):
     encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
     return encryptor.update(bytes(size))
-
-
-def in_fork(draw):
-    """Return what ``draw`` returns in a forked process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, draw())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        found = pipe.read()
-    os.waitpid(child, 0)
-    return found
 
 
 def test_it_is_aes_in_counter_mode():
@@ -62,13 +45,13 @@ def test_streams_of_the_system_differ():
     assert len({bytes(Keystream().read(16)) for _ in range(5)}) == 5
 
 
-def test_a_fork_draws_other_bytes():
+def test_a_fork_draws_other_bytes(in_fork):
     stream = Keystream()
     stream.read(8)
     assert in_fork(lambda: bytes(stream.read(16))) != stream.read(16)
 
 
-def test_a_given_key_is_not_used_in_two_processes():
+def test_a_given_key_is_not_used_in_two_processes(in_fork):
     stream = Keystream(KEY)
 
     def refused():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import pickle
 
 import lightning as L
@@ -70,20 +69,11 @@ def test_double_precision_gets_noise_in_double_precision():
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_a_fork_does_not_repeat_the_noise(secure):
+def test_a_fork_does_not_repeat_the_noise(secure, in_fork):
     source = GaussianNoise(secure=secure)
     source.add_(torch.zeros(1), std=1.0)  # some numbers are ready for the next call
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, source.add_(torch.zeros(5), std=1.0).numpy().tobytes())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        theirs = np.frombuffer(pipe.read(), np.float32)
-    os.waitpid(child, 0)
+    drawn = in_fork(lambda: source.add_(torch.zeros(5), std=1.0).numpy().tobytes())
+    theirs = np.frombuffer(drawn, np.float32)
     ours = source.add_(torch.zeros(5), std=1.0)
     assert len(theirs) == 5
     assert not set(theirs.tolist()) & set(ours.tolist())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from lightning_secure.privacy.layers import (
     linear_ghost_squares,
     rounding,
 )
+from lightning_secure.privacy.preflight import preflight
 from lightning_secure.privacy.units.base import GHOST, Record, Unit, Way
 from lightning_secure.privacy.units.conv import ConvUnit
 from lightning_secure.privacy.units.embedding import EmbeddingUnit
@@ -84,10 +87,10 @@ def test_a_row_whose_squares_are_too_small_for_a_float_is_not_taken_for_nothing(
 # ---------------------------------------------------------------- rows that wipe out others
 
 
-def attacked(unit, way, inputs, grads):
-    """Return how far the last row moves the clipped sum, with a clipping norm of one."""
+def attacked(unit, way, inputs, grads, *, row=31):
+    """Return how far a row moves the clipped sum, with a clipping norm of one."""
     sums = []
-    for rows in (slice(None), slice(len(inputs) - 1)):
+    for rows in (slice(None), torch.arange(len(inputs)) != row):
         found = {}
         record = Record(unit, inputs[rows].clone(), grads[rows].clone(), way=way)
         add_clipped_sums(found, [record], max_grad_norm=1.0)
@@ -123,6 +126,16 @@ def test_a_convolutions_row_that_cancels_does_not_wipe_out_the_others(form, hidd
     else:
         inputs[-1], grads[-1] = 0.0, parts
     assert attacked(unit, Way(form, kept=False), inputs, grads) <= 1.01
+
+
+@pytest.mark.parametrize("form", ["grouped", "unfold", ""])
+def test_nor_does_it_where_channels_come_last(form):
+    """A sum over rows and places at once goes from row to row there, with 1e9 in between."""
+    unit = ConvUnit("layer", nn.Conv2d(2, 3, 1))
+    inputs, grads = torch.zeros(32, 2, 2, 2), torch.ones(32, 3, 2, 2)
+    grads[16] = torch.tensor([[1e9, 0.0], [0.0, -1e9]])
+    grads = grads.contiguous(memory_format=torch.channels_last)
+    assert attacked(unit, Way(form, kept=False), inputs, grads, row=16) <= 1.01
 
 
 def test_a_tables_row_that_cancels_does_not_wipe_out_the_others():
@@ -194,6 +207,43 @@ def test_a_backward_pass_under_autocast_does_not_round_the_norms():
                 assert torch.is_autocast_enabled("cpu") == enabled
         engine.begin_step()
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def settings():
+    """The precision of each kind of operation; as at the start afterwards."""
+    yield attrgetter("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+    for setting in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn):
+        setting.fp32_precision = "none"
+    torch.backends.mkldnn.conv.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("", "tf32"), ("cuda.matmul", "tf32"), ("cudnn.conv", "ieee"), ("mkldnn.conv", "bf16")],
+)
+@pytest.mark.parametrize("older", ["highest", "medium"])
+def test_trial_runs_are_exact_whichever_settings_of_torch_were_used(settings, place, value, older):
+    """The older ones cannot be read where the newer ones say otherwise: no run could begin."""
+    torch.set_float32_matmul_precision(older)
+    setting = attrgetter(place)(torch.backends) if place else torch.backends
+    setting.fp32_precision = value
+
+    before, seen = [kind.fp32_precision for kind in settings(torch.backends)], []
+
+    def loss_of(batch):
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        seen.append((*older, *(kind.fp32_precision for kind in settings(torch.backends))))
+        return model(batch).square().mean()
+
+    model = nn.Sequential(nn.Linear(3, 2))
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    preflight(engine, model, loss_of, torch.randn(6, 3), size=6, backward=torch.autograd.backward)
+    assert {word for words in seen for word in words} <= {"highest", False, "ieee", "none"}
+    assert [kind.fp32_precision for kind in settings(torch.backends)] == before
 
 
 def test_settings_come_back_after_an_error(careless):

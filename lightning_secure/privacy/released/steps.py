@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
+from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import preserved
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
 from lightning_secure.privacy.rows import first_rows, recombined, with_row
-from lightning_secure.privacy.trial import NO_STEP, exact_arithmetic, without_dropout
+from lightning_secure.privacy.trial import NO_STEP, without_dropout
 from lightning_secure.validate import positive
 
 __all__ = [

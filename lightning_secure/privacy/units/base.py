@@ -32,6 +32,7 @@ __all__ = [
     "Unit",
     "Watch",
     "Way",
+    "accumulate",
     "kind_of",
     "norm_squared",
     "trainable",
@@ -194,8 +195,8 @@ class Record:
     Attributes:
         unit: The layer.
         inputs: Its input, shape ``(batch, ...)``; None once the per-sample gradients are kept.
-        grads: Gradient of the *mean* loss by the output, shape ``(batch, ...)``; None likewise.
-        scale: Rows of the batch: so many times is the gradient of a sample's own loss larger.
+        grads: Gradient by the output of what went backward, shape ``(batch, ...)``; None likewise.
+        scale: So many times is the gradient of a sample's own loss larger.
         way: How norms and sums are had; chosen by the unit if None.
         shapes: Those of the input and of the output's gradient.
     """
@@ -286,10 +287,7 @@ class Record:
             if keep is not None:
                 own, piece = own[keep[rows]], {p: item[keep[rows]] for p, item in piece.items()}
             for parameter, total in combined(piece, own).items():
-                if parameter in totals:
-                    totals[parameter].add_(total)
-                else:
-                    totals[parameter] = total
+                accumulate(totals, parameter, total)
         return totals
 
     def evidence(self) -> tuple[Tensor, Tensor]:
@@ -323,6 +321,14 @@ def combined(per_sample: Gradients, weights: Tensor) -> Gradients:
         parameter: (weights.to(item.dtype) @ item.flatten(1)).view(item.shape[1:])
         for parameter, item in per_sample.items()
     }
+
+
+def accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
+    """Add a value to a parameter's sum, in place, or begin the sum with the value itself."""
+    if parameter in sums:
+        sums[parameter].add_(value)
+    else:
+        sums[parameter] = value
 
 
 def zero_rows(tensor: Tensor, keep: Tensor) -> Tensor:

@@ -29,10 +29,17 @@ CATALOGUE = [
         f"{ROUNDING} -k wipe_out",
     ),
     Mutation(
+        "a convolution's bias is summed over rows before what cancels in a row is",
+        "privacy/units/conv.py",
+        "weights.to(grads.dtype) @ grads.flatten(2).sum(2)",
+        "scaled.flatten(2).sum((0, 2))",
+        f"{ROUNDING} -k channels",
+    ),
+    Mutation(
         "squares that are lost count as zero",
         "privacy/layers.py",
-        "least = 2 * numbers.tiny / numbers.eps",
-        "least = 0.0",
+        "return 2 * torch.finfo(dtype).tiny / torch.finfo(dtype).eps",
+        "return 0.0",
         f"{ROUNDING} -k too_small",
     ),
     Mutation(
@@ -48,5 +55,12 @@ CATALOGUE = [
         "if torch.is_autocast_enabled(device):",
         "if False:",
         f"{ROUNDING} -k autocast",
+    ),
+    Mutation(
+        "trial runs round as the newer settings say",
+        "privacy/exact.py",
+        "        _set_exact(stack, _ARITHMETIC)\n",
+        "",
+        f"{ROUNDING} -k 'whichever and highest'",
     ),
 ]
