@@ -297,7 +297,8 @@ SCENARIOS = {
     "quiet": quiet,
     "noisy": noisy,
     "resumed": resumed,
-    "fails_later": failing(FailsLater),
+    # With a seed, so that it does draw rows in the step in which it is to fail.
+    "fails_later": failing(FailsLater, config={"insecure_seed": 3}),
     # Seeded, so that both draw rows in the first step, and see it.
     "contrastive": failing(Contrastive, config={"insecure_seed": 3}),
     "unsharded": failing(Unsharded),
