@@ -39,6 +39,7 @@ _SIZES: Final = (1, 2)
 _ROUNDS: Final = 3
 _TOLERANCE: Final = 1e-3
 _COARSE: Final = 0.05  # of types with less than four bytes
+_KINKS: Final = 4
 _DRAWS: Final = 8
 
 
@@ -186,15 +187,18 @@ def _independent(trial: Trial, batch: Any, size: int, jitter: int) -> bool:
     """
     seen = False
     generator = torch.Generator().manual_seed(jitter)
+
+    def drawn() -> Any:
+        return recombined(batch, size, _ROWS, generator, jitter=jitter)
+
     for _ in range(_ROUNDS):
-        rows = recombined(batch, size, _ROWS, generator, jitter=jitter)
+        rows = drawn()
         run = trial.recorded(rows, rows=_ROWS)
         for kept in range(_ROWS):
-            others = recombined(batch, size, _ROWS, generator, jitter=jitter)
-            changed = trial.recorded(with_row(others, rows, kept, rows=_ROWS), rows=_ROWS)
+            changed = trial.recorded(with_row(drawn(), rows, kept, rows=_ROWS), rows=_ROWS)
             _require_unmoved(run, changed, kept)
             seen = seen or _moved(run, changed)
-    _require_mean(trial, rows)
+    _require_mean(trial, drawn)
     return seen
 
 
@@ -284,25 +288,47 @@ def _alike(before: Record, after: Record, row: int) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, 1e-4, 1e-6)
 
 
-def _require_mean(trial: Trial, batch: Any) -> None:
-    """A row's gradient must be the same in a batch of any size, which that of a mean's is."""
-    with without_dropout(trial.model):
-        whole = _few(trial, batch, _ROWS)
-        few = {rows: _few(trial, batch, rows) for rows in _SIZES}
-        for run in few.values():
-            _require_same_layers(whole, run)
-        again = _few(trial, batch, _ROWS, seed=1)
-        if not same_layers(whole, again) or row_differs(whole, again, 0, tolerance=_TOLERANCE / 10):
-            _require_mean_on_average(trial, batch)
-            return
+def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
+    """A row's gradient must be the same in a batch of any size, which that of a mean's is.
+
+    Rounding is not quite the same, and in a large model may put one activation on the other side of
+    a ReLU's kink, which moves gradients by some hundredths at most. That happens in some draws of
+    rows; what depends on their number is there in each.
+    """
     exact = all(parameter.dtype.itemsize >= 4 for parameter in trial.engine.parameters)
     tolerance, floor = (_TOLERANCE, 1e-10) if exact else (_COARSE, 1e-4)
+    with without_dropout(trial.model):
+        for draw in range(_KINKS):
+            batch = drawn()
+            whole = _few(trial, batch, _ROWS)
+            few = {rows: _few(trial, batch, rows) for rows in _SIZES}
+            for run in few.values():
+                _require_same_layers(whole, run)
+            again = _few(trial, batch, _ROWS, seed=1)
+            if not same_layers(whole, again) or row_differs(
+                whole, again, 0, tolerance=_TOLERANCE / 10
+            ):
+                _require_mean_on_average(trial, batch)
+                return
+            fault = _by_size(whole, few, tolerance=tolerance, floor=floor)
+            if fault is None:
+                return
+            gross = _by_size(whole, few, tolerance=max(_COARSE, 5 * tolerance), floor=floor)
+            if gross is not None or draw == _KINKS - 1:
+                raise fault
+
+
+def _by_size(
+    whole: Run, few: Mapping[int, Run], *, tolerance: float, floor: float
+) -> UnsupportedModelError | None:
+    """Return what is to be said where a row's gradient is another one in a smaller batch."""
     for rows, run in few.items():
         for row in range(rows):
             layer = differing(run, whole, row, tolerance=tolerance, floor=floor)
             if layer is not None:
                 sizes = [float(item.squares()[:, row].sum()) for item in (whole, run)]
-                raise _no_mean(larger=sizes[0] > sizes[1], where=f" at layer {layer!r}")
+                return _no_mean(larger=sizes[0] > sizes[1], where=f" at layer {layer!r}")
+    return None
 
 
 def _require_mean_on_average(trial: Trial, batch: Any) -> None:

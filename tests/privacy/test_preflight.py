@@ -177,6 +177,52 @@ def test_a_sum_is_refused():
         check(Net(), total)
 
 
+class Kinked(nn.Module):
+    """Rounds one activation to either side of its kink, by the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(400, 400, bias=False), nn.Linear(400, 3)
+        nn.init.eye_(self.a.weight)
+        with torch.no_grad():
+            self.b.weight[:, 0] *= 0.1
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x) + (1e-7 if len(x) < 5 else -1e-7)))
+
+
+def at_the_kink(*places):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(SIZE, 400, generator=generator)
+    x[list(places), 0] = 0
+    return x, torch.randint(0, 3, (SIZE,), generator=generator)
+
+
+def test_an_activation_that_rounding_moves_over_its_kink_is_no_dependence_on_the_size():
+    torch.manual_seed(0)
+    for first in range(0, SIZE, 3):
+        check(Kinked(), cross_entropy, at_the_kink(first, first + 1, first + 2))
+
+
+def test_a_little_that_depends_on_the_size_in_every_draw_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match=r"not a mean.* at layer 'a'"):
+        check(Kinked(), cross_entropy, at_the_kink(*range(SIZE)))
+
+
+def test_a_factor_of_rows_is_refused_though_few_rows_have_it():
+    def loss(model, batch):
+        x, y = batch
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return torch.where(x[:, 0] == 0, losses * len(x), losses).mean()
+
+    x, y = at_the_kink(0, 1, 2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with pytest.raises(UnsupportedModelError, match="grows with its rows"):
+            check(Net(), loss, (x[:, :6], y))
+
+
 @pytest.mark.parametrize(
     ("loss", "parameter"),
     [

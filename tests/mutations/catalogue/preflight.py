@@ -64,4 +64,18 @@ CATALOGUE = [
         "",
         f"{ATTACKS} -k two_parents",
     ),
+    Mutation(
+        "a factor of rows is taken for rounding where few rows have it",
+        "privacy/preflight.py",
+        "if gross is not None or draw",
+        "if draw",
+        "tests/privacy/test_preflight.py -k few_rows",
+    ),
+    Mutation(
+        "a little that depends on the number of rows is always taken for rounding",
+        "privacy/preflight.py",
+        " or draw == _KINKS - 1",
+        "",
+        "tests/privacy/test_preflight.py -k a_little",
+    ),
 ]
