@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         Suppress,
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
+    from lightning_secure.redaction.logs import RedactingFilter
     from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
     from lightning_secure.redaction.redactor import Redactor
     from lightning_secure.strategies.ddp import PrivateDDPStrategy
@@ -116,6 +117,7 @@ __all__ = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "RedactingFilter",
     "RedactingMLFlowLogger",
     "Redactor",
     "RemoteStorage",
@@ -187,6 +189,7 @@ _HOMES = {
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
+    "RedactingFilter": "redaction.logs",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",

@@ -58,6 +58,7 @@ PUBLIC = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "RedactingFilter",
     "RedactingMLFlowLogger",
     "Redactor",
     "RemoteStorage",
