@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
+    from lightning_secure.loggers.redacting import RedactingLogger
     from lightning_secure.metrics.membership import MembershipInferenceAdvantage
     from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
     from lightning_secure.plugins.checkpoint import (
@@ -118,6 +119,7 @@ __all__ = [
     "PrivateStrategy",
     "Pseudonymize",
     "RedactingFilter",
+    "RedactingLogger",
     "RedactingMLFlowLogger",
     "Redactor",
     "RemoteStorage",
@@ -190,6 +192,7 @@ _HOMES = {
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
     "RedactingFilter": "redaction.logs",
+    "RedactingLogger": "loggers.redacting",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",

@@ -59,6 +59,7 @@ PUBLIC = [
     "PrivateStrategy",
     "Pseudonymize",
     "RedactingFilter",
+    "RedactingLogger",
     "RedactingMLFlowLogger",
     "Redactor",
     "RemoteStorage",
