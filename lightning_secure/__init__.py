@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         EncryptedCheckpointIO,
         load_encrypted_checkpoint,
     )
+    from lightning_secure.plugins.hyperparameters import RedactingCheckpointIO
     from lightning_secure.privacy.audit.one_run import OneRunAudit
     from lightning_secure.privacy.clipping.rules import AdaptiveClipping, PerLayerClipping
     from lightning_secure.privacy.config import DPConfig
@@ -118,6 +119,7 @@ __all__ = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "RedactingCheckpointIO",
     "RedactingFilter",
     "RedactingLogger",
     "RedactingMLFlowLogger",
@@ -191,6 +193,7 @@ _HOMES = {
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
+    "RedactingCheckpointIO": "plugins.hyperparameters",
     "RedactingFilter": "redaction.logs",
     "RedactingLogger": "loggers.redacting",
     "RedactingMLFlowLogger": "loggers.mlflow",

@@ -58,6 +58,7 @@ PUBLIC = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "RedactingCheckpointIO",
     "RedactingFilter",
     "RedactingLogger",
     "RedactingMLFlowLogger",
