@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_secure.callbacks.audit_trail import AuditTrail
     from lightning_secure.callbacks.budget import PrivacyBudget
     from lightning_secure.callbacks.privacy_audit import PrivacyAudit
+    from lightning_secure.callbacks.save_config import RedactingSaveConfigCallback
     from lightning_secure.crypto.keys import KeyProvider
     from lightning_secure.crypto.providers import (
         AwsKmsKeyProvider,
@@ -123,6 +124,7 @@ __all__ = [
     "RedactingFilter",
     "RedactingLogger",
     "RedactingMLFlowLogger",
+    "RedactingSaveConfigCallback",
     "Redactor",
     "RemoteStorage",
     "RowMean",
@@ -197,6 +199,7 @@ _HOMES = {
     "RedactingFilter": "redaction.logs",
     "RedactingLogger": "loggers.redacting",
     "RedactingMLFlowLogger": "loggers.mlflow",
+    "RedactingSaveConfigCallback": "callbacks.save_config",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
     "RowMean": "privacy.released.steps",

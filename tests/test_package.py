@@ -62,6 +62,7 @@ PUBLIC = [
     "RedactingFilter",
     "RedactingLogger",
     "RedactingMLFlowLogger",
+    "RedactingSaveConfigCallback",
     "Redactor",
     "RemoteStorage",
     "RowMean",
