@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_secure.callbacks.audit_trail import AuditTrail
     from lightning_secure.callbacks.budget import PrivacyBudget
     from lightning_secure.callbacks.privacy_audit import PrivacyAudit
+    from lightning_secure.callbacks.save_config import RedactingSaveConfigCallback
     from lightning_secure.crypto.keys import KeyProvider
     from lightning_secure.crypto.providers import (
         AwsKmsKeyProvider,
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
     from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
     from lightning_secure.data.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
+    from lightning_secure.loggers.redacting import RedactingLogger
     from lightning_secure.metrics.membership import MembershipInferenceAdvantage
     from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
     from lightning_secure.plugins.checkpoint import (
         EncryptedCheckpointIO,
         load_encrypted_checkpoint,
     )
+    from lightning_secure.plugins.hyperparameters import RedactingCheckpointIO
     from lightning_secure.privacy.audit.one_run import OneRunAudit
     from lightning_secure.privacy.clipping.rules import AdaptiveClipping, PerLayerClipping
     from lightning_secure.privacy.config import DPConfig
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
         Suppress,
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
+    from lightning_secure.redaction.logs import RedactingFilter
     from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
     from lightning_secure.redaction.redactor import Redactor
     from lightning_secure.strategies.ddp import PrivateDDPStrategy
@@ -116,7 +120,11 @@ __all__ = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "RedactingCheckpointIO",
+    "RedactingFilter",
+    "RedactingLogger",
     "RedactingMLFlowLogger",
+    "RedactingSaveConfigCallback",
     "Redactor",
     "RemoteStorage",
     "RowMean",
@@ -187,7 +195,11 @@ _HOMES = {
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
+    "RedactingCheckpointIO": "plugins.hyperparameters",
+    "RedactingFilter": "redaction.logs",
+    "RedactingLogger": "loggers.redacting",
     "RedactingMLFlowLogger": "loggers.mlflow",
+    "RedactingSaveConfigCallback": "callbacks.save_config",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
     "RowMean": "privacy.released.steps",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -33,6 +33,7 @@ __all__ = [
     "MANIFEST_NAME",
     "NAME_PATTERN",
     "ColumnGroup",
+    "HasManifest",
     "Manifest",
     "PartitionKey",
     "ShardEntry",
@@ -198,3 +199,12 @@ def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
         )
     with atomic_writer(root / MANIFEST_NAME) as file:
         file.write(envelope)
+
+
+@runtime_checkable
+class HasManifest(Protocol):
+    """Something that reads rows which a manifest names."""
+
+    @property
+    def manifest_digest(self) -> str | None:
+        """Digest of the manifest, in hexadecimal; None before one was read."""

@@ -112,6 +112,16 @@ class EncryptedDataModule(pl.LightningDataModule):
         }
         self._datasets: dict[str, EncryptedShardDataset] = {}
 
+    @property
+    def manifest_digest(self) -> str | None:
+        """Digest of the manifest that the rows were read by, in hexadecimal; None before setup.
+
+        Of the training rows, if they are among them.
+        """
+        first = next(iter(self._datasets), "train")
+        dataset = self._datasets.get("train" if "train" in self._datasets else first)
+        return None if dataset is None else dataset.manifest.digest
+
     def setup(self, stage: str) -> None:
         """Verify the manifest and unwrap the keys of the splits that ``stage`` needs."""
         needed, *optional = _STAGES[stage]

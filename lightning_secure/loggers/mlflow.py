@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _convert_params
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.nn import Module
 
 from lightning_secure.errors import ConfigError, MissingExtraError
 from lightning_secure.loggers.client import RedactingClient
+from lightning_secure.loggers.run_tags import RunTags
 from lightning_secure.redaction.mlflow_store.enforce import (
     enforce_mlflow_redaction,
     plain,
@@ -26,6 +32,7 @@ __all__ = ["RedactingMLFlowLogger"]
 
 _FIRST_URI: Final = os.environ.get("MLFLOW_TRACKING_URI")
 _OWN_URIS: Final[set[str]] = set()
+_MOST_TAGS: Final = 100  # that MLflow takes at once
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -55,6 +62,13 @@ class RedactingMLFlowLogger(MLFlowLogger):
     are left out of MLflow's own tags, and MLflow's telemetry is switched off for the process,
     whatever its environment says. Everything else that this process tracks with MLflow is redacted
     in MLflow's stores: see :func:`enforce_mlflow_redaction`, which is called here.
+
+    The run carries tags that begin with ``lightning_secure.``: the epsilon and delta that it has
+    spent, the digest of the dataset's manifest, and the digest of each checkpoint that a
+    ``ModelCheckpoint`` has saved on this machine; see
+    :class:`~lightning_secure.loggers.run_tags.RunTags`. Numbers in tags are compared as text, so
+    epsilon is a metric as well, ``privacy/epsilon``. It needs the Trainer's
+    ``enable_autolog_hparams``, which is on by default.
 
     Raises:
         MissingExtraError: MLflow, or its database support, is not installed.
@@ -104,6 +118,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
             run_id=run_id,
             synchronous=synchronous,
         )
+        self._run_tags = RunTags()
+        self._tags_written: dict[str, str] = {}
+        self._last_step = 0
         self._redactor = redactor or Redactor()
         self._mlflow_client: Any = RedactingClient(self._mlflow_client, self._redactor)
 
@@ -118,11 +135,51 @@ class RedactingMLFlowLogger(MLFlowLogger):
         # before they are flattened, which turns containers that Lightning does not know into text.
         super().log_hyperparams(self._redactor.redact(_convert_params(params)))
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log metrics with redacted names; text is dropped, for Lightning would print it."""
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        tags, beside = self._run_tags.release(numbers)
+        self._tag(tags)  # first: what is visible must not have cost more than the tags say
+        self._last_step = max(self._last_step, step or 0)
+        numbers = {**numbers, **beside}
         names = self._redactor.redact(dict.fromkeys(numbers))
         super().log_metrics(dict(zip(names, numbers.values(), strict=True)), step)
+
+    @rank_zero_only
+    def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
+        """Tag the run with what it is about to train on; graphs are not logged."""
+        # It is by this call that Lightning tells a logger whose run it logs.
+        trainer = getattr(model, "_trainer", None)
+        if isinstance(trainer, pl.Trainer):
+            self._tag(self._run_tags.begin(trainer))
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Tag the run with a checkpoint's digest, and log the checkpoint if it is to be."""
+        self._tag(self._run_tags.saved(checkpoint_callback))
+        super().after_save_checkpoint(checkpoint_callback)
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Tag the run with what it has come to, and end it."""
+        if self._initialized:
+            tags, beside = self._run_tags.end(whole=status != "failed")
+            self._tag(tags)
+            if beside:
+                super().log_metrics(beside, self._last_step)
+        super().finalize(status)
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        new = {name: tag for name, tag in tags.items() if self._tags_written.get(name) != tag}
+        if not new:
+            return
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(name, tag) for name, tag in new.items()]
+        for start in range(0, len(entities), _MOST_TAGS):
+            part = entities[start : start + _MOST_TAGS]
+            self.experiment.log_batch(self.run_id, tags=part, **self._log_batch_kwargs)
+        self._tags_written |= new
 
 
 def _environments_uri() -> str | None:

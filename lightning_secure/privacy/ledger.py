@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "GuardsMetrics",
     "HasLedger",
     "Ledger",
     "PublicNumbers",
@@ -347,3 +348,12 @@ class HasLedger(Protocol):
 
     def stop_training(self) -> None:
         """Make the Trainer take no further step, whatever minimum it was given."""
+
+
+@runtime_checkable
+class GuardsMetrics(Protocol):
+    """A strategy that lets only some metrics out of the training loop."""
+
+    @property
+    def published_metrics(self) -> Mapping[str, bool]:
+        """Those that pass, and whether they are of the rows, with noise that is in the account."""

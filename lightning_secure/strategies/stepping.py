@@ -107,6 +107,12 @@ class SteppingStrategy(AccountedStrategy):
         self._results: GuardedResults | None = None
         self._preflight_due = True
 
+    @property
+    def published_metrics(self) -> dict[str, bool]:
+        """Which metrics pass while training, and whether they are released with noise."""
+        public = dict.fromkeys(self._public_metrics, False)
+        return {**public, **dict.fromkeys(self._released.metrics, True)}
+
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:

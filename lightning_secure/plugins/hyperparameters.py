@@ -1,0 +1,138 @@
+"""``Trainer(plugins=[RedactingCheckpointIO(...)])``: hyperparameters in checkpoints, redacted."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections import deque
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from torch import Tensor
+
+from lightning_secure.redaction.containers import fields_of, items_of
+from lightning_secure.redaction.redactor import REDACTED, Redactor
+
+__all__ = ["RedactingCheckpointIO"]
+
+_HYPERPARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
+#: Written as numbers, or as the name of what they are.
+_KEPT: Final = (
+    np.number, np.bool_, torch.dtype, torch.device, torch.Size, type, FunctionType,
+    BuiltinFunctionType,
+)  # fmt: skip
+#: Of these, what is derived may have attributes, which pickle writes, too.
+_PLAIN: Final[tuple[type[Any], ...]] = (bool, int, float, complex, bytes, bytearray)
+_KEYS: Final = (str, int, float, bool, type(None))
+_SEQUENCES: Final = (list, tuple, set, frozenset, deque)
+
+
+class RedactingCheckpointIO(_WrappingCheckpointIO):
+    """Takes secrets and personal data out of the hyperparameters that checkpoints hold.
+
+    Args:
+        checkpoint_io: Writes the checkpoints: ``EncryptedCheckpointIO(keys)``, or another one. By
+            default what the Trainer would use, which writes them in the clear.
+        redactor: Decides what is taken out.
+
+    ``save_hyperparameters`` puts every argument of a module or datamodule into every checkpoint:
+    in the clear for everybody who gets the file, and encrypted for everybody who gets the key. Here
+    what is found is replaced by ``REDACTED``, and must be given again when the module is loaded:
+    ``load_from_checkpoint(path, db_password=...)``. A run is resumed without it.
+
+    Only hyperparameters are redacted. What a module puts into a checkpoint by itself, weights, and
+    paths in the states of callbacks are written as they are.
+
+    Guarantees:
+        Numbers, tensors and arrays of them, types and functions stay what they are, and so do
+        dicts, lists, tuples, sets, namespaces and dataclasses with what is in them. Containers of
+        other libraries become dicts and lists, other objects text: what pickle would write of them
+        nobody has looked at.
+    """
+
+    def __init__(
+        self, checkpoint_io: CheckpointIO | None = None, *, redactor: Redactor | None = None
+    ) -> None:
+        super().__init__(checkpoint_io)
+        self._redactor = redactor or Redactor()
+
+    @property
+    def redactor(self) -> Redactor:
+        """What takes things out; its ``counts`` say how often."""
+        return self._redactor
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint with its hyperparameters redacted; ``checkpoint`` stays as it is."""
+        clean = dict(checkpoint)
+        for key in _HYPERPARAMETERS:
+            if key in clean:
+                given = clean[key]
+                clean[key] = _restored(given, self._redactor.redact(given), self._redactor)
+        super().save_checkpoint(clean, path, storage_options)
+
+
+def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:
+    """Return what a redactor has made of a value, of the value's own type where that can be had."""
+    if isinstance(given, Enum):  # before texts: some are both
+        shown = f"{clean} {redactor.redact(given.value)}"
+        return REDACTED if REDACTED in shown else given
+    if clean == REDACTED and given is not None:
+        return REDACTED
+    if isinstance(given, Tensor):
+        return given.detach() if vars(given) else given
+    if given is None or isinstance(given, _KEPT):
+        return given
+    if type(given) is np.ndarray and given.dtype.kind in "biufc":
+        return given
+    if isinstance(given, bytes | bytearray | range) and clean != str(given):
+        return clean
+    for plain in _PLAIN:
+        if isinstance(given, plain):
+            return given if type(given) is plain else plain(given)
+    if isinstance(given, range):
+        return given
+    if isinstance(given, PurePath):
+        return type(given)(clean)
+    fields, items = fields_of(given), items_of(given)
+    if fields is not None and isinstance(clean, dict):
+        pairs = zip(fields.items(), clean.items(), strict=True)
+        inner = {
+            label: (key, _restored(item, shown, redactor)) for (key, item), (label, shown) in pairs
+        }
+        return _with_fields(given, inner)
+    if items is not None and isinstance(clean, list):
+        pairs_of = zip(items, clean, strict=True)
+        parts = [_restored(item, shown, redactor) for item, shown in pairs_of]
+        return type(given)(parts) if type(given) in _SEQUENCES else parts
+    return str.__str__(clean) if isinstance(clean, str) else clean
+
+
+def _with_fields(given: Any, inner: dict[str, tuple[str, Any]]) -> Any:
+    values = [value for _, value in inner.values()]
+    if isinstance(given, tuple):
+        return type(given)(*values)
+    if dataclasses.is_dataclass(given):
+        # Its fields only: what else it has, nobody has looked at.
+        made = object.__new__(type(given))
+        for (name, _), value in zip(inner.values(), values, strict=True):
+            object.__setattr__(made, name, value)
+        return made
+    if type(given) in (Namespace, SimpleNamespace):
+        return type(given)(**dict(zip(inner, values, strict=True)))
+    if type(given) is not dict:
+        return dict(zip(inner, values, strict=True))
+    # Keys that are no text were made text to be looked at.
+    keys = (
+        key if label == text and type(key) in _KEYS else str.__str__(label)
+        for key, (label, (text, _)) in zip(given, inner.items(), strict=True)
+    )
+    return dict(zip(keys, values, strict=True))

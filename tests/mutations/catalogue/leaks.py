@@ -1,0 +1,54 @@
+"""What Lightning writes by itself: loggers, checkpoints, configuration, log records, tags."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+LOGS = "tests/redaction/test_logs.py"
+REDACTING = "tests/loggers/test_redacting.py"
+TAGS = "tests/loggers/test_run_tags.py"
+
+CATALOGUE = [
+    Mutation(
+        "arguments of log records are cut before they are redacted",
+        "redaction/logs.py",
+        "            args = tuple(map(self._argument, args))",
+        "            args = tuple(args)",
+        f"{LOGS} -k reaches_a_handler",
+    ),
+    Mutation(
+        "handlers are handed the exception with its locals",
+        "redaction/logs.py",
+        '"args": (), "exc_info": None}\n        if record',
+        '"args": ()}\n        if record',
+        f"{LOGS} -k richs_handler",
+    ),
+    Mutation(
+        "a method of an experiment that nobody classified passes",
+        "loggers/experiments.py",
+        '        raise refusal(f"{type(self._experiment).__name__}.{name}")',
+        "        return member",
+        f"{REDACTING} -k 'every_other_way and CSV'",
+    ),
+    Mutation(
+        "a logger is handed checkpoints in the clear",
+        "loggers/redacting.py",
+        "            if not self._may_be_sent(path):\n                if not",
+        "            if False:\n                if not",
+        f"{REDACTING} -k handed_over",
+    ),
+    Mutation(
+        "a dataclass goes into a checkpoint with more than its fields",
+        "plugins/hyperparameters.py",
+        "        made = object.__new__(type(given))",
+        "        made = object.__new__(type(given))\n        vars(made).update(vars(given))",
+        "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and database'",
+    ),
+    Mutation(
+        "a run that goes on without noise is still called private",
+        "loggers/run_tags.py",
+        "        if fitting and not isinstance(trainer.strategy, HasLedger):",
+        "        if False:",
+        f"{TAGS} -k without_privacy",
+    ),
+]
