@@ -37,6 +37,20 @@ CATALOGUE = [
         f"{RULES} -k near_the_stems",
     ),
     Mutation(
+        "a name that is written apart hides behind the same name written together",
+        "redaction/assignments.py",
+        "joined.count(stem) > plain.count(stem)",
+        "stem not in plain",
+        "tests/redaction/test_assignments.py -k 'secrets_in_free_text and se_cret'",
+    ),
+    Mutation(
+        "a name of a secret is passed over by the short look at it",
+        "redaction/names.py",
+        "joined = name.lower()",
+        "joined = name",
+        "tests/redaction/test_names.py -k 'stems or names_of_secrets'",
+    ),
+    Mutation(
         "a card is followed by its date and not found",
         "redaction/personal.py",
         "        written = written[:cut]\n",

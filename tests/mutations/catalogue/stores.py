@@ -83,7 +83,7 @@ CATALOGUE = [
         "redaction/metrics.py",
         "if tuple(fields) != _FIELDS:",
         "if tuple(fields)[:8] != _FIELDS:",
-        f"{METRICS} -k newer_MLflow",
+        f"{METRICS} -k 'newer and MLflow'",
         (("= fields.values()", "= tuple(fields.values())[:8]"),),
     ),
 ]
