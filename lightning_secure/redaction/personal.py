@@ -47,7 +47,7 @@ _IBAN: Final = re.compile(
 )
 _PHONE: Final = re.compile(
     r"(?<![\w.,+/-])(?:\(?\+ ?|\(?)\d(?:(?: ?\(| [-/] |[ ./-]|\)[ /-]?)?\d){6,16}+"
-    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:]\d|[/-]\w)",
+    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:]\d|[/-](?!(?-i:[A-Z][a-z]{2,}(?!\w)))\w)",
     re.ASCII | re.IGNORECASE,
 )
 # How numbers are written that need no word before them: with the country's code; as in North
@@ -128,9 +128,11 @@ _WITH_LETTERS: Final = tuple(national for national in _NATIONALS if national.rul
 _OF_DIGITS: Final = tuple(national for national in _NATIONALS if national.rule not in _LETTERED)
 
 # What one of them needs, in RE2's syntax: most texts hold none of it, and one look tells.
-_NUMBER: Final = (
-    r"\d(?:[ .()/+\-]{0,3}\d){6}|(?i:[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt]|\d{6}[-+a-fu-y]\d{3}"
-    r"|[a-z]{6}[\dl-np-v]{2}[a-ehlmpr-t][\dl-np-v]{2}[a-z][\dl-np-v]{3}[a-z])"
+_NUMBER: Final = r"\d(?:[ .()/+\-]{0,3}\d){6}"
+_LETTERS: Final = (
+    r"(?i:[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt]|\d{6}[-+a-fu-y]\d{3}|\d{7}[ -]?[a-z]"
+    r"|[a-z]{6}[\dl-np-v]{2}[a-ehlmpr-t][\dl-np-v]{2}[a-z][\dl-np-v]{3}[a-z]"
+    r"|[a-z]{2}\d\d(?:[ -]?[a-z\d]){11})"
 )
 _ADDRESS: Final = r"(?i:\d\.\d{1,3}\.\d{1,3}\.\d|[\da-f]:[\da-f]{0,4}:|::[\da-f])"
 
@@ -139,7 +141,7 @@ _ADDRESS: Final = r"(?i:\d\.\d{1,3}\.\d{1,3}\.\d|[\da-f]:[\da-f]{0,4}:|::[\da-f]
 def _looks() -> tuple[Any, ...]:
     import re2
 
-    patterns = (rf"{_NUMBER}|{_ADDRESS}", _NUMBER, _ADDRESS)
+    patterns = (rf"{_NUMBER}|{_LETTERS}|{_ADDRESS}", _NUMBER, _LETTERS, _ADDRESS)
     return tuple(re2.compile(pattern.encode()) for pattern in patterns)
 
 
@@ -184,7 +186,7 @@ class PersonalDataDetector:
             for match in _EMAIL.finditer(text):
                 yield Finding("e-mail", *match.span())
         data = text.encode("utf-8", "surrogatepass")
-        anything, number, address = _looks()
+        anything, number, letters, address = _looks()
         if not anything.search(data):
             return
         if address.search(data):
@@ -196,6 +198,7 @@ class PersonalDataDetector:
             for digits in _DIGITS.finditer(text):
                 if not _FRACTION.fullmatch(digits[0]):
                     yield from self._within(text, digits.start(), digits.end())
+        if letters.search(data):
             yield from _lettered(text)
 
     def _within(self, text: str, start: int, end: int) -> Iterator[Finding]:

@@ -58,6 +58,13 @@ CATALOGUE = [
         f"{PERSONAL} -k before_it_or_after_it",
     ),
     Mutation(
+        "a national number is passed over by the short look at a text",
+        "redaction/personal.py",
+        r"|\d{7}[ -]?[a-z]",
+        "",
+        f"{PERSONAL} -k 'one_look and es'",
+    ),
+    Mutation(
         "what was found once is remembered as clean",
         "redaction/redactor.py",
         "        if not found:\n",
