@@ -24,7 +24,8 @@ FOUND = [
     ("phone", "+49(0)7366258517"), ("phone", "05 81 90 74 39"), ("phone", "00 33 5 63 08 37 78"),
     ("phone", "(11) 96834-4978"), ("phone", "001-258-968-3449x7869"), ("phone", "077-63 17 06"),
     ("gb-nino", "AB 12 34 56 C"), ("fr-nir", "2 95 10 99 126 111 93"),
-    ("it-codicefiscale", "RCCMNL83S18D969H"), ("es-dni", "54362315K"), ("es-nie", "X2482300W"),
+    ("fr-nir-2a", "1 95 10 2A 126 111 72"), ("it-codicefiscale", "RCCMNL83S18D969H"),
+    ("es-dni", "54362315K"), ("es-nie", "X2482300W"),
     ("br-cpf", "390.533.447-05"), ("br-cpf", "39053344705"), ("pl-pesel", "44051401359"),
     ("se-personnummer", "880320-0016"), ("fi-hetu", "131052-308T"), ("dk-cpr", "211062-5629"),
     ("be-nn", "85.07.30-033.28"), ("ch-ahv", "756.9217.0769.85"), ("de-idnr", "36 574 261 809"),
@@ -59,6 +60,19 @@ def test_a_word_before_it_or_after_it(text, clean):
 
 
 LETTERED = {**{n.rule: n.form for n in personal._WITH_LETTERS}, "iban": personal._IBAN}
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("national", personal._NATIONALS, ids=lambda national: national.rule)
+def test_a_number_has_the_digits_that_its_form_asks_for(national, data):
+    text = data.draw(st.from_regex(national.form))
+    (match, *_) = national.form.finditer(text)
+    digits = sum(map(str.isdigit, match[0]))
+    assert digits >= national.digits
+    if national in personal._OF_DIGITS:  # a run is where they are looked for
+        (run,) = personal._DIGITS.finditer(match[0])
+        assert run[0] == match[0]
 
 
 @settings(max_examples=40, deadline=None)

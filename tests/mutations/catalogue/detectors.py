@@ -60,9 +60,16 @@ CATALOGUE = [
     Mutation(
         "a national number is passed over by the short look at a text",
         "redaction/personal.py",
-        r"|\d{7}[ -]?[a-z]",
+        r"|(?:\d|[xyz][ -]?)\d{7}[ -]?[a-z]",
         "",
         f"{PERSONAL} -k 'one_look and es'",
+    ),
+    Mutation(
+        "a number is passed over for having too few digits",
+        "redaction/personal.py",
+        'r"\\d{6}-\\d{4}"), 10, "dk.cpr"',
+        'r"\\d{6}-\\d{4}"), 11, "dk.cpr"',
+        f"{PERSONAL} -k 'has_the_digits and dk'",
     ),
     Mutation(
         "what was found once is remembered as clean",
