@@ -1,7 +1,6 @@
 """Measure the detectors: what they find, what they take by mistake, and how fast.
 
-    make redaction-peers                        # once: the peers, in an environment of their own
-    python benchmarks/redaction.py [--quick] [--json benchmarks/results/redaction.json]
+    make bench-redaction ARGS="[--quick] [--json benchmarks/results/redaction.json]"
 
 Recall and precision do not depend on the machine: everything is drawn from a seed. Speed does, so
 peers and we go through the same texts on the same machine in turn, and the ratio is what counts.
