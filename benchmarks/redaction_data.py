@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
 from collections.abc import Callable, Iterator
@@ -237,15 +238,24 @@ def parameters() -> list[str]:
     """Return texts as they are logged as params: long ones, of real configurations, as JSON."""
     import transformers
 
+    kinds = ("Bert", "CLIP", "Clap", "DPT", "Gemma", "Llama", "Mixtral", "OPT", "Qwen2", "T5",
+             "VideoMAE", "ViT", "Wav2Vec2", "Whisper", "XLM", "Yoso")  # fmt: skip
+    configurations = (getattr(transformers, f"{kind}Config")() for kind in kinds)
+    return [made.to_json_string(use_diff=False) for made in configurations]
+
+
+def short_parameters() -> list[str]:
+    """Return the same settings as Lightning logs them: a name, and a value, of each."""
     texts = []
-    for kind in (
-        "BertConfig",
-        "LlamaConfig",
-        "T5Config",
-        "ViTConfig",
-        "WhisperConfig",
-        "CLIPConfig",
-    ):
-        config = getattr(transformers, kind)()
-        texts.append(config.to_json_string(use_diff=False))
+    for text in parameters():
+        for name, value in _flat("", json.loads(text)):
+            texts += [name, str(value)]
     return texts
+
+
+def _flat(above: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield above, value
+        return
+    for name, item in value.items():
+        yield from _flat(f"{above}/{name}" if above else name, item)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.calls import Parameters
 from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.files import copy_checked, copy_tree_checked
+from lightning_secure.redaction.metrics import known_clean
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 __all__ = ["RedactingClient"]
@@ -58,6 +59,7 @@ class RedactingClient:
     def __init__(self, client: Any, redactor: Redactor) -> None:
         self._client = client
         self._redactor = redactor
+        self._calls: dict[str, tuple[Any, Callable[..., Any]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -66,7 +68,11 @@ class RedactingClient:
         if not callable(member) or name.startswith(_READS) or name in _HARMLESS:
             return member
         if name in _WRITES:
-            return self._redacting(name, member)
+            made_of, call = self._calls.get(name, (None, None))
+            if call is None or made_of != member:
+                call = self._redacting(name, member)
+                self._calls[name] = (member, call)
+            return call
         if name in _FILES:
             return getattr(self, f"_{name}")
         raise RedactionError(
@@ -76,15 +82,18 @@ class RedactingClient:
         )
 
     def _redacting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(method)
+        parameters = Parameters(method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            given = bound.arguments
-            for argument, value in given.items():
-                if argument not in _IDS:
-                    given[argument] = self._argument(name, argument, value, given)
-            return method(*bound.args, **bound.kwargs)
+            given = parameters.bind(args, kwargs)
+            clean = {
+                argument: value
+                if argument in _IDS
+                else self._argument(name, argument, value, given)
+                for argument, value in given.items()
+            }
+            positional, named = parameters.spread(clean)
+            return method(*positional, **named)
 
         return call
 
@@ -98,7 +107,10 @@ class RedactingClient:
             tags = {str(key): self._stored(item, name=str(key)) for key, item in value.items()}
             return _without_user(dict(zip(redactor.redact(tags), tags.values(), strict=True)))
         if argument in ("metrics", "params", "tags") and method == "log_batch":
-            return [self._entity(entity) for entity in value]
+            entities = list(value)
+            if known_clean(entities, (redactor,)):
+                return entities
+            return [self._entity(entity) for entity in entities]
         redacted = redactor.redact(value)
         if argument in ("artifact_location", "artifact_file") and redacted != value:
             raise RedactionError(

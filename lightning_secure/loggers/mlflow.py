@@ -143,8 +143,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
         self._tag(tags)  # first: what is visible must not have cost more than the tags say
         self._last_step = max(self._last_step, step or 0)
         numbers = {**numbers, **beside}
-        names = self._redactor.redact(dict.fromkeys(numbers))
-        super().log_metrics(dict(zip(names, numbers.values(), strict=True)), step)
+        if not self._redactor.remembers(numbers):
+            names = self._redactor.redact(dict.fromkeys(numbers))
+            numbers = dict(zip(names, numbers.values(), strict=True))
+        super().log_metrics(numbers, step)
 
     @rank_zero_only
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from lightning_secure.redaction.names import KeyNameDetector
+from lightning_secure.redaction.names import STEMS, KeyNameDetector
 
 __all__ = ["secret_values"]
 
@@ -32,15 +32,15 @@ _PROSE: Final = re.compile(
 )
 _NETRC: Final = re.compile(r"(?<!\w)login\s+\S+\s+password\s+(?=\S)")
 _CURL: Final = re.compile(r"(?<![\w\-])(?:-u|--(?:proxy-)?user)[ =]+[\"']?[^\s:\"']+:(?=\S)")
-# One of these stands in every name that KeyNameDetector takes for a secret's.
-_STEMS: Final = (
-    "pass", "pwd", "secret", "cred", "token", "key", "authorization", "cookie", "connectionstring",
-    "connstring",
-)  # fmt: skip
 _PARTS: Final = re.compile(r"[^a-z0-9]+")
-_PARTING: Final = str.maketrans("", "", "".join(chr(i) for i in range(128) if not chr(i).isalnum()))
 # No name holds one of these.
 _BREAKS: Final = "\n,;{}()\"'`<>=:&?|%"
+_BREAK: Final = str.maketrans(dict.fromkeys(_BREAKS, "\n"))
+_BREAK_BYTES: Final = bytes.maketrans(_BREAKS.encode(), b"\n" * len(_BREAKS))
+# All others that are neither letters nor digits may stand within a name: se_cret.
+_PARTING: Final = "".join(
+    chr(i) for i in range(128) if not (chr(i).isalnum() or chr(i) in _BREAKS)
+).encode()
 _BEARER: Final = re.compile(r"(?<!\w)bearer\s+(?P<value>[\w.~+/=\-]{8,})", re.IGNORECASE)
 
 _SCHEME: Final = re.compile(
@@ -65,21 +65,23 @@ _WORD: Final = re.compile(
 _CLOSING: Final = ",;)]}>\"'`\\"
 _LINE: Final = re.compile(r"[^\r\n]*+")
 
-# What follows a name without a sign; what each cannot do without, in lower case; and whether it
-# needs no name of a secret.
+# What follows a name without a sign, and one of what each cannot do without, in lower case: one
+# literal at a time, for alternatives are searched for slowly.
 _OTHERS: Final = tuple(
-    (pattern, re.compile(needed), pattern in (_CURL, _BEARER))
+    (pattern, tuple(map(re.compile, needed)))
     for pattern, needed in (
-        (_FLAG, "-"),
-        (_SHELL, "env|arg"),
-        (_ENTRY, r"val(?<![\w.\-/]val)(?:ue)?\\*[\"']?[ \t]*[:=]"),
-        (_PROSE, "pass|pwd"),
-        (_NETRC, "login"),
-        (_ELEMENT, "<"),
-        (_CURL, "-u"),
-        (_BEARER, "bearer"),
+        (_FLAG, ["-"]),
+        (_SHELL, [r"env[ \t]", r"arg[ \t]"]),
+        (_ENTRY, [r"val(?<![\w.\-/]val)(?:ue)?\\*[\"']?[ \t]*[:=]"]),
+        (_PROSE, ["pass", "pwd"]),
+        (_NETRC, ["login"]),
+        (_ELEMENT, ["<"]),
+        (_CURL, ["-u"]),
+        (_BEARER, ["bearer"]),
     )
 )
+# They need no name of a secret.
+_NAMELESS: Final = tuple(other for other in _OTHERS if other[0] in (_CURL, _BEARER))
 
 
 def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]]:
@@ -97,8 +99,8 @@ def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]
     hits = _stems(text, plain)
     if hits:
         yield from _assigned(text, hits, names)
-    for pattern, needed, anyhow in _OTHERS:
-        if not ((hits or anyhow) and needed.search(plain)):
+    for pattern, needed in _OTHERS if hits else _NAMELESS:
+        if not any(word.search(plain) for word in needed):
             continue
         position = 0
         for match in pattern.finditer(text):
@@ -115,17 +117,17 @@ def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]
 def _stems(text: str, plain: str) -> Sequence[int]:
     """Return where parts of names of secrets end in ``text``; there may be too many."""
     if text.isascii():
-        joined = plain.translate(_PARTING)
-        odd = any(stem in joined and stem not in plain for stem in _STEMS)  # se_cret
+        joined = plain.encode("ascii").translate(None, _PARTING).decode("ascii")
+        stems = [stem for stem in STEMS if stem in joined]
+        odd = any(joined.count(stem) > plain.count(stem) for stem in stems)
     else:
         joined = _PARTS.sub("", unicodedata.normalize("NFKC", text).lower())  # of full width
-        odd = any(stem in joined for stem in _STEMS)
+        stems = []
+        odd = any(stem in joined for stem in STEMS)
     if odd:
         return range(1, len(text) + 1)  # the whole text is looked at
-    if not text.isascii():
-        return ()
     hits: list[int] = []
-    for stem in _STEMS:
+    for stem in stems:
         at = plain.find(stem)
         while at >= 0:
             at += len(stem)
@@ -137,6 +139,11 @@ def _stems(text: str, plain: str) -> Sequence[int]:
 def _assigned(text: str, hits: Sequence[int], names: KeyNameDetector) -> Iterator[tuple[int, int]]:
     """Yield the values of the assignments in whose names one of ``hits`` lies."""
     position = seen = 0
+    broken = (
+        text.encode("ascii").translate(_BREAK_BYTES).decode("ascii")
+        if text.isascii()
+        else text.translate(_BREAK)
+    )
     match: re.Match[str] | None = None
     for hit in hits:
         if hit <= position or (match is not None and hit <= match.start()):
@@ -144,7 +151,7 @@ def _assigned(text: str, hits: Sequence[int], names: KeyNameDetector) -> Iterato
         if match is None or match.end("name") < hit:
             # A name with the hit in it begins after what no name holds. Only what lies after the
             # hit before is looked through, so that a long text takes linear time.
-            cut = max(text.rfind(mark, seen, hit) for mark in _BREAKS) + 1
+            cut = broken.rfind("\n", seen, hit) + 1
             seen = max(position, seen, cut)
             match = _ASSIGNMENT.search(text, seen)
             if match is None:

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["KeyNameDetector"]
+__all__ = ["STEMS", "KeyNameDetector"]
+
+#: One of these stands in every name that is taken for a secret's, once its signs are left out.
+STEMS: Final = (
+    "pass", "pwd", "secret", "cred", "token", "key", "authorization", "cookie", "connectionstring",
+    "connstring",
+)  # fmt: skip
+_SIGNS: Final = bytes(i for i in range(128) if not chr(i).isalnum())
 
 _PARTS: Final = re.compile(r"[/.\[\]:>()'\",]+")
 _WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -98,6 +105,14 @@ class KeyNameDetector:
 
 
 def _names_a_secret(name: str) -> bool:
+    if name.isascii():
+        joined = name.lower().encode("ascii").translate(None, _SIGNS).decode("ascii")
+        if not any(stem in joined for stem in STEMS):
+            return False
+    return _has_secret_words(name)
+
+
+def _has_secret_words(name: str) -> bool:
     plain = unicodedata.normalize("NFKC", name)  # full-width letters are letters
     parts = [words for part in _PARTS.split(plain) if (words := _words(part))]
     joined = [word for words in parts for word in words]

@@ -47,7 +47,7 @@ _IBAN: Final = re.compile(
 )
 _PHONE: Final = re.compile(
     r"(?<![\w.,+/-])(?:\(?\+ ?|\(?)\d(?:(?: ?\(| [-/] |[ ./-]|\)[ /-]?)?\d){6,16}+"
-    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:]\d|[/-]\w)",
+    r"(?: ?(?:x|ext\.? ?|#)\d{1,7})?(?![\w@]|[.,:]\d|[/-](?!(?-i:[A-Z][a-z]{2,}(?!\w)))\w)",
     re.ASCII | re.IGNORECASE,
 )
 # How numbers are written that need no word before them: with the country's code; as in North
@@ -79,12 +79,14 @@ class _National(NamedTuple):
     Attributes:
         rule: Under which it is counted.
         form: Of the number.
+        digits: How many it has at least.
         module: Of python-stdnum, which knows its check digits; without one the form is enough.
         near: What must stand shortly before it, where its form and its check digit prove little.
     """
 
     rule: str
     form: re.Pattern[str]
+    digits: int
     module: str = ""
     near: re.Pattern[str] | None = None
 
@@ -98,39 +100,45 @@ def _near(words: str) -> re.Pattern[str]:
 
 
 _NATIONALS: Final = (
-    _National("us-ssn", _form(r"\d{9}"), "us.ssn", _near(r"\bssn\b|social security")),
+    _National("us-ssn", _form(r"\d{9}"), 9, "us.ssn", _near(r"\bssn\b|social security")),
     _National(
         "gb-nino",
         _form(r"(?!BG|GB|NK|KN|TN|NT)[A-CEGHJ-PR-TW-Z]{2} ?\d\d ?\d\d ?\d\d ?[A-DT]"),
+        6,
     ),
-    _National("gb-nhs", _form(r"\d{3}[ -]?\d{3}[ -]?\d{4}"), "gb.nhs", _near(r"\bnhs\b")),
-    _National("de-idnr", _form(r"\d\d ?\d{3} ?\d{3} ?\d{3}"), "de.idnr"),
-    _National("fr-nir", _form(r"[12] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d"), "fr.nir"),
+    _National("gb-nhs", _form(r"\d{3}[ -]?\d{3}[ -]?\d{4}"), 10, "gb.nhs", _near(r"\bnhs\b")),
+    _National("de-idnr", _form(r"\d\d ?\d{3} ?\d{3} ?\d{3}"), 11, "de.idnr"),
+    _National("fr-nir", _form(r"[12] ?\d\d ?\d\d ?\d\d ?\d{3} ?\d{3} ?\d\d"), 15, "fr.nir"),
+    _National("fr-nir-2a", _form(r"[12] ?\d\d ?\d\d ?2[AB] ?\d{3} ?\d{3} ?\d\d"), 14, "fr.nir"),
     _National(
         "it-codicefiscale",
         _form(r"[A-Z]{6}[\dL-NP-V]{2}[A-EHLMPR-T][\dL-NP-V]{2}[A-Z][\dL-NP-V]{3}[A-Z]"),
+        0,
         "it.codicefiscale",
     ),
-    _National("es-dni", _form(r"\d{8}[ -]?[A-Z]"), "es.dni"),
-    _National("es-nie", _form(r"[XYZ][ -]?\d{7}[ -]?[A-Z]"), "es.nie"),
-    _National("nl-bsn", _form(r"\d{9}"), "nl.bsn", _near(r"\bbsn\b|burgerservice|sofi-?nummer")),
-    _National("br-cpf", _form(r"\d{3}\.?\d{3}\.?\d{3}-?\d\d"), "br.cpf"),
-    _National("pl-pesel", _form(r"\d{11}"), "pl.pesel"),
-    _National("se-personnummer", _form(r"(?:\d\d)?\d{6}[-+]\d{4}"), "se.personnummer"),
-    _National("fi-hetu", _form(r"\d{6}[-+A-FU-Y]\d{3}[\dA-Y]"), "fi.hetu"),
-    _National("dk-cpr", _form(r"\d{6}-\d{4}"), "dk.cpr"),
-    _National("be-nn", _form(r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d"), "be.nn"),
-    _National("ch-ahv", _form(r"756\.?\d{4}\.?\d{4}\.?\d\d"), "ch.ssn"),
+    _National("es-dni", _form(r"\d{8}[ -]?[A-Z]"), 8, "es.dni"),
+    _National("es-nie", _form(r"[XYZ][ -]?\d{7}[ -]?[A-Z]"), 7, "es.nie"),
+    _National("nl-bsn", _form(r"\d{9}"), 9, "nl.bsn", _near(r"\bbsn\b|burgerservice|sofi-?nummer")),
+    _National("br-cpf", _form(r"\d{3}\.?\d{3}\.?\d{3}-?\d\d"), 11, "br.cpf"),
+    _National("pl-pesel", _form(r"\d{11}"), 11, "pl.pesel"),
+    _National("se-personnummer", _form(r"(?:\d\d)?\d{6}[-+]\d{4}"), 10, "se.personnummer"),
+    _National("fi-hetu", _form(r"\d{6}[-+A-FU-Y]\d{3}[\dA-Y]"), 9, "fi.hetu"),
+    _National("dk-cpr", _form(r"\d{6}-\d{4}"), 10, "dk.cpr"),
+    _National("be-nn", _form(r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d"), 11, "be.nn"),
+    _National("ch-ahv", _form(r"756\.?\d{4}\.?\d{4}\.?\d\d"), 13, "ch.ssn"),
 )
 # What has letters, and is looked for in the whole text; the others lie within a run of digits.
-_LETTERED: Final = ("gb-nino", "it-codicefiscale", "es-dni", "es-nie", "fi-hetu")
+_LETTERED: Final = ("gb-nino", "fr-nir-2a", "it-codicefiscale", "es-dni", "es-nie", "fi-hetu")
 _WITH_LETTERS: Final = tuple(national for national in _NATIONALS if national.rule in _LETTERED)
 _OF_DIGITS: Final = tuple(national for national in _NATIONALS if national.rule not in _LETTERED)
 
 # What one of them needs, in RE2's syntax: most texts hold none of it, and one look tells.
-_NUMBER: Final = (
-    r"\d(?:[ .()/+\-]{0,3}\d){6}|(?i:[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt]|\d{6}[-+a-fu-y]\d{3}"
-    r"|[a-z]{6}[\dl-np-v]{2}[a-ehlmpr-t][\dl-np-v]{2}[a-z][\dl-np-v]{3}[a-z])"
+_NUMBER: Final = r"\d(?:[ .()/+\-]{0,3}\d){6}"
+_LETTERS: Final = (
+    r"(?i:(?:\b|_)(?:[a-z]{2}\d\d(?:[ -]?[a-z\d]){11}|(?:[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt]"
+    r"|[12] ?\d\d ?\d\d ?2[ab] ?\d{3} ?\d{3} ?\d\d|\d{6}[-+a-fu-y]\d{3}[\da-y]"
+    r"|(?:\d|[xyz][ -]?)\d{7}[ -]?[a-z]"
+    r"|[a-z]{6}[\dl-np-v]{2}[a-ehlmpr-t][\dl-np-v]{2}[a-z][\dl-np-v]{3}[a-z])\b))"
 )
 _ADDRESS: Final = r"(?i:\d\.\d{1,3}\.\d{1,3}\.\d|[\da-f]:[\da-f]{0,4}:|::[\da-f])"
 
@@ -139,7 +147,7 @@ _ADDRESS: Final = r"(?i:\d\.\d{1,3}\.\d{1,3}\.\d|[\da-f]:[\da-f]{0,4}:|::[\da-f]
 def _looks() -> tuple[Any, ...]:
     import re2
 
-    patterns = (rf"{_NUMBER}|{_ADDRESS}", _NUMBER, _ADDRESS)
+    patterns = (rf"{_NUMBER}|{_LETTERS}|{_ADDRESS}", _NUMBER, _LETTERS, _ADDRESS)
     return tuple(re2.compile(pattern.encode()) for pattern in patterns)
 
 
@@ -184,7 +192,7 @@ class PersonalDataDetector:
             for match in _EMAIL.finditer(text):
                 yield Finding("e-mail", *match.span())
         data = text.encode("utf-8", "surrogatepass")
-        anything, number, address = _looks()
+        anything, number, letters, address = _looks()
         if not anything.search(data):
             return
         if address.search(data):
@@ -196,12 +204,14 @@ class PersonalDataDetector:
             for digits in _DIGITS.finditer(text):
                 if not _FRACTION.fullmatch(digits[0]):
                     yield from self._within(text, digits.start(), digits.end())
+        if letters.search(data):
             yield from _lettered(text)
 
     def _within(self, text: str, start: int, end: int) -> Iterator[Finding]:
         """Yield what a run of digits holds."""
         after = min(len(text), end + 2)  # so that it is seen what follows
         known: list[tuple[int, int]] = []
+        digits = sum(map(str.isdigit, text[start:end]))
         for match in _SSN.finditer(text, start, after):
             known.append(match.span())
             yield Finding("us-ssn", *match.span())
@@ -210,6 +220,8 @@ class PersonalDataDetector:
                 known.append((match.start(), stop))
                 yield Finding("card", match.start(), stop)
         for national in _OF_DIGITS:
+            if national.digits > digits:
+                continue
             for match in national.form.finditer(text, start, after):
                 if _is_national(national, text, match):
                     known.append(match.span())

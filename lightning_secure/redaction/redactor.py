@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,12 +143,22 @@ class Redactor:
         self.counts["secret-name"] += 1
         return REDACTED
 
+    def remembers(self, texts: Collection[Any]) -> bool:
+        """Return whether all ``texts`` are texts that were seen before, with nothing found in them.
+
+        If not, nothing is known of them: long ones are never remembered, and not all short ones.
+        """
+        # Those of a subclass could say that they equal another text.
+        return {str}.issuperset(map(type, texts)) and self._clean.issuperset(texts)
+
     def redact_text(self, text: str) -> str:
         """Return ``text`` with every finding replaced.
 
         Raises:
             RedactionError: A detector failed and the redactor is strict.
         """
+        if type(text) is not str:
+            text = str.__str__(text)  # a subclass may say of its text what it likes
         if text in self._clean:
             return text
         if not text.isascii() and _SURROGATE.search(text):

@@ -293,6 +293,26 @@ def test_names_that_become_alike_are_kept_apart(tmp_path):
     assert data.params == {REDACTED: "1.0", f"{REDACTED}_2": "2.0"}
 
 
+def test_a_step_like_the_one_before_is_not_looked_at_again(tmp_path, monkeypatch):
+    """By nobody: neither by the logger, nor by the client, nor by the store."""
+    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path)
+    metrics = {"train/loss": 1.0, "lr": 0.1, "epoch": 3}
+    logger.log_metrics(metrics, step=0)
+    seen, redact_text = [], Redactor.redact_text
+
+    def watched(self, text):
+        seen.append(text)
+        return redact_text(self, text)
+
+    monkeypatch.setattr(Redactor, "redact_text", watched)
+    logger.log_metrics(metrics, step=1)
+    assert not seen
+    logger.log_metrics({**metrics, f"by {ADDRESS}": 2.0}, step=2)
+    assert f"by {ADDRESS}" in seen
+    data = logger.experiment.get_run(logger.run_id).data
+    assert data.metrics == {**metrics, f"by {REDACTED}": 2.0}
+
+
 def test_objects_are_logged_as_redacted_text(tmp_path):
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path)
     logger.log_hyperparams({"who": object(), "space": {"in": Path("a"), "cc": [{"b": ADDRESS}]}})

@@ -31,7 +31,7 @@ ASSIGNMENTS = [
     "password='{}", "password=a,b;{}", "password=a&{}", "password=(a {}", "password: `{}`",
     "password='don\\'t {}'", "token=token {}", "a=1\tpassword={}\tb=2",
     "-----BEGIN PRIVATE KEY-----\nMIIE\n{}\n-----END PRIVATE KEY-----",
-    "-----BEGIN EC PRIVATE KEY-----\n{}",
+    "-----BEGIN EC PRIVATE KEY-----\n{}", "no secret, but se_cret={}",
 ]  # fmt: skip
 
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lightning_secure.redaction.names import KeyNameDetector
+from lightning_secure.redaction import names
+from lightning_secure.redaction.names import STEMS, KeyNameDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 SECRET_NAMES = [
@@ -45,8 +48,18 @@ def test_names_of_other_settings(name):
     assert Redactor().redact({name: "value"}) == {name: "value"}
 
 
+PIECES = (*STEMS, "api", "Key", "PASS", "db", "num", "id", "se", "cret", "pass", "word", "conn",
+          "String", "1", "_", "-", ".", "/", "[0]", " ", "ü", "\n", "\0")  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
+def test_no_name_of_a_secret_is_without_its_stems(name):
+    assert names._names_a_secret(name) == names._has_secret_words(name)
+
+
 def test_no_setting_of_a_real_library_is_taken_for_a_secret():
     lines = (Path(__file__).parent / "config_names.txt").read_text().splitlines()
-    names = [line for line in lines if not line.startswith("#")]
-    assert len(names) > 150
-    assert [name for name in names if KeyNameDetector().matches(name)] == []
+    found = [line for line in lines if not line.startswith("#")]
+    assert len(found) > 150
+    assert [name for name in found if KeyNameDetector().matches(name)] == []

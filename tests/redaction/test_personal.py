@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_secure.errors import ConfigError
+from lightning_secure.redaction import personal
 from lightning_secure.redaction.personal import PersonalDataDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -21,7 +24,8 @@ FOUND = [
     ("phone", "+49(0)7366258517"), ("phone", "05 81 90 74 39"), ("phone", "00 33 5 63 08 37 78"),
     ("phone", "(11) 96834-4978"), ("phone", "001-258-968-3449x7869"), ("phone", "077-63 17 06"),
     ("gb-nino", "AB 12 34 56 C"), ("fr-nir", "2 95 10 99 126 111 93"),
-    ("it-codicefiscale", "RCCMNL83S18D969H"), ("es-dni", "54362315K"), ("es-nie", "X2482300W"),
+    ("fr-nir-2a", "1 95 10 2A 126 111 72"), ("it-codicefiscale", "RCCMNL83S18D969H"),
+    ("es-dni", "54362315K"), ("es-nie", "X2482300W"),
     ("br-cpf", "390.533.447-05"), ("br-cpf", "39053344705"), ("pl-pesel", "44051401359"),
     ("se-personnummer", "880320-0016"), ("fi-hetu", "131052-308T"), ("dk-cpr", "211062-5629"),
     ("be-nn", "85.07.30-033.28"), ("ch-ahv", "756.9217.0769.85"), ("de-idnr", "36 574 261 809"),
@@ -43,6 +47,7 @@ def test_personal_data_is_found_whole(rule, value, text):
         ("SSN: 536904399", f"SSN: {REDACTED}"),
         ("NHS no 943 476 5919", f"NHS no {REDACTED}"),
         ("phone_number: 5009806360", f"phone_number: {REDACTED}"),
+        ("(896)515-1437x967-Fax and 877-312-0654-Office", f"{REDACTED}-Fax and {REDACTED}-Office"),
         ("mein Telefon 08377 83", f"mein Telefon {REDACTED}"),
         ("4111 1111 1111 1111 12", f"{REDACTED} 12"),
         ("DE89 3704 0044 0532 0130 00 AND MORE", f"{REDACTED} AND MORE"),
@@ -52,6 +57,31 @@ def test_personal_data_is_found_whole(rule, value, text):
 )
 def test_a_word_before_it_or_after_it(text, clean):
     assert Redactor().redact_text(text) == clean
+
+
+LETTERED = {**{n.rule: n.form for n in personal._WITH_LETTERS}, "iban": personal._IBAN}
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("national", personal._NATIONALS, ids=lambda national: national.rule)
+def test_a_number_has_the_digits_that_its_form_asks_for(national, data):
+    text = data.draw(st.from_regex(national.form))
+    (match, *_) = national.form.finditer(text)
+    digits = sum(map(str.isdigit, match[0]))
+    assert digits >= national.digits
+    if national in personal._OF_DIGITS:  # a run is where they are looked for
+        (run,) = personal._DIGITS.finditer(match[0])
+        assert run[0] == match[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("rule", LETTERED)
+def test_one_look_sees_every_form_that_has_letters(rule, data):
+    text = data.draw(st.from_regex(LETTERED[rule]))
+    _, _, letters, _ = personal._looks()
+    assert letters.search(text.encode("utf-8", "surrogatepass"))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +96,7 @@ def test_a_word_before_it_or_after_it(text, clean):
         "torch 2.10.0", "lr=0.00001234567", "step 1234567", "12345678901234567890123",
         "cuda:0 f:1 a:b:c", "microphones 1", "5b928b78-0577-4348-bfa5-2d6147f979a1",
         "12345678-1234-4567-8901-060449573728", "runs/0577-4348", "2024-11-24T10:17:55.123456",
+        "877-312-0654-abc",
     ],
 )  # fmt: skip
 def test_other_numbers_stay(text):

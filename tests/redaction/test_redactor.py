@@ -117,6 +117,24 @@ def test_only_clean_texts_are_remembered_and_not_too_many():
     assert not any("jo@" in text for text in redactor._clean)
 
 
+def test_a_text_that_poses_as_another_is_not_remembered():
+    class Posing(str):
+        __slots__ = ()
+
+        def __eq__(self, other):
+            return other == "epoch"
+
+        def __hash__(self):
+            return hash("epoch")
+
+    redactor = Redactor()
+    assert not redactor.remembers(["epoch"])
+    redactor.redact_text("epoch")
+    assert redactor.remembers(["epoch"])
+    assert not redactor.remembers(["epoch", Posing("jo@clinic.example")])
+    assert redactor.redact_text(Posing("jo@clinic.example")) == REDACTED
+
+
 class Broken:
     def find(self, text):
         raise ValueError(text)

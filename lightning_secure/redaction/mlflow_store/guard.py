@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.calls import Parameters
 from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED
@@ -93,15 +94,17 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 def _checked(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
-    signature = inspect.signature(method)
+    parameters = Parameters(method)
+    own = next(iter(inspect.signature(method).parameters))  # self
 
     def redacted(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        own = next(iter(bound.arguments))  # self
-        given = {name: value for name, value in bound.arguments.items() if name != own}
-        for name in given:
-            bound.arguments[name] = _argument(policy, method.__name__, name, given)
-        return call_inside(method, *bound.args, **bound.kwargs)
+        given = parameters.bind(args, kwargs)
+        clean = {
+            name: value if name == own else _argument(policy, method.__name__, name, given)
+            for name, value in given.items()
+        }
+        positional, named = parameters.spread(clean)
+        return call_inside(method, *positional, **named)
 
     return redacted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 MATRIX = "tests/redaction/test_matrix.py"
+METRICS = "tests/redaction/test_metrics.py"
 
 CATALOGUE = [
     Mutation(
@@ -55,5 +56,34 @@ CATALOGUE = [
         "_ARTIFACTS.binaries or insecure_allow_binaries",
         "True",
         f"{MATRIX} -k binaries_pass",
+    ),
+    Mutation(
+        "a metric passes because its name poses as a known one",
+        "redaction/redactor.py",
+        "{str}.issuperset(map(type, texts)) and ",
+        "",
+        "tests/redaction/test_redactor.py -k poses",
+    ),
+    Mutation(
+        "a metric passes because the first redactor knows its name",
+        "redaction/metrics.py",
+        "for redactor in redactors)",
+        "for redactor in redactors[:1])",
+        f"{METRICS} -k another_may",
+    ),
+    Mutation(
+        "a metric passes whose name is the text of a container",
+        "redaction/metrics.py",
+        "            or not name[:1].isalpha()",
+        "            or not name",
+        f"{METRICS} -k container",
+    ),
+    Mutation(
+        "a metric passes with fields that nobody looked at",
+        "redaction/metrics.py",
+        "if tuple(fields) != _FIELDS:",
+        "if tuple(fields)[:8] != _FIELDS:",
+        f"{METRICS} -k 'newer and MLflow'",
+        (("= fields.values()", "= tuple(fields.values())[:8]"),),
     ),
 ]
