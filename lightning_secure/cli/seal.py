@@ -18,9 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_secure.cli.configuration import known, parsed, typed
 from lightning_secure.cli.local import pins
 from lightning_secure.cli.providers import provider_of
+from lightning_secure.configuration import known, parsed, typed
 from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.redaction.anonymize import (
     AnonymizationPlan,
