@@ -9,7 +9,7 @@ from typing import Final
 
 from lightning_secure.redaction.names import KeyNameDetector
 
-__all__ = ["secret_values"]
+__all__ = ["STEMS", "secret_values"]
 
 # A name of up to four words, perhaps in quotes, and what stands between it and its value. The
 # possessive quantifiers keep a long line without any value linear.
@@ -32,8 +32,8 @@ _PROSE: Final = re.compile(
 )
 _NETRC: Final = re.compile(r"(?<!\w)login\s+\S+\s+password\s+(?=\S)")
 _CURL: Final = re.compile(r"(?<![\w\-])(?:-u|--(?:proxy-)?user)[ =]+[\"']?[^\s:\"']+:(?=\S)")
-# One of these stands in every name that KeyNameDetector takes for a secret's.
-_STEMS: Final = (
+#: One of these stands in every name that KeyNameDetector takes for a secret's.
+STEMS: Final = (
     "pass", "pwd", "secret", "cred", "token", "key", "authorization", "cookie", "connectionstring",
     "connstring",
 )  # fmt: skip
@@ -116,16 +116,16 @@ def _stems(text: str, plain: str) -> Sequence[int]:
     """Return where parts of names of secrets end in ``text``; there may be too many."""
     if text.isascii():
         joined = plain.translate(_PARTING)
-        odd = any(stem in joined and stem not in plain for stem in _STEMS)  # se_cret
+        odd = any(stem in joined and stem not in plain for stem in STEMS)  # se_cret
     else:
         joined = _PARTS.sub("", unicodedata.normalize("NFKC", text).lower())  # of full width
-        odd = any(stem in joined for stem in _STEMS)
+        odd = any(stem in joined for stem in STEMS)
     if odd:
         return range(1, len(text) + 1)  # the whole text is looked at
     if not text.isascii():
         return ()
     hits: list[int] = []
-    for stem in _STEMS:
+    for stem in STEMS:
         at = plain.find(stem)
         while at >= 0:
             at += len(stem)

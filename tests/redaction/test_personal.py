@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_secure.errors import ConfigError
+from lightning_secure.redaction import personal
 from lightning_secure.redaction.personal import PersonalDataDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -88,3 +91,36 @@ def test_the_libraries_are_not_imported_before_they_are_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n[]\n"
+
+
+PIECES = (
+    "jo", "@", "x.org", ".", " ", "a" * 63, "a" * 64, "a" * 70, "'", "%", "-", "b.c", "é", "\n",
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_looking_near_the_signs_finds_the_addresses_that_looking_everywhere_finds(text):
+    near = [(found.start, found.end) for found in personal._emails(text)]
+    assert near == [match.span() for match in personal._EMAIL.finditer(text)]
+
+
+@given(st.from_regex(personal._NORTH_AMERICAN, fullmatch=True))
+def test_what_is_written_as_in_north_america_is_possible_there(number):
+    import phonenumbers
+
+    assert phonenumbers.is_possible_number(phonenumbers.parse(number, "US"))
+
+
+LETTERED = [national.form for national in personal._WITH_LETTERS] + [personal._IBAN]
+
+
+@given(st.sampled_from(LETTERED), st.data())
+def test_no_number_with_letters_is_passed_over(form, data):
+    text = data.draw(st.from_regex(form, fullmatch=True))
+    assert personal._looks()[2].search(text.encode())
+
+
+@given(st.sampled_from(personal._OF_DIGITS), st.data())
+def test_no_number_of_digits_is_passed_over(national, data):
+    text = data.draw(st.from_regex(national.form, fullmatch=True))
+    assert personal._ANY_OF_DIGITS.search(text)
