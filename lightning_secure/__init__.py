@@ -64,10 +64,15 @@ if TYPE_CHECKING:
     from lightning_secure.privacy.released.sums import PrivacyAccount
     from lightning_secure.redaction.anonymize import (
         AnonymizationPlan,
+        AnonymizationReport,
         Generalize,
         Keep,
         Pseudonymize,
+        Pseudonyms,
+        Redact,
         Suppress,
+        Tokenize,
+        Tokens,
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
     from lightning_secure.redaction.logs import RedactingFilter
@@ -81,6 +86,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveClipping",
     "AnonymizationPlan",
+    "AnonymizationReport",
     "AuditLog",
     "AuditSummary",
     "AuditTrail",
@@ -120,6 +126,8 @@ __all__ = [
     "PrivateMean",
     "PrivateStrategy",
     "Pseudonymize",
+    "Pseudonyms",
+    "Redact",
     "RedactingCheckpointIO",
     "RedactingFilter",
     "RedactingLogger",
@@ -134,6 +142,8 @@ __all__ = [
     "SplitByRatio",
     "Stack",
     "Suppress",
+    "Tokenize",
+    "Tokens",
     "VaultTransitKeyProvider",
     "WriteWatch",
     "__version__",
@@ -156,6 +166,7 @@ __all__ = [
 _HOMES = {
     "AdaptiveClipping": "privacy.clipping.rules",
     "AnonymizationPlan": "redaction.anonymize",
+    "AnonymizationReport": "redaction.anonymize",
     "AuditLog": "audit.log",
     "AuditSummary": "audit.log",
     "AuditTrail": "callbacks.audit_trail",
@@ -195,6 +206,8 @@ _HOMES = {
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "redaction.anonymize",
+    "Pseudonyms": "redaction.anonymize",
+    "Redact": "redaction.anonymize",
     "RedactingCheckpointIO": "plugins.hyperparameters",
     "RedactingFilter": "redaction.logs",
     "RedactingLogger": "loggers.redacting",
@@ -209,6 +222,8 @@ _HOMES = {
     "SplitByRatio": "data.splits",
     "Stack": "data.sources.arrow",
     "Suppress": "redaction.anonymize",
+    "Tokenize": "redaction.anonymize",
+    "Tokens": "redaction.anonymize",
     "VaultTransitKeyProvider": "crypto.providers",
     "WriteWatch": "redaction.canary",
     "add_recipient": "data.rotation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lightning_secure._version import __version__
-from lightning_secure.cli import budget, doctor, erase, keys, rotate, seal
+from lightning_secure.cli import anonymize, budget, doctor, erase, keys, rotate, seal
 from lightning_secure.cli.doctor import Check, run_checks
 
 __all__ = ["Check", "main", "run_checks"]
@@ -17,6 +17,7 @@ def main() -> None:
     """Private, confidential and accountable training for PyTorch Lightning."""
 
 
+main.add_command(anonymize.anonymize)
 main.add_command(budget.budget)
 main.add_command(doctor.doctor)
 main.add_command(erase.erase)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lightning_secure.cli.configuration import parsed, shown, typed
+from lightning_secure.configuration import parsed, shown, typed
 from lightning_secure.errors import ConfigError
 
 if TYPE_CHECKING:

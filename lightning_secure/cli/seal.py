@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,20 +19,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_secure.cli.configuration import known, parsed, typed
 from lightning_secure.cli.local import pins
 from lightning_secure.cli.providers import provider_of
+from lightning_secure.configuration import known, parsed, typed
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.redaction.anonymize import (
-    AnonymizationPlan,
-    Generalize,
-    Keep,
-    Operator,
-    Pseudonymize,
-    Suppress,
-)
+from lightning_secure.files import as_path, atomic_writer
+from lightning_secure.redaction.anonymize import AnonymizationReport
+from lightning_secure.redaction.anonymize.classes import ClassCount
+from lightning_secure.redaction.anonymize.reading import PLAN_KEYS, plan_of
+from lightning_secure.redaction.anonymize.report import BeforeAndAfter
 
-__all__ = ["read_config", "seal"]
+__all__ = ["SOURCE_KEYS", "read_config", "read_options", "seal"]
 
 #: Keys of the file that are handed on as they are, with their type.
 _PLAIN: Final[Mapping[str, type]] = {
@@ -45,6 +43,8 @@ _PLAIN: Final[Mapping[str, type]] = {
     "decode": bool,
     "spool": str,
 }
+#: Keys that say how a source is read.
+SOURCE_KEYS: Final = ("columns", "types", "stack", "nulls", "decode", "size")
 
 
 @click.command()
@@ -62,13 +62,26 @@ _PLAIN: Final[Mapping[str, type]] = {
     is_flag=True,
     help="Start anew. Without it, a sealing that was interrupted goes on where it got to.",
 )
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path),
+    help="File for what anonymize: found and did, as JSON by split that this call has sealed.",
+)
 @pins
-def seal(source: Path, destination: str, config_path: Path, restart: bool, **pinned: Any) -> None:
+def seal(
+    source: Path,
+    destination: str,
+    config_path: Path,
+    restart: bool,
+    report_path: Path | None,
+    **pinned: Any,
+) -> None:
     """Seal SOURCE (.csv, .parquet, or a folder) into the dataset DESTINATION, a folder or a URL.
 
-    Exit status: 0 sealed; 2 the arguments or the configuration are wrong; 1 anything else was
-    refused or failed; 130 interrupted. Unless it is 0, no split of this call that was not there
-    before is in the dataset.
+    Exit status: 0 sealed; 4 sealed, but --report could not be written; 2 the arguments or the
+    configuration are wrong; 1 anything else was refused or failed; 130 interrupted. Unless it is 0
+    or 4, no split of this call that was not there before is in the dataset.
     """
     from lightning_secure.data.seal import seal as run
 
@@ -107,7 +120,42 @@ def seal(source: Path, destination: str, config_path: Path, restart: bool, **pin
         before = result.resumed[name]
         note = f" ({before} of them before this call)" if before else ""
         click.echo(f"{name}: {rows} rows sealed{note}")
+        if report := result.reports.get(name):
+            for line in (*summary(report), f"report {report.digest}"):
+                click.echo(f"  {line}")
     click.echo(f"generation {result.generation}, manifest {result.manifest_digest}")
+    if report_path is not None:
+        try:
+            _write(report_path, result.reports)
+        except (ConfigError, OSError) as error:
+            console.print("the rows are sealed, and the manifest has the report for readers")
+            _fail(console, error, 4)
+
+
+def _write(path: Path, reports: Mapping[str, AnonymizationReport]) -> None:
+    value = {name: json.loads(report.text) for name, report in reports.items()}
+    with atomic_writer(as_path(path, what="the report")) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def summary(report: AnonymizationReport) -> Iterator[str]:
+    """Yield what a report says of k and l, a line each."""
+    if report.k_anonymity is not None:
+        yield f"k-anonymity {_change(report.k_anonymity)}"
+    for name, figure in report.l_diversity.items():
+        yield f"l-diversity of {name} {_change(figure)}"
+    if report.unknown and report.quasi_identifiers:
+        yield f"k-anonymity is not known: {report.unknown}"
+
+
+def _change(figure: BeforeAndAfter) -> str:
+    return f"{_figure(figure.before)} before, {_figure(figure.after)} after"
+
+
+def _figure(count: ClassCount) -> str:
+    if count.least is None:
+        return "not sealed" if count.exact else "unknown"
+    return f"{'' if count.exact else 'at most '}{count.least}"
 
 
 def _fail(console: Console, error: Exception, status: int) -> None:
@@ -125,9 +173,20 @@ def read_config(path: Path) -> dict[str, Any]:
         KeyAccessError: The key that it names cannot be used.
     """
     config = parsed(path)
-    known(config, {*_PLAIN, "split", "keys", "stack", "nulls", "anonymize", "size"}, "the file")
+    options = read_options(config)
     if "keys" not in config:
         raise ConfigError("the configuration names no keys: to whom would the rows be sealed?")
+    return {**options, "keys": provider_of(config["keys"], path)}
+
+
+def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same without the keys, of which none is looked at.
+
+    Raises:
+        ConfigError: There is a key that is not known, or a value makes no sense.
+    """
+    more = {"split", "keys", "stack", "nulls", "size", *PLAN_KEYS}
+    known(dict(config), {*_PLAIN, *more}, "the file")
     options: dict[str, Any] = {
         name: typed(config[name], kind, name) for name, kind in _PLAIN.items() if name in config
     }
@@ -135,12 +194,11 @@ def read_config(path: Path) -> dict[str, Any]:
         "split": _split,
         "stack": _stack,
         "nulls": _nulls,
-        "anonymize": _plan,
         "size": lambda value: tuple(typed(value, list, "size")),
-        "keys": lambda value: provider_of(value, path),
     }
     options |= {name: read(config[name]) for name, read in readers.items() if name in config}
-    return options
+    plan = {name: config[name] for name in PLAN_KEYS if name in config}
+    return options | ({"anonymize": plan_of(plan, what="the file")} if plan else {})
 
 
 def _split(value: Any) -> Any:
@@ -183,23 +241,3 @@ def _nulls(value: Any) -> Any:
         else:
             raise ConfigError(f"nulls: {name}: is neither drop nor fill: VALUE.")
     return result
-
-
-def _plan(value: Any) -> AnonymizationPlan:
-    return AnonymizationPlan(
-        {name: _operator(name, rule) for name, rule in typed(value, dict, "anonymize").items()}
-    )
-
-
-def _operator(name: str, rule: Any) -> Operator:
-    if rule == "keep":
-        return Keep()
-    if rule == "suppress":
-        return Suppress()
-    fields = known(rule, {"pseudonymize", "generalize"}, f"anonymize: {name}")
-    if fields.keys() == {"pseudonymize"}:
-        return Pseudonymize(domain=typed(fields["pseudonymize"], str, f"{name}: pseudonymize"))
-    if fields.keys() == {"generalize"}:
-        what = f"anonymize: {name}: generalize"
-        return Generalize(**known(fields["generalize"], {"date", "prefix", "width"}, what))
-    raise ConfigError(f"anonymize: {name}: takes one of keep, suppress, pseudonymize, generalize.")

@@ -27,6 +27,7 @@ from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.threads import threads_to_use
 from lightning_secure.errors import ConfigError
+from lightning_secure.redaction.anonymize import AnonymizationReport
 from lightning_secure.validate import whole_number
 
 __all__ = ["EncryptedShardDataset", "check_pins"]
@@ -157,6 +158,18 @@ class EncryptedShardDataset(Dataset[Any]):
                 that did not know of it.
         """
         return self._groups.attributes
+
+    @property
+    def anonymization_report(self) -> AnonymizationReport | None:
+        """What was found and done when the split was sealed; None if there was no plan.
+
+        Its digest stands in the clear in the signed manifest, as the attribute
+        ``anonymization.report.sha256``, and the report itself encrypted, for readers of the split.
+
+        Raises:
+            IntegrityError: One was altered.
+        """
+        return AnonymizationReport.of(self.attributes)
 
     @property
     def schema(self) -> Schema:

@@ -20,7 +20,8 @@ from lightning_secure.data.format import ColumnData, Schema, segment_lengths
 from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.subjects import by_subject, taken
 from lightning_secure.errors import DataError
-from lightning_secure.redaction.anonymize import AnonymizationPlan
+from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.redaction.anonymize.tally import Prepared, Tally
 
 __all__ = ["PendingRows"]
 
@@ -39,6 +40,7 @@ class PendingRows:
     Attributes:
         schema: The columns, once they are known.
         rows: How many are held.
+        unseen: How many rows were sealed before and are missing in the report.
     """
 
     def __init__(
@@ -52,14 +54,61 @@ class PendingRows:
         allow_nonfinite: bool,
     ) -> None:
         self.schema = schema
-        self.rows = 0
+        self.rows = self.unseen = 0
         self._layout = layout
         self._shard_bytes = shard_bytes
-        self._anonymizer = anonymize.bind(keys) if anonymize else None
+        self._plan = anonymize
+        self._anonymizer = anonymize.bind(keys) if anonymize is not None else None
+        self._tally = Tally(anonymize) if anonymize is not None else None
         self._allow_nonfinite = allow_nonfinite
         self._bytes = 0
         self._parts: list[Mapping[str, ColumnData]] = []
         self._subjects: list[bytes] = []
+
+    @property
+    def report(self) -> AnonymizationReport | None:
+        """What the plan found and did so far; None without a plan."""
+        return None if self._tally is None else self._tally.report(unseen=self.unseen)
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What is done to columns, for the manifest."""
+        plan = self._plan.describe() if self._plan is not None else {}
+        return {f"anonymize.{name}": text for name, text in plan.items()}
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """What was done to columns, and the report, for the manifest."""
+        report = self.report
+        return self.described | (report.attributes if report is not None else {})
+
+    def recount(self, columns: Mapping[str, Any]) -> None:
+        """Look again at the next of the rows that were sealed before.
+
+        Raises:
+            DataError: They are not what was sealed, or more than that.
+        """
+        rows = count_rows(columns)
+        if rows > self.unseen:
+            raise DataError(
+                f"{rows} rows were given to be looked at again, and {self.unseen} are left that "
+                "were sealed before. They were not counted."
+            )
+        prepared = self._anonymized(columns, rows)[1]
+        self.unseen -= rows
+        self._count(prepared)
+
+    def _count(self, prepared: Prepared | None) -> None:
+        if self._tally is not None and prepared is not None:
+            self._tally.add(prepared)
+
+    def _anonymized(
+        self, columns: Mapping[str, Any], rows: int
+    ) -> tuple[Mapping[str, Any], Prepared | None]:
+        if self._anonymizer is None or self._tally is None:
+            return columns, None
+        applied = self._anonymizer.run(columns)
+        return applied.columns, self._tally.prepared(columns, applied, rows=rows)
 
     @property
     def full(self) -> bool:
@@ -81,8 +130,7 @@ class PendingRows:
         if rows == 0:
             return
         subjects = self._layout.subjects_of(columns)
-        if self._anonymizer is not None:
-            columns = self._anonymizer.apply(columns)
+        columns, prepared = self._anonymized(columns, rows)
         schema = self.schema or Schema(
             tuple(infer_column(name, values) for name, values in columns.items())
         )
@@ -111,6 +159,7 @@ class PendingRows:
         self._subjects += subjects
         self.rows += rows
         self._bytes += length_of(0, rows)
+        self._count(prepared)
 
     def portions(
         self, schema: Schema, *, last: bool

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
+from lightning_secure.crypto.attributes import seal_attributes
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
 from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry, SplitEntry
 from lightning_secure.data.format import Schema
@@ -29,7 +30,7 @@ from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import DataError, IntegrityError, MissingExtraError
-from lightning_secure.redaction.anonymize import AnonymizationPlan
+from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,6 +162,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "shards": [entry.to_json() for entry in part.entries],
             "dropped": part.dropped,
             "remarks": dict(part.remarks),
+            "report": part.report.text if part.report is not None else None,
         }
 
     def on_write_complete(self, write_result: Any) -> None:
@@ -174,12 +176,13 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         dropped = sum(int(part["dropped"]) for part in parts)
         parts = [part for part in parts if part["shards"]]
         shards = tuple(ShardEntry.from_json(entry) for part in parts for entry in part["shards"])
-        self._check(parts, shards, int(write_result.num_rows), dropped)
+        partition = self._check(parts, shards, int(write_result.num_rows), dropped)
+        attributes = {**parts[0]["remarks"], **_reported(parts)}
         entry = SplitEntry(
             partition=self._split,
             schema=tuple(parts[0]["schema"]),
             shards=shards,
-            attributes=parts[0]["remarks"],
+            attributes=seal_attributes(attributes, partition),
         )
         commit_split(
             self._root,
@@ -207,7 +210,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
 
     def _check(
         self, parts: list[dict[str, Any]], shards: tuple[ShardEntry, ...], rows: int, dropped: int
-    ) -> None:
+    ) -> PartitionKey:
         require_free(self._dataset, self._root, self._split, replace=self._replace)
         if not parts:
             raise DataError(
@@ -236,6 +239,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
                 schema=schema,
                 dataset_id=self._dataset.dataset_id,
             ).close()
+        return partition
 
     def _columns(self, blocks: Iterable[Any], part: _Part) -> Iterator[dict[str, Any]]:
         from ray.data.block import BlockAccessor
@@ -266,7 +270,7 @@ class _Part(EncryptedShardWriter):
         super().__init__(
             sink._root, split=sink._split, keys=sink._keys, replace=True, **sink._writing
         )
-        self.remarks = dict(self._remarks)
+        self.remarks = self._pending.described
         self._folder = sink._folder
 
     def _open_dataset(self) -> Manifest:
@@ -291,6 +295,15 @@ class _Part(EncryptedShardWriter):
                 "smaller tasks. The dataset was left as it was."
             )
         self.entries, self.columns = shards, schema.to_json()
+
+
+def _reported(parts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the reports of all tasks, as the remark of a split that one of them all is."""
+    reports = [AnonymizationReport.parse(part["report"]) for part in parts if part["report"]]
+    if not reports:
+        return {}
+    unknown = "rows of one class may have been sealed by several workers, each of which saw its own"
+    return AnonymizationReport.together(reports, unknown=unknown).attributes
 
 
 def _open(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from lightning_secure.data.storage.opening import local_root
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
-from lightning_secure.redaction.anonymize import AnonymizationPlan
+from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
 
 __all__ = ["Sealed", "seal"]
 
@@ -42,12 +42,15 @@ class Sealed:
         resumed: How many of these an interrupted sealing had sealed before.
         generation: Of the manifest that is in place with them, to be pinned.
         manifest_digest: Of the same.
+        reports: What the anonymisation plan found and did, by split; a split that was found
+            complete has its report in its attributes only.
     """
 
     rows: Mapping[str, int]
     resumed: Mapping[str, int]
     generation: int
     manifest_digest: str
+    reports: Mapping[str, AnonymizationReport] = field(default_factory=dict)
 
 
 def seal(
@@ -113,7 +116,8 @@ def seal(
         Rows keep their order within a split. A split is in the manifest with all of its rows, or
         not at all; several splits appear together, in one generation. After an interruption, a
         call with ``resume=True`` yields the rows that one without interruption would have yielded,
-        each once.
+        each once. With ``anonymize``, it looks again at those that are sealed, so that the report
+        is of all rows.
     """
     opened = open_source(source, **options).planned(anonymize)
     identity = _identity(opened, split, source_id)
@@ -168,16 +172,31 @@ def seal(
             resumed=resumed,
             generation=manifest.generation,
             manifest_digest=manifest.digest,
+            reports={n: one.report for n, one in writers.items() if one.report is not None},
         )
 
 
 def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | None) -> None:
     if writer.complete:
         return
-    for columns in source.batches(writer.records):
-        writer.take(columns, copy=False)
-        if progress is not None:
-            progress(writer.records, source.rows)
+    for columns in source.batches(writer.records - writer.unseen):
+        rest = _after_unseen(writer, columns)
+        if rest is not None:
+            writer.take(rest, copy=False)
+            if progress is not None:
+                progress(writer.records, source.rows)
+
+
+def _after_unseen(
+    writer: EncryptedShardWriter, columns: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Have rows that are sealed already counted for the report, and return the others."""
+    rows = count_rows(columns)
+    again = min(writer.unseen, rows)
+    if again == 0:
+        return columns
+    writer.recount({name: values[:again] for name, values in columns.items()})
+    return {name: values[again:] for name, values in columns.items()} if again < rows else None
 
 
 def _distribute(
@@ -198,11 +217,13 @@ def _distribute(
                 resumed[name] = left[name] = writers[name].records
             skip = min(left[name], len(positions))
             left[name] -= skip
-            if skip < len(positions):
-                rest = positions[skip:]
+            again = skip if writers[name].unseen else 0
+            if again or skip < len(positions):
+                rest = positions[skip - again :]
                 chosen = rule.remaining(columns).items()
                 taken = {key: _taken(values, rest) for key, values in chosen}
-                writers[name].take(taken, copy=False)
+                if (new := _after_unseen(writers[name], taken)) is not None:
+                    writers[name].take(new, copy=False)
         row += count_rows(columns)
         if progress is not None:
             progress(row, source.rows)

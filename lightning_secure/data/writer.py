@@ -27,7 +27,7 @@ from lightning_secure.errors import (
     KeyUnavailableError,
     LightningSecureError,
 )
-from lightning_secure.redaction.anonymize import AnonymizationPlan
+from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
 
 __all__ = ["EncryptedShardWriter"]
 
@@ -167,14 +167,12 @@ class EncryptedShardWriter:
             "anonymize": anonymize.describe() if anonymize else None,
             "allow_nonfinite": allow_nonfinite,
         }
-        self._replace = replace
-        self._remarks = {**(remarks or {}), **_described(anonymize)}
-
+        self._replace, self._remarks = replace, dict(remarks or {})
         self._folder = self._root / split
         self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
         self._own_pool = self._pool is not threads
         try:
-            self._start(source_id, resume=resume)
+            self._start(anonymize.identity(source_id) if anonymize else source_id, resume=resume)
         except BaseException:
             if self._spool:
                 self._spool.close()
@@ -182,6 +180,7 @@ class EncryptedShardWriter:
         self._pending.schema = self._state.schema or schema
         self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
         self._begun_rows = sum(entry.records for entry in self._state.shards)
+        self._pending.unseen = self._begun_rows if anonymize and not self.complete else 0
         self._closed = self._over = False
 
     def _start(self, source_id: str | None, *, resume: bool) -> None:
@@ -202,6 +201,24 @@ class EncryptedShardWriter:
     def complete(self) -> bool:
         """Whether the split was found sealed to its end, from this source: nothing is to do."""
         return self._state.complete
+
+    @property
+    def report(self) -> AnonymizationReport | None:
+        """What ``anonymize`` found and did; None without it, or if the split was found complete."""
+        return None if self.complete else self._pending.report
+
+    @property
+    def unseen(self) -> int:
+        """How many of the rows that were sealed before are missing in :attr:`report`."""
+        return self._pending.unseen
+
+    def recount(self, columns: Mapping[str, Any]) -> None:
+        """Look again at the next :attr:`unseen` rows that are sealed already, for the report.
+
+        Raises:
+            DataError: They do not fit the plan, or there are more than were sealed.
+        """
+        self._pending.recount(columns)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row.
@@ -358,9 +375,8 @@ class EncryptedShardWriter:
         )
 
     def _new_split(self, schema: Schema, shards: tuple[ShardEntry, ...]) -> NewSplit | None:
-        entry = self._layout.split_entry(
-            schema, shards, {**self._remarks, **self._state.attributes}
-        )
+        attributes = {**self._remarks, **self._pending.remarks, **self._state.attributes}
+        entry = self._layout.split_entry(schema, shards, attributes)
         return NewSplit(name=self._split, entry=entry, partitions=self._layout.wrapped)
 
     def _end(self, *, keep: bool) -> None:
@@ -382,7 +398,3 @@ class EncryptedShardWriter:
             self._pool.close()
         if self._spool:
             self._spool.close()
-
-
-def _described(plan: AnonymizationPlan | None) -> dict[str, str]:
-    return {f"anonymize.{name}": text for name, text in plan.describe().items()} if plan else {}

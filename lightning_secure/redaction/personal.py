@@ -12,11 +12,13 @@ from typing import Any, Final, NamedTuple
 from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.finding import Finding
 
-__all__ = ["PHONE_REGIONS", "PersonalDataDetector"]
+__all__ = ["LOOKS", "PHONE_REGIONS", "PersonalDataDetector"]
 
 #: Where a telephone number without a country's code may be at home.
 PHONE_REGIONS: Final = ("US", "GB", "DE", "FR", "IT", "ES", "NL", "BR", "PL", "SE")
 
+#: Characters of the part before the @ (RFC 5321, section 4.5.3.1.1).
+_LOCAL: Final = 64
 # The characters of RFC 5321's local part that people use, but a quote before it is the text's;
 # bounded, so that a long line without an address takes linear time.
 _EMAIL: Final = re.compile(
@@ -58,6 +60,10 @@ _WRITTEN: Final = re.compile(
     r"|\(0\d{1,4}\)[ /-]?\d[\d -]*|0\d{1,4}[ /-]\d[\d -]*|0\d{9,10}"
     r"|(?:\(\d\d\)|\d\d) 9?\d{4}-\d{4}",
     re.IGNORECASE,
+)
+# Of these forms each number is possible in the US, as phonenumbers sees it, which takes its time.
+_NORTH_AMERICAN: Final = re.compile(
+    r"(?:\([2-9]\d\d\) ?\d{3}|[2-9]\d\d([.-])\d{3}\1|[2-9]\d\d \d{3})-?\d{4}", re.ASCII
 )
 _DECIMAL: Final = re.compile(r"\d+\.\d+(?:[ /()-]|$)|\d\.\d")
 _DATE: Final = re.compile(
@@ -141,13 +147,15 @@ _LETTERS: Final = (
     r"|[a-z]{6}[\dl-np-v]{2}[a-ehlmpr-t][\dl-np-v]{2}[a-z][\dl-np-v]{3}[a-z])\b))"
 )
 _ADDRESS: Final = r"(?i:\d\.\d{1,3}\.\d{1,3}\.\d|[\da-f]:[\da-f]{0,4}:|::[\da-f])"
+#: Without a match of one of these, or an @, a text holds nothing that is found here.
+LOOKS: Final = (_NUMBER, _LETTERS, _ADDRESS)
 
 
 @cache
 def _looks() -> tuple[Any, ...]:
     import re2
 
-    patterns = (rf"{_NUMBER}|{_LETTERS}|{_ADDRESS}", _NUMBER, _LETTERS, _ADDRESS)
+    patterns = ("|".join(LOOKS), *LOOKS)
     return tuple(re2.compile(pattern.encode()) for pattern in patterns)
 
 
@@ -188,9 +196,7 @@ class PersonalDataDetector:
 
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what is found."""
-        if "@" in text:
-            for match in _EMAIL.finditer(text):
-                yield Finding("e-mail", *match.span())
+        yield from _emails(text)
         data = text.encode("utf-8", "surrogatepass")
         anything, number, letters, address = _looks()
         if not anything.search(data):
@@ -239,6 +245,8 @@ class PersonalDataDetector:
             return True
         if not _WRITTEN.fullmatch(number):
             return False
+        if _NORTH_AMERICAN.fullmatch(number) and "US" in self._regions:
+            return True
         import phonenumbers  # late, for it is large
 
         bare = number.lstrip("(")
@@ -256,6 +264,18 @@ class PersonalDataDetector:
             if known(parsed):
                 return True
         return False
+
+
+def _emails(text: str) -> Iterator[Finding]:
+    position, at = 0, text.find("@")
+    while at >= 0:
+        # It begins so near before its @ that all before need not be looked through.
+        match = _EMAIL.search(text, max(position, at - _LOCAL))
+        if match is None:
+            return
+        yield Finding("e-mail", *match.span())
+        position = match.end()
+        at = text.find("@", position)
 
 
 def _is_ipv4(text: str) -> bool:

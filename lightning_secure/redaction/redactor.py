@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,13 +14,14 @@ from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.detectors import (
     AssignmentDetector,
     Detector,
+    Finding,
     KeyNameDetector,
     PatternDetector,
     PersonalDataDetector,
     SecretDetector,
 )
 
-__all__ = ["REDACTED", "Redactor"]
+__all__ = ["REDACTED", "Redactor", "without"]
 
 log = logging.getLogger(__name__)
 
@@ -176,15 +177,9 @@ class Redactor:
                     self._clean.clear()
                 self._clean.add(text)
             return text
-        pieces, position = [], 0
-        for rule, start, end in sorted(found, key=lambda finding: (finding.start, -finding.end)):
-            if (start < position and end <= position) or text[start:end] == REDACTED:
-                continue
-            if start >= position:
-                pieces += [text[position:start], REDACTED]
-                self.counts[rule] += 1
-            position = end
-        return "".join([*pieces, text[position:]])
+        clean, taken = without(text, found)
+        self.counts.update(taken)
+        return clean
 
     def _dropped(self, what: str) -> str:
         """Return what stands for a value that could not be checked."""
@@ -197,3 +192,19 @@ class Redactor:
         self.counts[f"{what}-failed"] += 1
         log.warning("a value could not be checked (%s failed) and was dropped", what)
         return REDACTED
+
+
+def without(text: str, findings: Iterable[Finding]) -> tuple[str, list[str]]:
+    """Return ``text`` with every finding replaced, and the rules that each replacement is due to.
+
+    Of findings that overlap, all is taken out and the one that begins first counts.
+    """
+    pieces, position, rules = [], 0, []
+    for rule, start, end in sorted(findings, key=lambda finding: (finding.start, -finding.end)):
+        if (start < position and end <= position) or text[start:end] == REDACTED:
+            continue
+        if start >= position:
+            pieces += [text[position:start], REDACTED]
+            rules.append(rule)
+        position = end
+    return "".join([*pieces, text[position:]]), rules

@@ -71,6 +71,11 @@ class RuleSet:
         if called:
             self._keywords.make_automaton()
 
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """Every rule's expression, in RE2's syntax."""
+        return tuple(rule.regex for rule, _ in self._rules)
+
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what the rules find, each to the end of the word that it is part of."""
         numbers: set[int] = set()

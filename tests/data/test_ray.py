@@ -210,11 +210,18 @@ def test_no_key_travels_to_the_workers(tmp_path, keys):
 
 
 def test_rows_are_anonymised_on_the_workers(tmp_path, keys):
-    plan = AnonymizationPlan({"s": Suppress(), "y": Keep()})
+    plan = AnonymizationPlan({"s": Suppress(), "y": Keep()}, quasi_identifiers=["y"])
     write(sink(tmp_path, keys, anonymize=plan), PARTS)
     entry = EncryptedShardDataset(tmp_path, split="train", keys=keys).entry
     assert [column["name"] for column in entry.schema] == ["y"]
-    assert entry.attributes == {"anonymize.s": "suppress", "anonymize.y": "keep"}
+    data = EncryptedShardDataset(tmp_path, split="train", keys=keys)
+    report = data.anonymization_report
+    assert data.attributes.items() >= {"anonymize.s": "suppress", "anonymize.y": "keep"}.items()
+    assert entry.attributes["anonymization.report.sha256"] == report.digest
+    # Each worker sees its own rows only: what adds up is known, and k is not.
+    assert (report.rows, report.unseen, report.k_anonymity) == (len(data), 0, None)
+    assert report.columns["y"].inspected == len(data)
+    assert "several workers" in report.unknown
     with pytest.raises(DataError, match="holds text"):
         write(sink(tmp_path / "2", keys, anonymize=AnonymizationPlan({})), PARTS)
 

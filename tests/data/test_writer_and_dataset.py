@@ -437,7 +437,7 @@ def test_identities_are_changed_before_they_are_sealed(tmp_path, keys):
     assert [int(row["year"]) for row in data] == [1980, 1990]
     assert "name" not in data[0]
     remarks = {"anonymize.name": "suppress", "anonymize.year": "generalize(width=10)"}
-    assert data.entry.attributes == remarks
+    assert data.entry.attributes.items() >= remarks.items()
 
 
 def test_nothing_in_the_clear_reaches_the_disk(tmp_path, keys):

@@ -119,3 +119,21 @@ def test_the_libraries_are_not_imported_before_they_are_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n[]\n"
+
+
+PIECES = (
+    "jo", "@", "x.org", ".", " ", "a" * 63, "a" * 64, "a" * 70, "'", "%", "-", "b.c", "é", "\n",
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_looking_near_the_signs_finds_the_addresses_that_looking_everywhere_finds(text):
+    near = [(found.start, found.end) for found in personal._emails(text)]
+    assert near == [match.span() for match in personal._EMAIL.finditer(text)]
+
+
+@given(st.from_regex(personal._NORTH_AMERICAN, fullmatch=True))
+def test_what_is_written_as_in_north_america_is_possible_there(number):
+    import phonenumbers
+
+    assert phonenumbers.is_possible_number(phonenumbers.parse(number, "US"))

@@ -58,6 +58,10 @@ class Source(ABC):
         """Return the source as it must come to be changed by ``plan``."""
         return self
 
+    def shown(self, plan: AnonymizationPlan) -> Source:
+        """Return the source as it must come to be looked at with ``plan``."""
+        return self.planned(plan)
+
 
 def gathered(rows: Iterable[Mapping[str, Any]], *, first_row: int) -> Iterator[Batch]:
     """Yield columns of many rows each, out of rows one by one.

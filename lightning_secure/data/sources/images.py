@@ -45,7 +45,8 @@ class ImageFolderSource(Source):
         No EXIF (so no place, time or device), XMP, IPTC, comment, thumbnail, colour profile or
         appended data is sealed. Decoded pictures have none. JPEG and PNG bytes lose them without
         being encoded again, see :mod:`lightning_secure.data.sources.metadata`, and are opened by
-        Pillow afterwards to see that nothing is left; other formats are refused as bytes.
+        Pillow afterwards to see that nothing is left; other formats are refused as bytes. What is
+        hidden within the coded pixels stays in bytes, and goes with ``decode``.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class ImageFolderSource(Source):
                 left |= {str(tag) for tag in image.getexif()} - {str(_ORIENTATION)}
         except DataError:
             raise _unreadable(
-                number, "only JPEG and PNG lose their metadata as bytes; pass decode=True"
+                number, "it is no JPEG or PNG that can be taken apart as bytes; pass decode=True"
             ) from None
         except Exception:  # noqa: BLE001 # Pillow's decoders raise what they like
             left = {"damage"}

@@ -7,6 +7,7 @@ by which device, when, by whom and with which thumbnail all lie in parts that ar
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Final
 
 from lightning_secure.errors import DataError
@@ -14,21 +15,29 @@ from lightning_secure.errors import DataError
 __all__ = ["strip_metadata"]
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
-#: What decides how pixels come out. Colour profiles (iCCP) are not: they hold text of their own.
+#: What decides how pixels come out, with the bytes that each may have. Colour profiles (iCCP) are
+#: not on the list: they hold text of their own.
 _PNG_CHUNKS: Final = {
-    b"IHDR",
-    b"PLTE",
-    b"IDAT",
-    b"IEND",
-    b"tRNS",
-    b"gAMA",
-    b"cHRM",
-    b"sRGB",
-    b"sBIT",
+    b"IHDR": range(13, 14),
+    b"PLTE": range(3, 769),
+    b"tRNS": range(1, 257),
+    b"gAMA": range(4, 5),
+    b"cHRM": range(32, 33),
+    b"sRGB": range(1, 2),
+    b"sBIT": range(1, 5),
+    b"IEND": range(1),
 }
+#: Samples of a pixel by the colour type in the header.
+_PNG_SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+#: First column and row of each pass of an interlaced picture, and their distances.
+_PNG_PASSES: Final = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # fmt: skip
+_PIECE: Final = 2**20
 _STANDALONE: Final = {0x01, *range(0xD0, 0xD8)}
 #: Tables and frames; JFIF (APP0) and Adobe's colour transform (APP14) are handled on their own.
-_JPEG_PARTS: Final = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, *(n for n in range(0xC0, 0xD0))}
+_JPEG_PARTS: Final = {0xC4, 0xCC, 0xDB, 0xDD, *(n for n in range(0xC0, 0xD0))}
 
 
 def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
@@ -39,6 +48,9 @@ def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
         orientation: EXIF's number of how the picture is to be turned, 1 to 8. If it is not 1, a
             JPEG gets a fresh EXIF part with this number and nothing else, so that it is still
             shown the right way up.
+
+    What somebody has hidden in the coded pixels themselves stays: in their lowest bits, in tables
+    and palette entries that no pixel needs, behind the last block of a JPEG's scan.
 
     Raises:
         DataError: It is neither, or damaged.
@@ -61,7 +73,8 @@ def _unknown() -> DataError:
 
 
 def _png(data: bytes) -> bytes:
-    out = bytearray(_PNG)
+    before, pixels, after = bytearray(_PNG), bytearray(), bytearray()
+    header, seen = b"", set()
     position = 8
     while True:
         (length,) = struct.unpack_from(">I", data, position)
@@ -69,11 +82,62 @@ def _png(data: bytes) -> bytes:
         end = position + 12 + length
         if end > len(data):
             raise _unknown()
-        if kind in _PNG_CHUNKS:
-            out += data[position:end]
+        body = data[position + 8 : end - 4]
+        if kind == b"IDAT":
+            pixels += body
+        elif kind in _PNG_CHUNKS:
+            if length not in _PNG_CHUNKS[kind] or kind in seen:
+                raise _unknown()
+            seen.add(kind)
+            header = body if kind == b"IHDR" else header
+            # A palette of a picture without one is for old displays only.
+            if kind not in (b"PLTE", b"tRNS") or _wanted(kind, body, header):
+                (after if pixels else before).extend(data[position:end])
         if kind == b"IEND":
-            return bytes(out)
+            return bytes(before + _chunk(b"IDAT", _stream(bytes(pixels), header)) + after)
         position = end
+
+
+def _wanted(kind: bytes, body: bytes, header: bytes) -> bool:
+    colour = header[9]
+    if kind == b"PLTE":
+        return colour == 3
+    if colour in (0, 2) and len(body) != 2 * _PNG_SAMPLES[colour]:
+        raise _unknown()
+    return colour in (0, 2, 3)
+
+
+def _stream(pixels: bytes, header: bytes) -> bytes:
+    """Return the compressed pixels without what lies behind them; there must be no more of them."""
+    inflate = zlib.decompressobj()
+    found, rest = 0, pixels
+    try:
+        while not inflate.eof and found <= _png_size(header):
+            piece = inflate.decompress(rest, _PIECE)
+            found, rest = found + len(piece), inflate.unconsumed_tail
+            if not piece and not rest:
+                break
+    except zlib.error:
+        found = -1
+    if not inflate.eof or found != _png_size(header):
+        raise _unknown()
+    return pixels[: len(pixels) - len(inflate.unused_data)]
+
+
+def _png_size(header: bytes) -> int:
+    """Return the bytes of all rows, each with its filter."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * _PNG_SAMPLES.get(colour, 0)
+    total = 0
+    for x, y, across, down in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _jpeg(data: bytes, orientation: int) -> bytes:

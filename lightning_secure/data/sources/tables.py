@@ -133,6 +133,12 @@ class TableSource(Source):
         }
         return self
 
+    def shown(self, plan: AnonymizationPlan) -> Source:
+        """Return the source with dates left as dates, also those that ``plan`` forgets."""
+        self.planned(plan)
+        self._dates = dict.fromkeys(self._types, True)
+        return self
+
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the rows; those before ``start`` are read and thrown away."""
         row = passed = 0

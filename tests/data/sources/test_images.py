@@ -55,6 +55,93 @@ def png() -> bytes:
     return out.getvalue() + SECRET
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    found, position = [], 8
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        found.append(
+            (data[position + 4 : position + 8], data[position + 8 : position + 8 + length])
+        )
+        position += 12 + length
+    return found
+
+
+def with_chunks(change) -> bytes:
+    """Return a plain PNG whose chunks were changed."""
+    parts = chunks(strip_metadata(png()))
+    return png()[:8] + b"".join(chunk(kind, body) for kind, body in change(parts))
+
+
+def after_header(kind: bytes, body: bytes):
+    return lambda parts: [parts[0], (kind, body), *parts[1:]]
+
+
+RAW = zlib.decompress(dict(chunks(strip_metadata(png())))[b"IDAT"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # What a cropped screenshot leaves behind its pixels.
+        lambda parts: [(k, b + SECRET if k == b"IDAT" else b) for k, b in parts],
+        lambda parts: [*parts[:-1], (b"IDAT", SECRET), parts[-1]],
+        # More rows than the picture has, and chunks that are longer than they may be.
+        lambda parts: [parts[0], (b"IDAT", zlib.compress(RAW + SECRET, 0)), parts[-1]],
+        lambda parts: [*parts[:-1], (b"IEND", SECRET)],
+        after_header(b"PLTE", SECRET.ljust(30)),
+        *(
+            after_header(kind, start + SECRET)
+            for kind, start in (
+                (b"tRNS", b""), (b"gAMA", b"\0\0\xb1\x8f"), (b"sBIT", b"\x08\x08\x08"),
+                (b"cHRM", bytes(32)), (b"sRGB", b"\0"), (b"pHYs", bytes(9)), (b"tIME", b""),
+            )
+        ),
+        lambda parts: [parts[0], (b"gAMA", b"\0\0\xb1\x8f"), (b"gAMA", SECRET[:4]), *parts[1:]],
+    ],
+)  # fmt: skip
+def test_what_is_hidden_beside_the_pixels_of_a_png_goes_or_is_refused(change):
+    data = with_chunks(change)
+    assert b"Ada" in data
+    try:
+        bare = strip_metadata(data)
+    except DataError:
+        return
+    assert b"Ada" not in bare
+    assert np.array_equal(np.asarray(opened(bare)), PIXELS)
+
+
+def adam7(pixels) -> bytes:
+    """Return an interlaced PNG, which Pillow does not write."""
+    height, width, _ = pixels.shape
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+              (0, 1, 1, 2))  # fmt: skip
+    rows = [pixels[y::down, x::across] for x, y, across, down in passes]
+    raw = b"".join(b"\0" + row.tobytes() for part in rows if part.size for row in part)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    return png()[:8] + b"".join(chunk(kind, body) for kind, body in parts)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (9, 3), (24, 40)])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "adam7"])
+def test_every_kind_of_png_stays_as_it_looks(size, mode):
+    pixels = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    transparent = {"transparency": 0} if mode in ("L", "P") else {}
+    Image.fromarray(pixels).convert(mode if mode != "adam7" else "RGB").save(
+        out, "PNG", **transparent
+    )
+    data = adam7(pixels) if mode == "adam7" else out.getvalue()
+    bare = strip_metadata(data)
+    assert np.array_equal(np.asarray(opened(bare)), np.asarray(opened(data)))
+    assert opened(bare).info.get("transparency") == opened(data).info.get("transparency")
+    assert strip_metadata(bare) == bare
+
+
 def opened(data: bytes):
     return Image.open(io.BytesIO(data))
 
@@ -84,8 +171,10 @@ def test_a_turned_picture_stays_turned_and_tells_nothing_else():
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"GIF89a", jpeg()[:200], jpeg()[:-60], png()[:100], b"\xff\xd8\xff", jpeg()[:30] + b"x"],
-)
+    [b"", b"GIF89a", png()[:8] + chunk(b"PLTE", b"abc"), with_chunks(lambda parts: parts[1:]),
+     with_chunks(lambda parts: [parts[0], parts[-1]]), jpeg()[:200], jpeg()[:-60], png()[:100],
+     b"\xff\xd8\xff", jpeg()[:30] + b"x"],
+)  # fmt: skip
 def test_what_cannot_be_taken_apart_is_refused(data):
     with pytest.raises(DataError, match="no JPEG or PNG"):
         strip_metadata(data[: data.rfind(b"\xff\xd9")] if data[-5:] == b"ward 7" else data)

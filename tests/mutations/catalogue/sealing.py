@@ -39,7 +39,7 @@ CATALOGUE = [
     Mutation(
         "rows that were sealed before are sealed again",
         "data/seal.py",
-        "for columns in source.batches(writer.records):",
+        "for columns in source.batches(writer.records - writer.unseen):",
         "for columns in source.batches():",
         f"{RESUME} -k goes_on_from_the_last",
     ),

@@ -121,9 +121,9 @@ CATALOGUE = [
     ),
     Mutation(
         "text that nobody decided about is sealed",
-        "redaction/anonymize.py",
-        "if _holds_text(values):",
+        "redaction/anonymize/plan.py",
+        "if strict and holds_text(values):",
         "if False:",
-        "tests/redaction/test_anonymize.py",
+        "tests/redaction/anonymize/test_plan.py -k nobody_decided",
     ),
 ]

@@ -151,3 +151,54 @@ def test_what_was_done_is_described_without_values(keys):
         "c": "generalize(width=5)",
         "d": "keep",
     }
+
+
+def test_bins():
+    bins = Generalize(bins=[18, 40, 65.5])
+    assert applied({"age": bins}, None, age=[-1, 17.9, 18, 39, 40, 65.5, 1e300])["age"] == [
+        0, 0, 1, 1, 2, 3, 3,
+    ]  # fmt: skip
+    assert bins.describe() == "generalize(bins=[18, 40, 65.5])"
+    edges = [1.0]
+    frozen = Generalize(bins=edges)
+    edges.append(0.0)
+    assert frozen.bins == (1.0,)
+    with pytest.raises(DataError, match="'age': a NaN lies in no bin"):
+        applied({"age": bins}, None, age=[float("nan")])
+
+
+@pytest.mark.parametrize(
+    "bins", [[], [1, 1], [2, 1], ["a"], [float("nan")], [float("inf")], "12", [True], 7, b"a"]
+)
+def test_edges_are_ascending_numbers(bins):
+    with pytest.raises(ConfigError, match=r"bins="):
+        Generalize(bins=bins)
+
+
+def test_keep_leaves_an_array_an_array(keys):
+    values = np.arange(3, dtype="float32")
+    assert applied({"x": Keep()}, keys, x=values)["x"] is values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quasi_identifiers": "zip"},
+        {"quasi_identifiers": ["zip", 7]},
+        {"quasi_identifiers": ["zip", "zip"]},
+        {"quasi_identifiers": ["zip"], "sensitive": ["zip"]},
+        {"sensitive": ["dx"]},
+    ],
+)
+def test_columns_that_tell_rows_apart_are_named_once(options):
+    with pytest.raises(ConfigError):
+        AnonymizationPlan({}, **options)
+
+
+def test_a_renamed_column_does_not_leave_k_unmeasured(keys):
+    for plan in (
+        AnonymizationPlan({}, quasi_identifiers=["zip"]),
+        AnonymizationPlan({}, quasi_identifiers=["n"], sensitive=["zip"]),
+    ):
+        with pytest.raises(DataError, match=r"'zip'.*renamed"):
+            plan.bind(keys).apply({"n": np.zeros(2), "zip_code": np.zeros(2)})

@@ -1,0 +1,171 @@
+"""What the detectors find in the values of one column."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from lightning_secure.redaction.detectors import (
+    AssignmentDetector,
+    Detector,
+    Finding,
+    KeyNameDetector,
+    PatternDetector,
+    PersonalDataDetector,
+    SecretDetector,
+)
+from lightning_secure.redaction.redactor import REDACTED, without
+from lightning_secure.redaction.screening import ASSIGNED, PERSONAL, SECRET, screened
+
+__all__ = ["Found", "Look"]
+
+#: What is found in a picture's bytes besides the picture.
+_METADATA: Final = (
+    b"Exif\0\0", b"http://ns.adobe.com/xap", b"Photoshop 3.0", b"tEXt", b"zTXt", b"iTXt", b"eXIf",
+)  # fmt: skip
+_PICTURES: Final = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"RIFF")
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+#: A number with fewer digits is nobody's telephone, card or national number.
+_LEAST: Final = 10**6
+_SHORT: Final = 64
+_REMEMBERED: Final = 4096
+
+
+@dataclass
+class Found:
+    """What was found in some values of a column.
+
+    Attributes:
+        inspected: How many values were looked at.
+        rules: In how many of them each rule found something; never what.
+    """
+
+    inspected: int = 0
+    rules: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Found) -> None:
+        """Count what was found in further values."""
+        self.inspected += other.inspected
+        self.rules.update(other.rules)
+
+
+class Look:
+    """Looks through the values of one column, many at a time.
+
+    Args:
+        name: The column's. It counts as a word before each value, so that ``555 1234`` below
+            ``phone`` is a telephone number; below the name of a secret, every value is one.
+        extra_patterns: Regular expressions of the user's, see :class:`Redactor`.
+        extra_rules: A file of the user's rules, see :class:`Redactor`.
+    """
+
+    def __init__(
+        self, name: str, *, extra_patterns: Sequence[str] = (), extra_rules: str | None = None
+    ) -> None:
+        self._secret = KeyNameDetector().matches(name)
+        self._before = f"{name}: "
+        # Short values that need a look and hold nothing, such as dates, which come again.
+        self._clean: set[str] = set()
+        secrets = SecretDetector(extra_rules)
+        self._personal = PersonalDataDetector()
+        self._kinds: list[tuple[int, Detector]] = [(ASSIGNED, AssignmentDetector())]
+        # What the screen does not know looks at every text.
+        self._extra: list[Detector] = [
+            PatternDetector(f"extra-{i}", pattern) for i, pattern in enumerate(extra_patterns)
+        ]
+        if extra_rules is None:
+            self._kinds.append((SECRET, secrets))
+        else:
+            self._extra.append(secrets)
+
+    def inspected(self, values: Sequence[Any]) -> Found:
+        """Return what is in ``values``: texts, pictures' bytes, or an array of whole numbers."""
+        dtype = str(getattr(values, "dtype", "object"))
+        if "int" in dtype:
+            host: Any = values
+            numbers = np.asarray(host.cpu() if hasattr(host, "cpu") else host)
+            if numbers.ndim != 1:
+                return Found()
+            chosen = numbers[(numbers >= _LEAST) | (numbers <= -_LEAST)].tolist()
+            return Found(len(values), self._texts([str(number) for number in chosen])[1])
+        if "float" in dtype or "bool" in dtype:
+            return Found()
+        texts = [_text_of(value) for value in values]
+        found = Found(len(texts), self._texts(texts)[1]) if any(texts) else Found()
+        pictures = sum(isinstance(value, bytes) for value in values)
+        if pictures:
+            marked = sum(isinstance(value, bytes) and _has_metadata(value) for value in values)
+            found.add(Found(pictures, Counter({"image-metadata": marked} if marked else {})))
+        return found
+
+    def redacted(self, values: Sequence[str]) -> tuple[list[str], Found]:
+        """Return texts without what is found in them, and what that was."""
+        changed, rules = self._texts(values)
+        return [changed.get(i, text) for i, text in enumerate(values)], Found(len(values), rules)
+
+    def _texts(self, values: Sequence[str]) -> tuple[Mapping[int, str], Counter[str]]:
+        """Return the changed ones by position, and how many each rule found something in."""
+        rules: Counter[str] = Counter()
+        changed: dict[int, str] = {}
+        if self._secret:
+            changed = {i: REDACTED for i, text in enumerate(values) if text}
+            return changed, Counter({"secret-name": len(changed)} if changed else {})
+        screen: Mapping[int, int] = screened(values)
+        if self._extra:
+            screen = {i: screen.get(i, 0) for i in range(len(values))}
+        for i, text in enumerate(values) if not _encodable(values) else ():
+            if _SURROGATE.search(text):
+                changed[i] = REDACTED
+                rules["encoding-failed"] += 1
+        for i, kinds in screen.items():
+            text = values[i]
+            if i in changed or text in self._clean:
+                continue
+            try:
+                found = self._find(text, kinds)
+            except Exception:  # noqa: BLE001 # whatever it is, the text was not checked
+                changed[i] = REDACTED
+                rules["detector-failed"] += 1
+                continue
+            if found:
+                changed[i], taken = without(text, found)
+                rules.update(set(taken))
+            elif len(text) <= _SHORT and len(self._clean) < _REMEMBERED:
+                self._clean.add(text)
+        return changed, rules
+
+    def _find(self, text: str, kinds: int) -> list[Finding]:
+        found = [f for kind, detector in self._kinds if kinds & kind for f in detector.find(text)]
+        found += [f for detector in self._extra for f in detector.find(text)]
+        if kinds & PERSONAL:
+            cut = len(self._before)
+            found += [
+                Finding(rule, max(0, start - cut), end - cut)
+                for rule, start, end in self._personal.find(self._before + text)
+                if end > cut
+            ]
+        return found
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return str(value) if whole and abs(value) >= _LEAST else ""
+
+
+def _encodable(values: Sequence[str]) -> bool:
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _has_metadata(data: bytes) -> bool:
+    return data.startswith(_PICTURES) and any(mark in data for mark in _METADATA)

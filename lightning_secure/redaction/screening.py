@@ -1,0 +1,130 @@
+"""Which of many texts need to be looked at: one pass over all of them, and most need not.
+
+The detectors look at one text after another, and most of their time goes into texts in which there
+is nothing. Here RE2 goes once through all texts, joined, with expressions that match at least
+wherever a detector finds something; the detectors then look at those texts only, each kind at its
+own. A test holds that no finding is lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+
+from lightning_secure.redaction.names import STEMS
+from lightning_secure.redaction.personal import LOOKS
+from lightning_secure.redaction.rules import built_in_rules
+
+__all__ = ["ASSIGNED", "PERSONAL", "SECRET", "screened"]
+
+#: What a text may hold, as bits: personal data, the format of a secret, a value after its name.
+PERSONAL: Final = 1
+SECRET: Final = 2
+ASSIGNED: Final = 4
+
+# Between texts. The rules take a line's end for a text's; none of them takes the mark.
+_MARK: Final = "\x1e"
+_BETWEEN: Final = f"\n{_MARK}\n"
+
+# Letters of a name may have anything between them but letters and digits (se_cret).
+_GAP: Final = r"[^a-z0-9\x1e]*"
+_STEM: Final = "(?:" + "|".join(_GAP.join(stem) for stem in STEMS) + ")"
+#: At least what `secret_values` finds, form by form, as it names them.
+_ASSIGNMENTS: Final = "(?i:" + "|".join((
+    # A sign behind the name.
+    _STEM + r"""[^\x1e\n,;{}()"'`<>=:&?|%]*[\\"'`\] \t]*(?:[:=>]|%3)""",
+    # _FLAG, _SHELL, _ENTRY and _ELEMENT: something before it.
+    r"[^\w./-]-[^\s\x1e]*" + _STEM,
+    r"(?:env|arg)[ \t]+[^\s\x1e]*" + _STEM,
+    r"[:=][^\w\x1e]*[^\s\x1e]*" + _STEM,
+    r"<[^\x1e<>]*" + _STEM,
+    # _PROSE, _NETRC, _CURL and _BEARER; what is space there may be none to RE2.
+    r"(?:pass(?:word|phrase|code)|pwd)[^\w\x1e]+(?:is|was)",
+    r"login[^\w\x1e][^\x1e]*password",
+    r"(?:-u|user)[ =]+[^\s\x1e]+:",
+    r"bearer[^\w\x1e]",
+)) + ")"  # fmt: skip
+_ADDRESSES: Final = r"://[^/\s?#'\"]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
+
+
+def screened(texts: Sequence[str]) -> dict[int, int]:
+    """Return which of ``texts`` may hold something, by position, with bits that say what.
+
+    Guarantees:
+        A text that is not named, or without a bit, holds nothing of that kind for the detectors
+        with their own rules. Time is linear in the length of all texts together.
+    """
+    if not texts:
+        return {}
+    texts = list(texts)
+    found: dict[int, int] = {}
+    joined = _BETWEEN.join(["", *texts, ""])
+    if joined.count(_MARK) != len(texts) + 1:
+        for position, text in enumerate(texts):
+            if _MARK in text:
+                found[position] = PERSONAL | SECRET | ASSIGNED
+                texts[position] = ""
+        joined = _BETWEEN.join(["", *texts, ""])
+    data = joined.encode("utf-8", "surrogatepass")
+    letters = b"" if data.isascii() else data.translate(None, bytes(range(0x80)))
+    if _odd().search("".join(set(letters.decode("utf-8", "surrogatepass")))):
+        for position, text in enumerate(texts):
+            if not text.isascii() and _odd().search(text):
+                found[position] = found.get(position, 0) | ASSIGNED
+    marks = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(_MARK))
+    for kind, pattern in _patterns():
+        # A match may begin in one text and end in the next, and hide what begins there.
+        spans = [match.span() for match in pattern.finditer(data)]
+        for first, last in np.searchsorted(marks, spans).tolist() if spans else ():
+            for position in range(max(0, first - 1), min(len(texts), last)):
+                found[position] = found.get(position, 0) | kind
+    return found
+
+
+@cache
+def _patterns() -> tuple[tuple[int, Any], ...]:
+    # One expression for all kinds would need more states than RE2 has memory for.
+    return (
+        (PERSONAL, _compiled(["@", *LOOKS])),
+        (SECRET, _compiled([_ADDRESSES, *built_in_rules().expressions])),
+        (ASSIGNED, _compiled([_ASSIGNMENTS])),
+    )
+
+
+def _compiled(patterns: Iterable[str]) -> Any:
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False  # a text that needs too many states is looked through more slowly
+    options.never_capture = True  # where a match lies is enough, and found much faster
+    options.max_mem = 64 * 2**20
+    return re2.compile("|".join(f"(?:{pattern})" for pattern in patterns).encode(), options)
+
+
+@cache
+def _odd() -> re.Pattern[str]:
+    """Return what matches a character that may become ASCII, as the ligature of f and i does."""
+    # Nothing but the characters that are known to stay what they are.
+    blocks = (range(0x80, 0xD800), range(0xE000, 0x10000), range(0x1F300, 0x1FB00))
+    ranges: list[list[int]] = [[0, 0x7F]]
+    for code in itertools.chain(*blocks):
+        letter = chr(code)
+        if unicodedata.category(letter)[0] == "M" or _ASCII.search(
+            unicodedata.normalize("NFKC", letter).lower()
+        ):
+            continue
+        if ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    plain = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+    return re.compile(f"[^{plain}]")
+
+
+_ASCII: Final = re.compile("[a-z0-9]")

@@ -1,0 +1,61 @@
+"""What is done to columns before they are sealed, and what is said of it."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+KEYED = "tests/redaction/anonymize/test_keyed.py"
+REPORT = "tests/data/test_anonymization_report.py"
+
+CATALOGUE = [
+    Mutation(
+        "an altered token is taken",
+        "redaction/anonymize/keyed.py",
+        "value = found if self.of(found, generation=generation) == token else None",
+        "value = found",
+        f"{KEYED} -k tampered",
+    ),
+    Mutation(
+        "pseudonyms of two domains can be linked",
+        "redaction/anonymize/keyed.py",
+        'purpose = f"pseudonym/{self._domain}"',
+        'purpose = "pseudonym"',
+        f"{KEYED} -k linked",
+    ),
+    Mutation(
+        "rows of before an interruption are missing in the report and nobody is told",
+        "data/seal.py",
+        "    writer.recount({name: values[:again] for name, values in columns.items()})\n",
+        "    writer._pending.unseen -= again\n",
+        f"{REPORT} -k report_of_all_rows",
+    ),
+    Mutation(
+        "rows that were refused hide others in the report",
+        "data/pending.py",
+        "        return applied.columns, self._tally.prepared(columns, applied, rows=rows)\n",
+        "        self._count(self._tally.prepared(columns, applied, rows=rows))\n"
+        "        return applied.columns, None\n",
+        f"{REPORT} -k refused_do_not_count",
+    ),
+    Mutation(
+        "a class is larger than it is, because 1 and True are equal",
+        "redaction/anonymize/classes.py",
+        "        return type(value), value\n",
+        "        return int, value\n",
+        "tests/redaction/anonymize/test_classes.py -k takes_for_equal",
+    ),
+    Mutation(
+        "what ends a text ends no match, and is lost",
+        "redaction/screening.py",
+        '_BETWEEN: Final = f"\\n{_MARK}\\n"',
+        "_BETWEEN: Final = _MARK",
+        "tests/redaction/test_screening.py -k end_to_end",
+    ),
+    Mutation(
+        "what lies behind the pixels of a PNG is sealed",
+        "data/sources/metadata.py",
+        "    return pixels[: len(pixels) - len(inflate.unused_data)]\n",
+        "    return pixels\n",
+        "tests/data/sources/test_images.py -k hidden_beside",
+    ),
+]
