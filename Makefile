@@ -16,7 +16,7 @@ help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
 	@echo "make test   the whole test suite, with its coverage"
 	@echo "make mutations   known weaknesses, put back one by one: each must turn a test red"
-	@echo "make services   what some tests need beyond Python's packages (softhsm2, by apt-get)"
+	@echo "make services   what some tests need beyond Python's packages (softhsm2, postgresql, by apt-get)"
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers redaction-peers   the libraries that benchmarks compare with, in environments of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
@@ -70,11 +70,11 @@ redaction-peers: $(REDACTION_PEERS)/.installed
 
 # The other services that tests start (OpenBao, moto) come with the dev extra.
 services:
-	@command -v softhsm2-util >/dev/null || { \
+	@{ command -v softhsm2-util && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 || { \
 	  if [ "$$(id -u)" = 0 ]; then run="env"; else run="sudo -n env"; fi; \
 	  $$run apt-get update -qq && \
-	  $$run DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends softhsm2 >/dev/null; } || \
-	  { echo "softhsm2 is missing; as root: apt-get update && apt-get install softhsm2"; exit 1; }
+	  $$run DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends softhsm2 postgresql >/dev/null; } || \
+	  { echo "softhsm2 or postgresql is missing; as root: apt-get update && apt-get install softhsm2 postgresql"; exit 1; }
 
 bench-data: $(INSTALLED) $(PEERS)/.installed
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/shards.py --peers $(PEERS) $(ARGS)

@@ -75,8 +75,10 @@ if TYPE_CHECKING:
         Tokens,
     )
     from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
+    from lightning_secure.redaction.encrypted import decrypt_artifacts, open_artifact
     from lightning_secure.redaction.logs import RedactingFilter
     from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
+    from lightning_secure.redaction.policy import RedactionPolicy
     from lightning_secure.redaction.redactor import Redactor
     from lightning_secure.strategies.ddp import PrivateDDPStrategy
     from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
@@ -133,6 +135,7 @@ __all__ = [
     "RedactingLogger",
     "RedactingMLFlowLogger",
     "RedactingSaveConfigCallback",
+    "RedactionPolicy",
     "Redactor",
     "RemoteStorage",
     "RowMean",
@@ -149,11 +152,13 @@ __all__ = [
     "__version__",
     "add_recipient",
     "collect_garbage",
+    "decrypt_artifacts",
     "enforce_mlflow_redaction",
     "erase_shard",
     "erase_subject",
     "finish_erasure",
     "load_encrypted_checkpoint",
+    "open_artifact",
     "register_strategies",
     "remove_recipient",
     "rotate_data",
@@ -213,6 +218,7 @@ _HOMES = {
     "RedactingLogger": "loggers.redacting",
     "RedactingMLFlowLogger": "loggers.mlflow",
     "RedactingSaveConfigCallback": "callbacks.save_config",
+    "RedactionPolicy": "redaction.policy",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
     "RowMean": "privacy.released.steps",
@@ -228,11 +234,13 @@ _HOMES = {
     "WriteWatch": "redaction.canary",
     "add_recipient": "data.rotation",
     "collect_garbage": "data.leftovers",
+    "decrypt_artifacts": "redaction.encrypted",
     "enforce_mlflow_redaction": "redaction.mlflow_store.enforce",
     "erase_shard": "data.erasure",
     "erase_subject": "data.erasure",
     "finish_erasure": "data.finishing",
     "load_encrypted_checkpoint": "plugins.checkpoint",
+    "open_artifact": "redaction.encrypted",
     "register_strategies": "strategies.registry",
     "remove_recipient": "data.rotation",
     "rotate_data": "data.rotation",

@@ -20,7 +20,9 @@ from hypothesis import settings
 
 from lightning_secure import events
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.redaction.mlflow_store import enforce
+from lightning_secure.redaction import tally
+from lightning_secure.redaction.mlflow_store import enforce, transport
+from lightning_secure.redaction.policy import Rules
 
 REQUIRE_SERVICES = "LIGHTNING_SECURE_REQUIRE_SERVICES"
 
@@ -174,7 +176,10 @@ def _no_redactors_left() -> Iterator[None]:
     before = list(known)
     yield
     known[:] = before or known[:1]
-    enforce._ARTIFACTS.binaries = False
+    enforce._POLICY.rules = Rules()
+    transport._in_the_clear.clear()
+    for counter in (tally._found, tally._told, tally._due):
+        counter.clear()
 
 
 # The same examples each time: whether the suite passes must not depend on luck.

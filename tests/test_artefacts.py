@@ -15,6 +15,7 @@ from lightning_secure import (
     EncryptedShardDataset,
     LocalKeyProvider,
     __version__,
+    open_artifact,
 )
 
 HERE = Path(__file__).parent / "artefacts"
@@ -43,6 +44,8 @@ def test_it_can_be_read(version, tmp_path):
     assert len(data.entry.shards) > 1
     state = EncryptedCheckpointIO(keys).load_checkpoint(folder / "x.ckpt")
     assert np.array_equal(state["state_dict"]["w"].numpy(), make.X)
+    with open_artifact(folder / "x.bin.encrypted", keys=keys) as stream:
+        assert stream.read() == make.X.tobytes()
     log = AuditLog(folder / "audit.jsonl")
     assert log.verify().records == 3
     log.append("still writable")

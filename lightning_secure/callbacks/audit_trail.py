@@ -19,6 +19,7 @@ from lightning_secure._version import __version__
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.errors import AuditWriteError
 from lightning_secure.privacy.ledger import HasLedger, Ledger
+from lightning_secure.redaction import tally
 
 __all__ = ["AuditTrail"]
 
@@ -34,7 +35,8 @@ class AuditTrail(Callback):
         folder: Where the log lies. Several runs may share it.
 
     Records: ``run.start``, ``key.unwrap`` (also refused ones), ``key.wrap``, ``data.open``,
-    ``checkpoint.save``, ``checkpoint.load``, ``run.end`` and ``run.exception``. Of checkpoints in
+    ``checkpoint.save``, ``checkpoint.load``, ``redaction`` (how often which rule took something out
+    of what is tracked), ``run.end`` and ``run.exception``. Of checkpoints in
     the clear, only those that ``PrivateStrategy`` saves are recorded. They hold ids,
     counts and names of types; never a key, a value of a row or the text of an exception.
 
@@ -73,6 +75,7 @@ class AuditTrail(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Record the end of a run that ended by itself."""
+        tally.announce_all()
         details = {"stage": stage, "step": trainer.global_step, **_privacy(trainer)}
         self._record("run.end", details)
 
@@ -84,6 +87,7 @@ class AuditTrail(Callback):
         name = f"{kind.__module__}.{kind.__qualname__}"
         details = {"exception": name, "step": trainer.global_step, **_privacy(trainer)}
         try:
+            tally.announce_all()
             self._record("run.exception", details, outcome="failure")
         except AuditWriteError as error:
             # The run is ending, by an error that must not be hidden behind this one. Without a

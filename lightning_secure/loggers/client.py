@@ -9,10 +9,12 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.calls import Parameters
 from lightning_secure.redaction.containers import number_of
-from lightning_secure.redaction.files import copy_checked, copy_tree_checked
+from lightning_secure.redaction.files import as_it_is, copy_checked, copy_tree_checked
 from lightning_secure.redaction.metrics import known_clean
+from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 __all__ = ["RedactingClient"]
@@ -40,6 +42,13 @@ _WRITES: Final = frozenset(
 )
 _ID_FIELDS: Final = frozenset({"_run_id", "_model_id"})
 _FILES: Final = frozenset({"log_artifact", "log_artifacts"})
+_PICTURES: Final = frozenset({"log_figure", "log_image"})
+# In what something was found, for the audit log: by the argument, or by the method.
+_SINKS: Final = {
+    "metrics": "metrics", "params": "params", "tags": "tags", "log_metric": "metrics",
+    "log_param": "params", "log_dict": "artifacts", "log_text": "artifacts", "set_tag": "tags",
+    "set_experiment_tag": "tags",
+}  # fmt: skip
 _IDS: Final = frozenset({"run_id", "experiment_id", "model_id"})
 
 
@@ -49,6 +58,8 @@ class RedactingClient:
     Args:
         client: An ``mlflow.MlflowClient``.
         redactor: Decides what is taken out.
+        policy: That MLflow's stores keep. If it does not refuse binaries, pictures and files that
+            hold no text are handed to the stores.
 
     Params, tags, metric names, run and experiment names, texts, dicts and text files are redacted;
     files that this package encrypted pass as they are. Every other method that writes, and every
@@ -56,10 +67,14 @@ class RedactingClient:
     sent.
     """
 
-    def __init__(self, client: Any, redactor: Redactor) -> None:
+    def __init__(
+        self, client: Any, redactor: Redactor, *, policy: RedactionPolicy | None = None
+    ) -> None:
         self._client = client
         self._redactor = redactor
         self._calls: dict[str, tuple[Any, Callable[..., Any]]] = {}
+        self._strict = policy is not None and policy.strict
+        self._binary = None if policy is None or policy.binaries == "refuse" else as_it_is
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -73,6 +88,8 @@ class RedactingClient:
                 call = self._redacting(name, member)
                 self._calls[name] = (member, call)
             return call
+        if name in _PICTURES and self._binary is not None:
+            return member
         if name in _FILES:
             return getattr(self, f"_{name}")
         raise RedactionError(
@@ -86,12 +103,14 @@ class RedactingClient:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = parameters.bind(args, kwargs)
-            clean = {
-                argument: value
-                if argument in _IDS
-                else self._argument(name, argument, value, given)
-                for argument, value in given.items()
-            }
+            clean = {}
+            for argument, value in given.items():
+                clean[argument] = value
+                if argument not in _IDS:
+                    sink = _SINKS.get(argument) or _SINKS.get(name, "names")
+                    with tally.looking(sink, strict=self._strict):
+                        clean[argument] = self._argument(name, argument, value, given)
+            tally.announce()
             positional, named = parameters.spread(clean)
             return method(*positional, **named)
 
@@ -145,16 +164,19 @@ class RedactingClient:
             return
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder, self._redacted("", source.name))
-            copied = copy_checked(source, target, redact=self._redacted)
+            copied = copy_checked(source, target, redact=self._redacted, binary=self._binary)
             self._client.log_artifact(run_id, str(copied), self._place(artifact_path))
 
     def _log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            copy_tree_checked(Path(local_dir), Path(folder), redact=self._redacted)
+            copy_tree_checked(
+                Path(local_dir), Path(folder), redact=self._redacted, binary=self._binary
+            )
             self._client.log_artifacts(run_id, folder, self._place(artifact_path))
 
     def _redacted(self, _: str, text: str) -> str:
-        return self._redactor.redact_text(text)
+        with tally.looking("artifacts", strict=self._strict):
+            return self._redactor.redact_text(text)
 
     def _place(self, artifact_path: str | None) -> str | None:
         return self._redactor.redact_text(artifact_path) if artifact_path else artifact_path

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _convert_params
@@ -21,11 +20,13 @@ from torch.nn import Module
 from lightning_secure.errors import ConfigError, MissingExtraError
 from lightning_secure.loggers.client import RedactingClient
 from lightning_secure.loggers.run_tags import RunTags
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.mlflow_store.enforce import (
     enforce_mlflow_redaction,
-    plain,
     switch_telemetry_off,
 )
+from lightning_secure.redaction.mlflow_store.transport import allow_http, plain, require_tls
+from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor
 
 __all__ = ["RedactingMLFlowLogger"]
@@ -33,7 +34,6 @@ __all__ = ["RedactingMLFlowLogger"]
 _FIRST_URI: Final = os.environ.get("MLFLOW_TRACKING_URI")
 _OWN_URIS: Final[set[str]] = set()
 _MOST_TAGS: Final = 100  # that MLflow takes at once
-_LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class RedactingMLFlowLogger(MLFlowLogger):
@@ -52,7 +52,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
         run_id: A run to go on with.
         synchronous: As for Lightning's MLFlowLogger.
         redactor: Decides what is taken out.
-        insecure_allow_http: Whether a tracking server may be spoken to without TLS.
+        policy: What may be stored at all, by this logger and by everything else in the process: see
+            :class:`RedactionPolicy`.
+        insecure_allow_http: Whether this tracking server may be spoken to without TLS.
         insecure_only_this_logger: Leave the rest of the process alone: what talks to MLflow past
             the logger (``mlflow.log_*``, autologging, traces, a client of its own) is not redacted
             then.
@@ -72,8 +74,8 @@ class RedactingMLFlowLogger(MLFlowLogger):
 
     Raises:
         MissingExtraError: MLflow, or its database support, is not installed.
-        ConfigError: The server is spoken to without TLS, or the environment asks for traces to be
-            sent to a second place.
+        ConfigError: The server is spoken to without TLS, its address holds credentials, the
+            environment asks for traces to be sent to a second place, or the policy cannot be kept.
         RedactionError: ``logger.experiment`` was asked for something that cannot be checked.
     """
 
@@ -91,6 +93,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
         run_id: str | None = None,
         synchronous: bool | None = None,
         redactor: Redactor | None = None,
+        policy: RedactionPolicy | None = None,
         insecure_allow_http: bool = False,
         insecure_only_this_logger: bool = False,
     ) -> None:
@@ -103,9 +106,16 @@ class RedactingMLFlowLogger(MLFlowLogger):
             artifact_location = artifact_location or (folder / "artifacts").as_uri()
         _OWN_URIS.add(uri)
         _require_packages(uri)
-        _require_tls(uri, insecure_allow_http)
+        if insecure_allow_http:
+            allow_http(uri)
+        require_tls(uri)
         if not insecure_only_this_logger:
-            enforce_mlflow_redaction(redactor)
+            enforce_mlflow_redaction(redactor, policy=policy)
+        elif policy is not None:
+            raise ConfigError(
+                "a policy is kept in MLflow's stores, and insecure_only_this_logger leaves those "
+                "alone; the policy would be without effect. Nothing was sent."
+            )
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,
@@ -122,7 +132,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
         self._tags_written: dict[str, str] = {}
         self._last_step = 0
         self._redactor = redactor or Redactor()
-        self._mlflow_client: Any = RedactingClient(self._mlflow_client, self._redactor)
+        self._strict = policy is not None and policy.strict
+        self._mlflow_client: Any = RedactingClient(
+            self._mlflow_client, self._redactor, policy=policy
+        )
 
     @property
     def redactor(self) -> Redactor:
@@ -133,7 +146,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
         """Log hyperparameters, redacted before they are cut to MLflow's length."""
         # Before they are cut, for half of a secret is not recognised any more and still a leak; and
         # before they are flattened, which turns containers that Lightning does not know into text.
-        super().log_hyperparams(self._redactor.redact(_convert_params(params)))
+        with tally.looking("params", strict=self._strict):
+            clean = self._redactor.redact(_convert_params(params))
+        tally.announce()
+        super().log_hyperparams(clean)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -144,7 +160,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
         self._last_step = max(self._last_step, step or 0)
         numbers = {**numbers, **beside}
         if not self._redactor.remembers(numbers):
-            names = self._redactor.redact(dict.fromkeys(numbers))
+            with tally.looking("metrics", strict=self._strict):
+                names = self._redactor.redact(dict.fromkeys(numbers))
+            tally.announce()
             numbers = dict(zip(names, numbers.values(), strict=True))
         super().log_metrics(numbers, step)
 
@@ -202,14 +220,4 @@ def _require_packages(uri: str) -> None:
         raise MissingExtraError(
             "MLflow keeps runs in a database here, and that needs the whole of MLflow: pip install "
             "'lightning-secure[tracking]'. Nothing was logged."
-        )
-
-
-def _require_tls(uri: str, insecure_allow_http: bool) -> None:
-    parts = urlsplit(plain(uri))
-    if parts.scheme == "http" and parts.hostname not in _LOCAL_HOSTS and not insecure_allow_http:
-        raise ConfigError(
-            f"the tracking server at {parts.hostname!r} would be spoken to without TLS, and "
-            "everybody on the way could read and change what is logged. Use https, or pass "
-            "insecure_allow_http=True. Nothing was sent."
         )

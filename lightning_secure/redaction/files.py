@@ -8,11 +8,23 @@ from pathlib import Path
 from lightning_secure.errors import RedactionError
 from lightning_secure.redaction.sealed import is_sealed
 
-__all__ = ["copy_checked", "copy_tree_checked"]
+__all__ = ["Binary", "as_it_is", "copy_checked", "copy_tree_checked"]
+
+#: Is given the name of a file and its bytes, and returns those that are handed on in their place.
+Binary = Callable[[str, bytes], tuple[str, bytes]]
+
+
+def as_it_is(name: str, data: bytes) -> tuple[str, bytes]:
+    """Hand a binary file on unchecked."""
+    return name, data
 
 
 def copy_checked(
-    source: Path, target: Path, *, redact: Callable[[str, str], str], binaries: bool = False
+    source: Path,
+    target: Path,
+    *,
+    redact: Callable[[str, str], str],
+    binary: Binary | None = None,
 ) -> Path:
     """Copy a text file with its text redacted, or a file that this package encrypted as it is.
 
@@ -22,7 +34,7 @@ def copy_checked(
             may have differed only in what was taken out.
         redact: Is given the name of a file and its text, and returns the text redacted; or no name
             and a name to redact.
-        binaries: Whether a file that is neither is copied as it is, unchecked.
+        binary: What a file that is neither becomes. By default it is refused.
 
     Returns:
         Where the copy is.
@@ -31,6 +43,9 @@ def copy_checked(
         RedactionError: The file is neither, so it could not be checked.
     """
     data = source.read_bytes()
+    name = target.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _free(target, name)
     if not is_sealed(data):
         try:
             text = data.decode()
@@ -38,24 +53,42 @@ def copy_checked(
             text = None
         if text is not None and "\0" not in text:
             data = redact(source.name, text).encode()
-        elif not binaries:
+        elif binary is not None:
+            renamed, data = binary(target.name, data)
+            target = _free(target.with_name(renamed), renamed)
+        else:
             shown = redact("", source.name)
             raise RedactionError(
                 f"artifact {shown!r} is neither text nor encrypted by this package, so it could "
                 "not be checked for secrets and personal data. It was not sent."
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    name, number = target.name, 2
-    while target.exists():
-        target, number = target.with_name(f"{number}_{name}"), number + 1
     target.write_bytes(data)
     return target
 
 
+def _free(target: Path, name: str) -> Path:
+    number = 2
+    while target.exists():
+        target, number = target.with_name(f"{number}_{name}"), number + 1
+    return target
+
+
 def copy_tree_checked(
-    root: Path, folder: Path, *, redact: Callable[[str, str], str], binaries: bool = False
+    root: Path,
+    folder: Path,
+    *,
+    redact: Callable[[str, str], str],
+    binary: Binary | None = None,
+    passes: Callable[[str], bool] = lambda _: True,
 ) -> None:
     """Copy the files of a folder into another as :func:`copy_checked` does, names redacted too.
+
+    Args:
+        root: The folder.
+        folder: The other one.
+        redact: As for :func:`copy_checked`.
+        binary: As for :func:`copy_checked`.
+        passes: Is given a file's redacted path below the folder, and says whether it is copied.
 
     Raises:
         RedactionError: A file could not be checked.
@@ -63,4 +96,5 @@ def copy_tree_checked(
     for source in sorted(root.rglob("*")):
         if source.is_file():
             name = redact("", source.relative_to(root).as_posix())
-            copy_checked(source, folder / name, redact=redact, binaries=binaries)
+            if passes(name):
+                copy_checked(source, folder / name, redact=redact, binary=binary)

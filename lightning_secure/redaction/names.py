@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
+
+from lightning_secure.redaction.disguises import folded
 
 __all__ = ["STEMS", "KeyNameDetector"]
 
@@ -113,8 +114,7 @@ def _names_a_secret(name: str) -> bool:
 
 
 def _has_secret_words(name: str) -> bool:
-    plain = unicodedata.normalize("NFKC", name)  # full-width letters are letters
-    parts = [words for part in _PARTS.split(plain) if (words := _words(part))]
+    parts = [words for part in _PARTS.split(folded(name)) if (words := _words(part))]
     joined = [word for words in parts for word in words]
     # {"api": {"key": ...}} becomes api/key.
     return any(map(_secret, parts)) or (len(parts) > 1 and _named_key(joined))

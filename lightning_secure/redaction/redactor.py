@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.detectors import (
     AssignmentDetector,
@@ -20,6 +21,7 @@ from lightning_secure.redaction.detectors import (
     PersonalDataDetector,
     SecretDetector,
 )
+from lightning_secure.redaction.disguises import DisguiseDetector
 
 __all__ = ["REDACTED", "Redactor", "without"]
 
@@ -65,12 +67,13 @@ class Redactor:
         self._clean: set[str] = set()
         self._strict = strict
         self._names = KeyNameDetector()
-        self._detectors: list[Detector] = [
+        detectors: list[Detector] = [
             SecretDetector(extra_rules),
             AssignmentDetector(),
             PersonalDataDetector(),
             *(PatternDetector(f"extra-{i}", pattern) for i, pattern in enumerate(extra_patterns)),
         ]
+        self._detectors: list[Detector] = [*detectors, DisguiseDetector(detectors)]
 
     def redact(self, value: Any, *, name: str = "", _depth: int = 0) -> Any:
         """Return ``value`` without secrets and personal data.
@@ -86,7 +89,7 @@ class Redactor:
         if value is None or isinstance(value, bool):
             return value
         if name and self._names.matches(name):
-            return self._taken_out()
+            return self._taken_out(value)
         if isinstance(value, int | float):
             return value
         if isinstance(value, str):
@@ -117,7 +120,7 @@ class Redactor:
             while shown in clean:  # two names that differed only in what was taken out
                 shown, number = f"{label}_{number}", number + 1
             if entry and key not in labels and item is not None and not isinstance(item, bool):
-                clean[shown] = self._taken_out()
+                clean[shown] = self._taken_out(item)
             else:
                 path = f"{name}/{key}" if name else key
                 clean[shown] = self.redact(item, name=path, _depth=depth)
@@ -134,15 +137,20 @@ class Redactor:
                 and self._names.matches(before)
                 and not (item is None or isinstance(item, bool) or str(item).startswith("--"))
             ):
-                clean.append(self._taken_out())
+                clean.append(self._taken_out(item))
             else:
                 # The name belongs to each item as much as to all of them.
                 clean.append(self.redact(item, name=name, _depth=depth))
         return clean
 
-    def _taken_out(self) -> str:
-        self.counts["secret-name"] += 1
+    def _taken_out(self, value: Any) -> str:
+        if not (isinstance(value, str) and value == REDACTED):  # as another one has left it
+            self._count("secret-name")
         return REDACTED
+
+    def _count(self, rule: str) -> None:
+        self.counts[rule] += 1
+        tally.count(rule)
 
     def remembers(self, texts: Collection[Any]) -> bool:
         """Return whether all ``texts`` are texts that were seen before, with nothing found in them.
@@ -178,18 +186,19 @@ class Redactor:
                 self._clean.add(text)
             return text
         clean, taken = without(text, found)
-        self.counts.update(taken)
+        for rule in taken:
+            self._count(rule)
         return clean
 
     def _dropped(self, what: str) -> str:
         """Return what stands for a value that could not be checked."""
         # Never the error: it may repeat what it stumbled over.
-        if self._strict:
+        self._count(f"{what}-failed")
+        if self._strict or tally.strict():
             raise RedactionError(
                 f"a value could not be checked for secrets and personal data ({what} failed), so "
                 "it was not released."
             )
-        self.counts[f"{what}-failed"] += 1
         log.warning("a value could not be checked (%s failed) and was dropped", what)
         return REDACTED
 

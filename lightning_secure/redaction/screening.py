@@ -17,16 +17,19 @@ from typing import Any, Final
 
 import numpy as np
 
+from lightning_secure.redaction.disguises import SPELLINGS, looks_alike
 from lightning_secure.redaction.names import STEMS
 from lightning_secure.redaction.personal import LOOKS
 from lightning_secure.redaction.rules import built_in_rules
 
-__all__ = ["ASSIGNED", "PERSONAL", "SECRET", "screened"]
+__all__ = ["ASSIGNED", "DISGUISED", "PERSONAL", "SECRET", "screened"]
 
-#: What a text may hold, as bits: personal data, the format of a secret, a value after its name.
+#: What a text may hold, as bits: personal data, the format of a secret, a value after its name, or
+#: one of these in another spelling.
 PERSONAL: Final = 1
 SECRET: Final = 2
 ASSIGNED: Final = 4
+DISGUISED: Final = 8
 
 # Between texts. The rules take a line's end for a text's; none of them takes the mark.
 _MARK: Final = "\x1e"
@@ -68,15 +71,17 @@ def screened(texts: Sequence[str]) -> dict[int, int]:
     if joined.count(_MARK) != len(texts) + 1:
         for position, text in enumerate(texts):
             if _MARK in text:
-                found[position] = PERSONAL | SECRET | ASSIGNED
+                found[position] = PERSONAL | SECRET | ASSIGNED | DISGUISED
                 texts[position] = ""
         joined = _BETWEEN.join(["", *texts, ""])
     data = joined.encode("utf-8", "surrogatepass")
     letters = b"" if data.isascii() else data.translate(None, bytes(range(0x80)))
-    if _odd().search("".join(set(letters.decode("utf-8", "surrogatepass")))):
-        for position, text in enumerate(texts):
-            if not text.isascii() and _odd().search(text):
-                found[position] = found.get(position, 0) | ASSIGNED
+    characters = "".join(set(letters.decode("utf-8", "surrogatepass")))
+    for kind, seen in ((ASSIGNED, _odd().search), (DISGUISED, looks_alike)):
+        if seen(characters):
+            for position, text in enumerate(texts):
+                if not text.isascii() and seen(text):
+                    found[position] = found.get(position, 0) | kind
     marks = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(_MARK))
     for kind, pattern in _patterns():
         # A match may begin in one text and end in the next, and hide what begins there.
@@ -94,6 +99,7 @@ def _patterns() -> tuple[tuple[int, Any], ...]:
         (PERSONAL, _compiled(["@", *LOOKS])),
         (SECRET, _compiled([_ADDRESSES, *built_in_rules().expressions])),
         (ASSIGNED, _compiled([_ASSIGNMENTS])),
+        (DISGUISED, _compiled(SPELLINGS)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from typing import Any, Final
 
 from lightning_secure.crypto.encoding import parse_json_object
@@ -13,13 +14,14 @@ from lightning_secure.errors import IntegrityError
 __all__ = ["is_sealed"]
 
 # docs/format.md says what these are.
-_CHECKPOINT: Final = struct.Struct("<8sHI")
+_PREFIX: Final = struct.Struct("<8sHI")
 _CHECKPOINT_FIELDS: Final[dict[str, tuple[type, ...]]] = {
     "checkpoint": (str,),
     "run_id": (str,),
     "step": (int,),
     "key": (dict, list),
 }
+_FILE_FIELDS: Final[dict[str, tuple[type, ...]]] = {"file": (str,), "name": (str,), "key": (list,)}
 _MAX_HEADER: Final = 65536
 _STREAM_START: Final = 24 + 32  # salt and commitment
 _CHUNK: Final = 16 * 1024 + TAG_BYTES
@@ -30,7 +32,7 @@ _TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{64}")
 
 
 def is_sealed(data: bytes) -> bool:
-    """Return whether a file has the form of a checkpoint or shard of this package, to its end.
+    """Return whether a file has the form of one that this package encrypts, to its end.
 
     Args:
         data: The whole file.
@@ -39,7 +41,9 @@ def is_sealed(data: bytes) -> bool:
     that begin like one by chance or by mistake.
     """
     if data.startswith(b"LSECCKPT"):
-        body = _checkpoint_body(data)
+        body = _stream_body(data, _CHECKPOINT_FIELDS)
+    elif data.startswith(b"LSECFILE"):
+        body = _stream_body(data, _FILE_FIELDS)
     elif data.startswith(b"LSECSHRD"):
         body = _shard_body(data)
     else:
@@ -47,23 +51,23 @@ def is_sealed(data: bytes) -> bool:
     return body is not None and _TEXT.search(body) is None
 
 
-def _checkpoint_body(data: bytes) -> bytes | None:
-    if len(data) < _CHECKPOINT.size:
+def _stream_body(data: bytes, fields: Mapping[str, tuple[type, ...]]) -> bytes | None:
+    if len(data) < _PREFIX.size:
         return None
-    _, version, length = _CHECKPOINT.unpack_from(data)
+    _, version, length = _PREFIX.unpack_from(data)
     if version != 1 or length > _MAX_HEADER:
         return None
     header: dict[str, Any] = {}
     try:
-        text = data[_CHECKPOINT.size : _CHECKPOINT.size + length]
+        text = data[_PREFIX.size : _PREFIX.size + length]
         header = parse_json_object(text, what="the header", canonical=True)
     except IntegrityError:
         return None
-    if header.keys() != _CHECKPOINT_FIELDS.keys() or not all(
-        isinstance(header[name], kinds) for name, kinds in _CHECKPOINT_FIELDS.items()
+    if header.keys() != fields.keys() or not all(
+        isinstance(header[name], kinds) for name, kinds in fields.items()
     ):
         return None
-    body = data[_CHECKPOINT.size + length :]
+    body = data[_PREFIX.size + length :]
     last = (len(body) - _STREAM_START) % _CHUNK
     return body if len(body) > _STREAM_START and last >= TAG_BYTES else None
 

@@ -19,6 +19,7 @@ from lightning_secure import (
     LocalKeyProvider,
     Schema,
 )
+from lightning_secure.redaction.encrypted import encrypted
 
 ROWS = 20
 X = (np.arange(ROWS * 3, dtype="float32") / 7).reshape(ROWS, 3)
@@ -36,6 +37,7 @@ def main(folder: Path) -> None:
     EncryptedCheckpointIO(keys).save_checkpoint(
         {"state_dict": {"w": torch.from_numpy(X)}, "global_step": 3}, folder / "x.ckpt"
     )
+    (folder / "x.bin.encrypted").write_bytes(encrypted(X.tobytes(), name="x.bin", keys=keys))
     log = AuditLog(folder / "audit.jsonl")
     for number in range(3):
         log.append("test", {"number": number})

@@ -160,6 +160,12 @@ def containers(way):
     way.client.log_param(run, "argparse", arguments)
     way.client.log_param(run, "argv", ["--db-password", way.password, "--mail", way.address])
     way.client.log_param(run, "pairs", [("password", way.password), ("mail", way.address)])
+    from omegaconf import OmegaConf
+
+    way.client.log_param(run, "omegaconf", OmegaConf.create(way.nested))
+    way.client.set_tag(run, "omegaconf", OmegaConf.create({"a": [{"db": {"pwd": way.password}}]}))
+    inner = argparse.Namespace(db=Database(way.address, way.password), more=[arguments])
+    way.client.log_param(run, "deep", inner)
 
 
 @path("log_param")
@@ -169,7 +175,7 @@ def long(way):
     way.client.set_tag(run, "tag", "x" * 240 + f" https://u:{way.password}@h/ {way.address}")
 
 
-@path("log_param")
+@path("log_param", "log_text")
 def encoded(way):
     run = way.run()
     coded = base64.b64encode(way.password.encode()).decode()
@@ -180,6 +186,17 @@ def encoded(way):
     way.client.log_param(
         run, "look-alike", f"\uff50\uff41\uff53\uff53\uff57\uff4f\uff52\uff44={way.password}"
     )
+    text = way.text.encode()
+    for name, blob in (
+        ("base64", base64.b64encode(text)), ("url-safe", base64.urlsafe_b64encode(b">?" + text)),
+        ("wide", base64.b64encode(way.text.encode("utf-16-le"))), ("hex", text.hex().encode()),
+        ("quoted", urllib.parse.quote(way.text).encode()),
+    ):  # fmt: skip
+        way.client.log_param(run, f"{name} blob", f"x {blob.decode()}")
+        way.client.log_text(run, f"{{'x': '{blob.decode()}'}}", f"{name}.txt")
+    # and Cyrillic ones
+    way.client.log_param(run, "cyrillic", f"p\u0430ssw\u043erd={way.password}")
+    way.client.log_param(run, "p\u0430ssw\u043erd", way.password)
     way.client.set_tag(
         run, "\uff44\uff42 \uff50\uff41\uff53\uff53\uff57\uff4f\uff52\uff44", way.password
     )
@@ -580,6 +597,64 @@ def scorer(way):
     from mlflow.tracking._tracking_service.utils import _get_store
 
     _get_store(way.uri).register_scorer(way.experiment(), "s", json.dumps(way.nested))
+
+
+# ---------------------------------------------------------------- what libraries log by themselves
+
+
+def autologged_sklearn(way):
+    import mlflow
+    from sklearn.linear_model import LinearRegression
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    arguments = {"api_key": way.password, "note": way.text, "nested": way.nested}
+    steps = [("ask", FunctionTransformer(kw_args=arguments)), (way.token, LinearRegression())]
+    steps[0][1].set_params(func=lambda x, **_: x)
+    mlflow.sklearn.autolog(silent=True, log_models=False, extra_tags={"by": way.address})
+    try:
+        with mlflow.start_run() as run:
+            Pipeline(steps).fit([[0.0], [1.0]], [0.0, 1.0])
+    finally:
+        mlflow.sklearn.autolog(disable=True)
+    return run.info.run_id
+
+
+def autologged_pytorch(way):
+    import lightning as L
+    import mlflow
+    import torch
+    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    watched = f"loss of {way.token}"
+
+    class Module(BoringModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)["loss"]
+            self.log(watched, loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer.defaults.update(db_password=way.password, owner=way.text)
+            return optimizer
+
+    mlflow.pytorch.autolog(silent=True, log_models=False, checkpoint=False)
+    try:
+        with mlflow.start_run() as run:
+            L.Trainer(
+                max_epochs=1, limit_train_batches=2, limit_val_batches=1, accelerator="cpu",
+                callbacks=[EarlyStopping(watched, check_on_train_epoch_end=True)],
+                logger=False, enable_progress_bar=False, enable_model_summary=False,
+                enable_checkpointing=False, default_root_dir=way.folder / "sources",
+            ).fit(Module())  # fmt: skip
+    finally:
+        mlflow.pytorch.autolog(disable=True)
+    return run.info.run_id
+
+
+AUTOLOGGED = {"sklearn": autologged_sklearn, "pytorch": autologged_pytorch}
 
 
 def walk(uri, folder, only=None):

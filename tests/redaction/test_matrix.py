@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import json
 import os
 import shutil
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tomllib
@@ -15,15 +17,18 @@ from pathlib import Path
 
 import mlflow_paths
 import pytest
+from tracking_server import tracking_server
 
+from lightning_secure import RedactingMLFlowLogger, RedactionPolicy
 from lightning_secure.errors import ConfigError, RedactionError
 from lightning_secure.redaction.canary import CanarySearch
-from lightning_secure.redaction.mlflow_store import enforce
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
 from lightning_secure.redaction.mlflow_store.guard import guarded_class, is_guarded
 from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, ARTIFACTS, CHECKED, REFUSED
+from lightning_secure.redaction.mlflow_store.transport import PREFIX
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
+from lightning_secure.redaction.split import halves
 
 # MLflow and what it is built on, not used by this package's own code.
 pytestmark = [
@@ -55,13 +60,13 @@ def quick(tmp_path, monkeypatch):
         mlflow.set_tracking_uri(None)
 
 
-def found(*folders):
+def found(*folders, least=10_000, **more):
     """Return the paths whose canaries are found, without the files that they were sent from."""
     for folder in folders:
         shutil.rmtree(folder / "sources", ignore_errors=True)
-    search = CanarySearch(mlflow_paths.canaries())
+    search = CanarySearch({**mlflow_paths.canaries(), **more})
     hits = search.search(folders)
-    assert search.bytes_searched > 10_000
+    assert search.bytes_searched > least
     return {hit.label.partition(":")[0] for hit in hits}
 
 
@@ -88,19 +93,167 @@ def test_nothing_is_found_in_files(quick):
     assert found(quick) == set()
 
 
-def test_nothing_is_found_on_a_server(quick, mlflow_server):
-    """Over HTTP: its database, its artifacts and its log, in which are the queries."""
-    address, folder = mlflow_server
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folders = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("settings")
+    with tracking_server(*folders) as server:
+        yield server
+
+
+@pytest.fixture
+def trusted(server, monkeypatch):
+    """The environment in which MLflow finds its credentials, and the server's authority."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", server.user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.password)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(server.authority))
+
+
+def test_nothing_is_found_on_a_server(quick, server, trusted):
+    """Over TLS, to its artifacts, its log and PostgreSQL's, and PostgreSQL's files and dump.
+
+    The queries stand in both logs, and the user has a password.
+    """
     enforce_mlflow_redaction()
-    ended = mlflow_paths.walk(address, quick)
+    ended = mlflow_paths.walk(server.address, quick)
     assert refused(ended) == UNCHECKED, ended
-    assert found(folder, quick) == set()
-    # The log is one in which an address would stand.
+    assert REDACTED in server.dump().read_text()
+    folders = (server.folder, server.database, quick)
+    assert found(*folders, password=server.password) == set()
+    # The logs are ones in which it would stand.
+    basic = base64.b64encode(f"{server.user}:{server.password}".encode()).decode()
+    asked = urllib.request.Request(
+        f"{server.address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=q7",
+        headers={"Authorization": f"Basic {basic}"},
+    )
+    context = ssl.create_default_context(cafile=str(server.authority))
     with pytest.raises(OSError, match="404"):
-        urllib.request.urlopen(
-            f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=q7"
-        )
-    assert "experiment_name=q7" in (folder / "server.log").read_text()
+        urllib.request.urlopen(asked, context=context)
+    assert "experiment_name=q7" in (server.folder / "server.log").read_text()
+    assert REDACTED in (server.folder / "postgres.log").read_text()
+
+
+def test_a_server_is_spoken_to_as_whom_it_says_only(server, trusted, monkeypatch):
+    """Not without its authority's word, and not without a password."""
+    enforce_mlflow_redaction()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = MlflowClient(server.address)
+    assert client.get_experiment("0").name == "Default"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    with pytest.raises(MlflowException, match="401"):
+        client.create_experiment("new")
+    monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    with pytest.raises(MlflowException, match="CERTIFICATE_VERIFY_FAILED"):
+        client.create_experiment("new")
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "words"),
+    [
+        ("http://mlflow.example", {}, "without TLS"),
+        ("secure+http://mlflow.example:80/x", {}, "without TLS"),
+        ("https://mlflow.example", {"MLFLOW_TRACKING_INSECURE_TLS": "true"}, "INSECURE_TLS"),
+        ("https://jo:hunter2@mlflow.example", {}, "holds credentials"),
+        ("http://:hunter2@localhost", {}, "holds credentials"),
+    ],
+)
+def test_a_line_that_is_open_is_refused_in_the_store(monkeypatch, address, environment, words):
+    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    enforce_mlflow_redaction()
+    asked = [
+        lambda: mlflow.MlflowClient(address).get_run("0" * 32),
+        lambda: mlflow.MlflowClient("sqlite://", address).get_registered_model("m"),
+        lambda: get_artifact_repository(f"{address}/api/2.0/mlflow-artifacts/artifacts"),
+        lambda: RedactingMLFlowLogger(tracking_uri=address),
+    ]
+    for ask in asked:
+        with pytest.raises(ConfigError, match=words) as caught:
+            ask()
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+def test_an_open_line_is_taken_where_somebody_says_so_for_this_host_or_for_all():
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    RedactingMLFlowLogger(tracking_uri="http://one.example", insecure_allow_http=True)
+    assert _get_store("http://one.example")
+    with pytest.raises(ConfigError, match=r"two.example"):
+        _get_store("http://two.example")
+    enforce_mlflow_redaction(insecure_allow_http=True)
+    assert _get_store("http://two.example")
+
+
+def test_what_holds_no_text_is_ciphertext_if_a_policy_says_so(quick, keys):
+    enforce_mlflow_redaction(policy=RedactionPolicy(binaries="encrypt", keys=keys))
+    ways = sorted(UNCHECKED - {"webhook", "scorer"})
+    ended = mlflow_paths.walk((quick / "runs").as_uri(), quick, ways)
+    assert refused(ended) == set(), ended
+    assert len(list((quick / "runs").rglob("*.encrypted"))) >= len(ways)
+    assert found(quick, least=5_000) == set()
+
+
+def test_a_secret_that_is_split_over_two_is_found_if_they_are_sent_together(quick, mlflow_database):
+    import mlflow
+    from mlflow.entities import Param, RunTag
+
+    shutil.copy(mlflow_database, quick / "m.db")
+    enforce_mlflow_redaction()
+    mlflow.set_tracking_uri(f"sqlite:///{quick}/m.db")
+    client, parts = mlflow.MlflowClient(), ("AKIA0001QZXC", "VBNMASDF")
+    run = client.create_run("0").info.run_id
+    client.log_batch(
+        run,
+        params=[Param(n, v) for n, v in zip("abcd", ("1", *parts, "adam"), strict=True)],
+        tags=[RunTag(n, v) for n, v in zip("ab", parts, strict=True)],
+    )
+    mlflow.set_experiment(experiment_id="0")
+    with mlflow.start_run(run_id=run):
+        mlflow.log_params({"e": 1, "f": parts[0], "g": parts[1]})
+        mlflow.set_tags({"c": parts[0], "d": parts[1]})
+    data = client.get_run(run).data
+    assert [data.params[name] for name in "abcdefg"] == [
+        "1", REDACTED, REDACTED, "adam", "1", REDACTED, REDACTED,
+    ]  # fmt: skip
+    assert [data.tags[name] for name in "abcd"] == [REDACTED] * 4
+    # What cannot hold: two calls know nothing of each other.
+    client.log_param(run, "h", parts[0])
+    client.log_param(run, "i", parts[1])
+    assert client.get_run(run).data.params["h"] == parts[0]
+
+
+def test_values_that_merely_follow_each_other_are_no_halves():
+    names = (Path(__file__).parent / "config_names.txt").read_text().split()
+    values = [str(number % 997 / 7) for number in range(600)] + names + ["a" * 40, "0" * 64] * 3
+    assert halves(values) == {}
+    assert halves(["x" * 400 + " AKIA0001QZXC", "VBNMASDF " + "y" * 400]) == {
+        0: "aws-access-key", 1: "aws-access-key",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flavor", ["sklearn", "pytorch"])
+def test_nothing_is_found_after_autologging(quick, mlflow_database, flavor):
+    """A real fit, with canaries in what the libraries log by themselves."""
+    import mlflow
+
+    (quick / "runs").mkdir()
+    shutil.copy(mlflow_database, quick / "runs" / "m.db")
+    enforce_mlflow_redaction()
+    mlflow.set_tracking_uri(f"sqlite:///{quick}/runs/m.db")
+    mlflow.set_experiment("autologged")
+    way = mlflow_paths.Way("fluent", mlflow.get_tracking_uri(), quick)
+    run = mlflow_paths.AUTOLOGGED[flavor](way)
+    data = mlflow.MlflowClient().get_run(run).data
+    assert repr(data.params).count(REDACTED) > 1, data  # what was sent has arrived
+    if flavor == "pytorch":
+        assert data.metrics.keys() == {f"loss of {REDACTED}"}
+    assert found(quick) == set()
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +446,8 @@ def test_every_scheme_has_an_entry_point():
     for group, known in schemes.items():
         # runs: and models: lead to one of the others; uc is no place for runs.
         left_out = {"", "runs", "models", *({"uc", "databricks-uc"} if "tracking" in group else ())}
-        plain = {name for name in known if not name.startswith(enforce.PREFIX)} - left_out
-        assert {name.removeprefix(enforce.PREFIX) for name in groups[group]} == plain
+        plain = {name for name in known if not name.startswith(PREFIX)} - left_out
+        assert {name.removeprefix(PREFIX) for name in groups[group]} == plain
 
 
 # ---------------------------------------------------------------- the environment

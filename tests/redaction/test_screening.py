@@ -16,14 +16,16 @@ from lightning_secure.redaction.detectors import (
     PersonalDataDetector,
     SecretDetector,
 )
+from lightning_secure.redaction.disguises import DisguiseDetector
 from lightning_secure.redaction.rules import built_in_rules
-from lightning_secure.redaction.screening import ASSIGNED, PERSONAL, SECRET, screened
+from lightning_secure.redaction.screening import ASSIGNED, DISGUISED, PERSONAL, SECRET, screened
 
-DETECTORS = (
+PLAIN = (
     (PERSONAL, PersonalDataDetector()),
     (SECRET, SecretDetector()),
     (ASSIGNED, AssignmentDetector()),
 )
+DETECTORS = (*PLAIN, (DISGUISED, DisguiseDetector([detector for _, detector in PLAIN])))
 RULES = [rule.regex for rule, _ in built_in_rules()._rules]
 
 
@@ -57,7 +59,9 @@ PIECES = (
     "%3D", "%3a", "\u017fecret", "toKen", "\uff54\uff4f\uff4b\uff45\uff4e", "\ufb01",
     "p\u0301ass", "pa\u0301ass", "é", "ß", "\u00a0",
     "\x0b", "\x1e", "\x1c", "jo@x.org", "212-555-0199", "+49 30 1234567", "10.0.0.17", "fe80::1",
-    "AKIAIOSFODNN7EXAMPLE", "://a:b@c", "AP6xxxxxxxxxx", "AC" + "a" * 32, "a" * 30, "0123456789:",
+    "p%61ssword=x", "&#112;assword=x", "p\u0430ssword=x", "cGFzc3dvcmQ9aHVudGVyMg==",
+    "70617373776f72643d68756e74657232", "AKIAIOSFODNN7EXAMPLE", "://a:b@c", "AP6xxxxxxxxxx",
+    "AC" + "a" * 32, "a" * 30, "0123456789:",
 )  # fmt: skip
 
 

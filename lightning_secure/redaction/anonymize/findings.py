@@ -19,8 +19,15 @@ from lightning_secure.redaction.detectors import (
     PersonalDataDetector,
     SecretDetector,
 )
+from lightning_secure.redaction.disguises import DisguiseDetector
 from lightning_secure.redaction.redactor import REDACTED, without
-from lightning_secure.redaction.screening import ASSIGNED, PERSONAL, SECRET, screened
+from lightning_secure.redaction.screening import (
+    ASSIGNED,
+    DISGUISED,
+    PERSONAL,
+    SECRET,
+    screened,
+)
 
 __all__ = ["Found", "Look"]
 
@@ -82,6 +89,8 @@ class Look:
             self._kinds.append((SECRET, secrets))
         else:
             self._extra.append(secrets)
+        every = [secrets, self._kinds[0][1], self._personal, *self._extra]
+        self._kinds.append((DISGUISED, DisguiseDetector(every)))
 
     def inspected(self, values: Sequence[Any]) -> Found:
         """Return what is in ``values``: texts, pictures' bytes, or an array of whole numbers."""

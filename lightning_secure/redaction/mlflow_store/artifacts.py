@@ -1,15 +1,19 @@
-"""Artifact repositories that redact text and refuse what cannot be checked."""
+"""Artifact repositories that redact text, and encrypt or refuse what cannot be checked."""
 
 from __future__ import annotations
 
 import functools
+import posixpath
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_secure.redaction.files import copy_checked, copy_tree_checked
+from lightning_secure.redaction import tally
+from lightning_secure.redaction.encrypted import SUFFIX, encrypted
+from lightning_secure.redaction.files import as_it_is, copy_checked, copy_tree_checked
 from lightning_secure.redaction.mlflow_store.guard import call_inside, guarding
+from lightning_secure.redaction.mlflow_store.sinks import limited_trace_data
 from lightning_secure.redaction.mlflow_store.tables import ARTIFACTS
 from lightning_secure.redaction.mlflow_store.values import Policy
 
@@ -20,58 +24,93 @@ class ArtifactPolicy:
     """What happens to files.
 
     Args:
-        policy: Redacts their text and names.
-
-    Attributes:
-        binaries: Whether files that are neither text nor encrypted pass unchecked.
+        policy: Redacts their text and names; its rules say what becomes of the others.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.binaries = False
 
     def redact(self, name: str, text: str) -> str:
         """Return the text of a file, or a name if ``name`` is empty, redacted."""
         return self._policy.file(name, text) if name else self._policy.text(text)
+
+    def binary(self, name: str, data: bytes) -> tuple[str, bytes]:
+        """Return a file that cannot be checked as it may be sent: encrypted, or as it is."""
+        keys = self._policy.rules.keys
+        if keys is None:
+            return as_it_is(name, data)
+        return name + SUFFIX, encrypted(data, name=name, keys=keys)
 
     def log_artifact(
         self, send: Callable[..., Any], local_file: str, artifact_path: str | None = None
     ) -> Any:
         """Send a redacted copy of a file."""
         source = Path(local_file)
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder, self.redact("", source.name))
-            copied = copy_checked(source, target, redact=self.redact, binaries=self.binaries)
-            return send(str(copied), self._place(artifact_path))
+        with self._looking("artifacts"), tempfile.TemporaryDirectory() as folder:
+            place, name = self._place(artifact_path), self.redact("", source.name)
+            if not self._passes(place, name):
+                tally.announce()
+                return None
+            target = Path(folder, name)
+            copied = copy_checked(source, target, redact=self.redact, binary=self._binary)
+            tally.announce()
+            return send(str(copied), place)
 
     def log_artifacts(
         self, send: Callable[..., Any], local_dir: str, artifact_path: str | None = None
     ) -> Any:
         """Send a redacted copy of a folder."""
-        with tempfile.TemporaryDirectory() as folder:
+        with self._looking("artifacts"), tempfile.TemporaryDirectory() as folder:
+            place = self._place(artifact_path)
             copy_tree_checked(
-                Path(local_dir), Path(folder), redact=self.redact, binaries=self.binaries
-            )
-            return send(folder, self._place(artifact_path))
+                Path(local_dir), Path(folder), redact=self.redact, binary=self._binary,
+                passes=functools.partial(self._passes, place),
+            )  # fmt: skip
+            tally.announce()
+            return send(folder, place)
 
     def upload_trace_data(self, send: Callable[..., Any], trace_data: str) -> Any:
         """Send the spans of a trace, redacted; they are JSON."""
-        return send(self.redact("traces.json", trace_data))
+        rules = self._policy.rules
+        with self._looking("traces"):
+            data = self.redact("traces.json", trace_data)
+            if rules.limits(("traces",)):
+                data = "" if rules.drops("traces") else limited_trace_data(rules, data)
+            tally.announce()
+            return send(data) if data else None
 
     def upload_attachment(
         self, send: Callable[..., Any], attachment_id: str, content_bytes: bytes
     ) -> Any:
-        """Send a file that belongs to a trace, if it is text."""
-        self._policy.identifier(attachment_id, what="attachment_id")
-        with tempfile.TemporaryDirectory() as folder:
+        """Send a file that belongs to a trace, if it is text or may be sent otherwise."""
+        with self._looking("traces"), tempfile.TemporaryDirectory() as folder:
+            self._policy.identifier(attachment_id, what="attachment_id")
+            if not self._policy.rules.passes(("traces",), "attachment"):
+                tally.count("policy")
+                tally.announce()
+                return None
             source = Path(folder, "attachment")
             source.write_bytes(content_bytes)
-            target = Path(folder, "checked")
-            copy_checked(source, target, redact=self.redact, binaries=self.binaries)
-            return send(attachment_id, target.read_bytes())
+            target = Path(folder, "checked", "attachment")
+            copied = copy_checked(source, target, redact=self.redact, binary=self._binary)
+            tally.announce()
+            return send(attachment_id, copied.read_bytes())
+
+    @property
+    def _binary(self) -> Callable[[str, bytes], tuple[str, bytes]] | None:
+        return None if self._policy.rules.binaries == "refuse" else self.binary
+
+    def _looking(self, sink: str) -> tally.looking:
+        return tally.looking(sink, strict=self._policy.rules.strict)
 
     def _place(self, artifact_path: str | None) -> str | None:
         return self.redact("", str(artifact_path)) if artifact_path else artifact_path
+
+    def _passes(self, place: str | None, name: str) -> bool:
+        if self._policy.rules.passes(("artifacts",), posixpath.join(place or "", name)):
+            return True
+        tally.count("policy")
+        return False
 
 
 def guarded_repository_class(cls: type, policy: ArtifactPolicy) -> type:

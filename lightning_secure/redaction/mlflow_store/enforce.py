@@ -17,13 +17,12 @@ from lightning_secure.redaction.mlflow_store.artifacts import (
     guarded_repository_class,
 )
 from lightning_secure.redaction.mlflow_store.guard import guarded, guarded_class
+from lightning_secure.redaction.mlflow_store.transport import allow_http, plain, require_tls
 from lightning_secure.redaction.mlflow_store.values import Policy
+from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor
 
-__all__ = ["PREFIX", "enforce_mlflow_redaction", "plain", "switch_telemetry_off"]
-
-#: Before the scheme of an address: ``secure+sqlite:///mlflow.db``.
-PREFIX: Final = "secure+"
+__all__ = ["enforce_mlflow_redaction", "switch_telemetry_off"]
 
 _LOCK: Final = threading.RLock()
 _POLICY: Final = Policy()
@@ -32,7 +31,11 @@ _enforced = False
 
 
 def enforce_mlflow_redaction(
-    redactor: Redactor | None = None, *, insecure_allow_binaries: bool = False
+    redactor: Redactor | None = None,
+    *,
+    policy: RedactionPolicy | None = None,
+    insecure_allow_binaries: bool = False,
+    insecure_allow_http: bool = False,
 ) -> None:
     """Redact everything that this process tracks with MLflow from here on, whoever tracks it.
 
@@ -40,8 +43,14 @@ def enforce_mlflow_redaction(
         redactor: Takes things out in addition to the default one, and to those of earlier calls.
             Each one looks at every text for as long as the process lives, so make one and hand it
             to all loggers.
-        insecure_allow_binaries: Let artifacts that are neither text nor encrypted by this package
-            pass unchecked (figures, pickled models). Otherwise they are refused.
+        policy: What may be stored at all, besides that it is redacted. Of several policies in one
+            process the strictest counts, whichever came first; a call without one states nothing.
+            Without any, all that is redacted may be stored, and binaries are refused.
+        insecure_allow_binaries: The same as a policy with ``binaries="insecure_allow"``: artifacts
+            that are neither text nor encrypted by this package pass unchecked (figures, pickled
+            models), unless a policy says otherwise.
+        insecure_allow_http: Let tracking servers on other hosts be spoken to without TLS, or with
+            an unchecked certificate. Stores that exist already are not asked.
 
     Every tracking store, model registry store and artifact repository of the process is made a
     redacting one: those that exist already, whoever holds them, and those that MLflow will make,
@@ -49,6 +58,8 @@ def enforce_mlflow_redaction(
     ``MlflowClient`` and for traces. It can be called as often as one likes, and cannot be undone:
     a redactor is added, never replaced. Methods that nobody has classified raise
     :class:`RedactionError`. MLflow's telemetry and its export of traces over OTLP are switched off.
+    What is taken out or left out is announced as ``redaction``, with the sink, the rule and how
+    often, so that :class:`~lightning_secure.AuditTrail` records it before the rest is sent.
 
     Guarantees:
         What the redactors find does not reach a store, an artifact or a server's log. What they do
@@ -58,7 +69,8 @@ def enforce_mlflow_redaction(
 
     Raises:
         MissingExtraError: MLflow is not installed.
-        ConfigError: The environment asks for traces to be sent to a second place.
+        ConfigError: The environment asks for traces to be sent to a second place, or the policy
+            encrypts under other keys than an earlier one.
     """
     global _enforced
     _refuse_second_exporter()
@@ -68,7 +80,12 @@ def enforce_mlflow_redaction(
             _POLICY.add(Redactor())
         if redactor is not None:
             _POLICY.add(redactor)
-        _ARTIFACTS.binaries = _ARTIFACTS.binaries or insecure_allow_binaries
+        if policy is not None:
+            _POLICY.rules.add(policy)
+        if insecure_allow_binaries:
+            _POLICY.rules.add(RedactionPolicy(binaries="insecure_allow"))
+        if insecure_allow_http:
+            allow_http()
         if not _enforced:
             try:
                 _take_over()
@@ -79,11 +96,6 @@ def enforce_mlflow_redaction(
                     "enforce_mlflow_redaction needs MLflow: pip install mlflow-skinny."
                 ) from None
             _enforced = True
-
-
-def plain(uri: Any) -> Any:
-    """Return an address without ``secure+`` before it; anything else as it is."""
-    return uri.removeprefix(PREFIX) if isinstance(uri, str) else uri
 
 
 @functools.cache
@@ -136,6 +148,7 @@ def _redacting_registry(cls: Any) -> Any:
 
             @functools.wraps(builder, updated=())
             def redacting(**given: Any) -> Any:
+                require_tls(given.get("store_uri"))
                 given = {name: plain(value) for name, value in given.items()}
                 return guarded(builder(**given), _store_class)
 
@@ -153,6 +166,7 @@ def _redacting_artifact_registry(cls: Any) -> Any:
             repository = super().get_artifact_repository(
                 plain(artifact_uri), plain(tracking_uri), plain(registry_uri)
             )
+            require_tls(getattr(repository, "artifact_uri", None))
             return guarded(repository, _repository_class)
 
     return RedactingArtifactRegistry

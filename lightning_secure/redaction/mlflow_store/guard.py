@@ -10,7 +10,9 @@ from enum import Enum
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.calls import Parameters
+from lightning_secure.redaction.mlflow_store.sinks import label_of, limited, sinks_of
 from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED
@@ -95,14 +97,34 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 def _checked(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     parameters = Parameters(method)
-    own = next(iter(inspect.signature(method).parameters))  # self
+    own, *others = inspect.signature(method).parameters  # own: self
+    label = {  # of what something is taken out of; the rest is refused or passes
+        name: label_of(method.__name__, name, ARGUMENTS[name])
+        for name in others
+        if ARGUMENTS.get(name) in (Kind.TEXT, Kind.FILTER)
+    }
+    sinks = {sink for name in others for sink in sinks_of(method.__name__, name)}
 
     def redacted(*args: Any, **kwargs: Any) -> Any:
         given = parameters.bind(args, kwargs)
-        clean = {
-            name: value if name == own else _argument(policy, method.__name__, name, given)
-            for name, value in given.items()
-        }
+        clean: dict[str, Any] = {}
+        strict = policy.rules.strict
+        for name, value in given.items():
+            if name == own or value is None:
+                clean[name] = value
+            elif isinstance(value, list) and not value:
+                clean[name] = []
+            elif name not in label:
+                clean[name] = _argument(policy, method.__name__, name, given)
+            else:
+                with tally.looking(label[name], strict=strict):
+                    clean[name] = _argument(policy, method.__name__, name, given)
+        unsent = None
+        if policy.rules.limits(sinks):
+            unsent = limited(policy.rules, method.__name__, clean)
+        tally.announce()
+        if unsent is not None:
+            return unsent.answer
         positional, named = parameters.spread(clean)
         return call_inside(method, *positional, **named)
 
@@ -112,8 +134,6 @@ def _checked(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
 def _argument(policy: Policy, method: str, name: str, given: Mapping[str, Any]) -> Any:
     value = given[name]
     kind = ARGUMENTS.get(name)
-    if value is None:
-        return None
     if kind is Kind.PERSON:
         return REDACTED
     if kind is Kind.FILTER:

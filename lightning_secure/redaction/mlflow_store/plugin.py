@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction, plain
+from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
+from lightning_secure.redaction.mlflow_store.transport import plain
 
 __all__ = ["artifact_repository", "model_registry_store", "tracking_store"]
 

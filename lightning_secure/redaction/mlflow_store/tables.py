@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["ARGUMENTS", "ARTIFACTS", "CHECKED", "ENTITIES", "REFUSED", "Kind"]
+__all__ = ["ARGUMENTS", "ARTIFACTS", "CHECKED", "ENTITIES", "REFUSED", "Kind", "words"]
 
 
 class Kind(Enum):
@@ -23,13 +23,14 @@ class Kind(Enum):
     PLAIN = "numbers, enumerations and MLflow's own page tokens: passed on"
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
 #: Their arguments are redacted, then they run. Reading too: what is looked for was redacted when it
 #: was stored, and a server writes queries into its log.
-CHECKED: Final = _words(
+CHECKED: Final = words(
     # tracking
     "add_dataset_to_experiments batch_get_trace_infos batch_get_traces "
     "calculate_trace_filter_correlation create_assessment create_dataset create_experiment "
@@ -71,7 +72,7 @@ CHECKED: Final = _words(
 
 #: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: nobody has
 #: said yet what in them may be stored.
-REFUSED: Final = _words(
+REFUSED: Final = words(
     "add_guardrail_to_endpoint add_items_to_review_queue archive_traces attach_model_to_endpoint "
     "create_budget_policy create_endpoint_binding create_gateway_endpoint "
     "create_gateway_guardrail create_gateway_model_definition create_gateway_secret "
@@ -110,7 +111,7 @@ REFUSED: Final = _words(
 #: Methods of artifact repositories that need no check, and those through which files go.
 ARTIFACTS: Final[dict[str, bool]] = {
     **dict.fromkeys(
-        _words(
+        words(
             "delete_artifacts download_archived_trace_data download_artifacts "
             "download_trace_attachment download_trace_attachment_to_file download_trace_data "
             "download_trace_data_to_file flush_async_logging get_ftp_client get_local_path "
@@ -121,11 +122,11 @@ ARTIFACTS: Final[dict[str, bool]] = {
         ),
         False,
     ),
-    **dict.fromkeys(_words("log_artifact log_artifacts upload_trace_data upload_attachment"), True),
+    **dict.fromkeys(words("log_artifact log_artifacts upload_trace_data upload_attachment"), True),
 }
 
 _KINDS: Final = {
-    Kind.TEXT: _words(
+    Kind.TEXT: words(
         "alias categories description dst_name "
         "expectation filters experiment_name feedback key "
         " metadata metric metric_key metrics mlflow_model model_config model_type models name "
@@ -133,18 +134,18 @@ _KINDS: Final = {
         "response_format root_causes run_name scorer_version spans src_mv tag tags template "
         "trace_info value datasets assessment workspace_name"
     ),
-    Kind.ID: _words(
+    Kind.ID: words(
         "assessment_id dataset_id dataset_record_ids deployment_job_id destination_ids exp_id "
         "experiment_id experiment_ids issue_id model_id request_id run_id run_ids run_uuid "
         "source_ids source_run_id trace_id trace_ids"
     ),
-    Kind.PLACE: _words(
+    Kind.PLACE: words(
         "artifact_location default_artifact_root local_model_path location locations model_path "
         "run_link source tracking_uri"
     ),
-    Kind.FILTER: _words("base_filter filter_string filter_string1 filter_string2"),
-    Kind.PERSON: _words("created_by user_id"),
-    Kind.PLAIN: _words(
+    Kind.FILTER: words("base_filter filter_string filter_string1 filter_string2"),
+    Kind.PERSON: words("created_by user_id"),
+    Kind.PLAIN: words(
         "aggregations allow_deleted allow_partial archive_existing_versions destination_type "
         "dimensions end_step end_time end_time_ms include_trace_count max_last_trace_timestamp_ms "
         "max_results max_timestamp_millis max_traces metric_name metric_value "
@@ -160,25 +161,25 @@ ARGUMENTS: Final[dict[str, Kind]] = {
 
 #: MLflow's entities, and which of their fields are identifiers. All other texts are redacted.
 ENTITIES: Final[dict[str, frozenset[str]]] = {
-    "Metric": _words("_model_id _run_id _dataset_digest"),
+    "Metric": words("_model_id _run_id _dataset_digest"),
     **dict.fromkeys(
-        _words(
+        words(
             "Param RunTag ExperimentTag InputTag LoggedModelTag LoggedModelParameter "
             "RegisteredModelTag ModelVersionTag DatasetInput AssessmentSource AssessmentError "
             "ExpectationValue FeedbackValue IssueReferenceValue"
         ),
         frozenset[str](),
     ),
-    "Dataset": _words("_digest"),
-    "LoggedModelInput": _words("_model_id"),
-    "LoggedModelOutput": _words("_model_id"),
-    "TraceInfo": _words("trace_id"),
+    "Dataset": words("_digest"),
+    "LoggedModelInput": words("_model_id"),
+    "LoggedModelOutput": words("_model_id"),
+    "TraceInfo": words("trace_id"),
     "TraceLocation": frozenset(),
-    "MlflowExperimentLocation": _words("experiment_id"),
+    "MlflowExperimentLocation": words("experiment_id"),
     **dict.fromkeys(
-        _words("Assessment Feedback Expectation IssueReference"),
-        _words("trace_id run_id span_id assessment_id overrides"),
+        words("Assessment Feedback Expectation IssueReference"),
+        words("trace_id run_id span_id assessment_id overrides"),
     ),
-    "PromptVersion": _words("_version"),
-    "ModelVersion": _words("_version _run_id _model_id"),
+    "PromptVersion": words("_version"),
+    "ModelVersion": words("_version _run_id _model_id"),
 }

@@ -14,10 +14,13 @@ from typing import Any, Final
 import yaml
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.containers import fields_of, items_of, number_of
 from lightning_secure.redaction.metrics import known_clean
 from lightning_secure.redaction.mlflow_store.tables import ENTITIES
+from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED, Redactor
+from lightning_secure.redaction.split import halves
 
 __all__ = ["Policy"]
 
@@ -41,10 +44,14 @@ class Policy:
 
     Args:
         redactors: The redactors.
+
+    Attributes:
+        rules: What may be stored at all.
     """
 
     def __init__(self, *redactors: Redactor) -> None:
         self.redactors = list(redactors)
+        self.rules = Rules()
 
     def add(self, redactor: Redactor) -> None:
         """Let ``redactor`` take out things too; what was taken out before still is."""
@@ -217,7 +224,7 @@ class Policy:
             return self._mapping(value)
         if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
             given = list(value)
-            return _kept_apart(given, [self.argument(item) for item in given])
+            return _without_halves(_kept_apart(given, [self.argument(item) for item in given]))
         return self._entity(value)
 
     def _mapping(self, given: Mapping[Any, Any]) -> dict[str, Any]:
@@ -350,6 +357,16 @@ def _kept_apart(given: Sequence[Any], clean: list[Any]) -> list[Any]:
         number = 2
         while owners.setdefault(after._key, before._key) != before._key:
             after._key, number = f"{key}_{number}", number + 1
+    return clean
+
+
+def _without_halves(clean: list[Any]) -> list[Any]:
+    """Take out a secret that stands half in one param or tag, half in the next."""
+    texts = [getattr(entity, "_value", None) for entity in clean]
+    if len(texts) > 1 and all(isinstance(text, str) for text in texts):
+        for number, rule in halves(texts).items():  # type: ignore[arg-type]
+            clean[number]._value = REDACTED
+            tally.count(rule)
     return clean
 
 

@@ -58,4 +58,11 @@ CATALOGUE = [
         "    return pixels\n",
         "tests/data/sources/test_images.py -k hidden_beside",
     ),
+    Mutation(
+        "texts in another spelling are passed over where many are looked through",
+        "redaction/screening.py",
+        "        (DISGUISED, _compiled(SPELLINGS)),\n",
+        "",
+        "tests/redaction/anonymize/test_findings.py -k as_by_a_redactor",
+    ),
 ]

@@ -52,9 +52,9 @@ CATALOGUE = [
     ),
     Mutation(
         "binaries pass unasked",
-        "redaction/mlflow_store/enforce.py",
-        "_ARTIFACTS.binaries or insecure_allow_binaries",
-        "True",
+        "redaction/policy.py",
+        "max(stated, default=-1)",
+        "max(stated, default=0)",
         f"{MATRIX} -k binaries_pass",
     ),
     Mutation(

@@ -24,22 +24,25 @@ NOTES = [
     "key AKIAIOSFODNN7EXAMPLE",
     "",
     "\u017ftill fine",
+    "p\u0430ssword=hunter2Kestrel",
+    "sent as cGFzc3dvcmQ9aHVudGVyMktlc3RyZWw=",
+    "mail to jo%40clinic.example",
 ]
 
 
 def test_free_text_is_redacted_as_by_a_redactor_and_counted_by_value():
     clean, found = Look("note").redacted(NOTES)
     assert clean == [Redactor().redact_text(note) for note in NOTES]
-    assert found.inspected == 6
+    assert found.inspected == 9
     assert found.rules == Counter(
-        {"phone": 1, "e-mail": 2, "secret-assigned": 1, "aws-access-key": 1}
+        {"phone": 1, "e-mail": 3, "secret-assigned": 3, "aws-access-key": 1}
     )
     assert found.rules == Look("note").inspected(NOTES).rules
 
 
 def test_a_secret_in_free_text_is_seen_also_where_somebody_said_keep(keys):
     bound = AnonymizationPlan({"note": Keep()}).bind(keys)
-    applied = bound.run({"note": NOTES, "x": np.zeros(6)})
+    applied = bound.run({"note": NOTES, "x": np.zeros(9)})
     assert applied.columns["note"] == NOTES
     assert applied.found["note"].rules["aws-access-key"] == 1
     assert "hunter2" not in repr(applied.found)

@@ -1,0 +1,195 @@
+"""Files that are tracked as ciphertext: figures, pickles, models.
+
+An encrypted file is::
+
+    magic "LSECFILE" (8) | version (2) | header length (4) | header (JSON) | Cobblestone-256 stream
+
+with little-endian integers. The header holds an id, the file's name and the wrapped data key; all
+bytes before the stream are bound to it. ``.encrypted`` is put after the file's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from lightning_secure import events
+from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
+from lightning_secure.crypto.stream import StreamReader, StreamWriter
+from lightning_secure.errors import ConfigError, DataError, IntegrityError
+from lightning_secure.files import as_path, atomic_writer, open_regular
+
+__all__ = ["MAGIC", "SUFFIX", "decrypt_artifacts", "encrypted", "open_artifact"]
+
+MAGIC: Final = b"LSECFILE"
+SUFFIX: Final = ".encrypted"
+_VERSION: Final = 1
+_PREFIX: Final = struct.Struct("<8sHI")
+_MAX_HEADER: Final = 65536
+
+
+def encrypted(data: bytes, *, name: str, keys: KeyProvider) -> bytes:
+    """Return a file encrypted, under a fresh data key.
+
+    Args:
+        data: All of it.
+        name: The file's, without ``.encrypted``. It is bound to the content, and not hidden.
+        keys: Wraps the data key.
+
+    Raises:
+        ConfigError: The key has more recipients than the header can hold.
+    """
+    key, number = DataKey.generate(), secrets.token_hex(16)
+    wrapped = [one.to_json() for one in keys.wrap_all(key, context=_context(number))]
+    header = canonical_json({"file": number, "name": name, "key": wrapped})
+    if len(header) > _MAX_HEADER:
+        raise ConfigError(
+            f"the file's key was wrapped for {len(wrapped)} recipients, more than its header of "
+            f"{_MAX_HEADER} bytes can hold. Nothing was written."
+        )
+    prefix = _PREFIX.pack(MAGIC, _VERSION, len(header)) + header
+    raw = io.BytesIO()
+    raw.write(prefix)
+    stream = StreamWriter(raw, key=key, context=prefix)
+    stream.write(data)
+    stream.finish()
+    events.announce("artifact.encrypt", {"file": number, "name": name, "bytes": raw.tell()})
+    return raw.getvalue()
+
+
+@contextlib.contextmanager
+def open_artifact(path: str | os.PathLike[str], *, keys: KeyProvider) -> Iterator[BinaryIO]:
+    """Open a file that was tracked as ciphertext, after it was downloaded.
+
+    Args:
+        path: The file, under the name that it was stored by.
+        keys: Release its key.
+
+    Yields:
+        A seekable binary file. Each chunk is authenticated before it is handed out.
+
+    Raises:
+        IntegrityError: The file was altered, cut off or renamed, or is not an encrypted one. A
+            truncated file fails at once, a flipped bit when its chunk is read.
+        WrongKeyError: It was encrypted under another key.
+        FileNotFoundError: There is none.
+
+    Guarantees:
+        What is read is what some holder of the key tracked under this name. It does not show in
+        which run: a file of the same name out of another one, put in its place, opens.
+    """
+    place = as_path(path, what="path")
+    refused = ""
+    raw: BinaryIO | None = None
+    try:
+        raw = os.fdopen(open_regular(place), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        refused = str(error.strerror)
+    if raw is None:
+        raise _rejected(place, refused)
+    with raw:
+        try:
+            prefix, header = _read_header(raw)
+            if place.name != header["name"] + SUFFIX:
+                raise IntegrityError("it was tracked under another name")
+            key = keys.unwrap_any(
+                [WrappedKey.from_json(one) for one in header["key"]],
+                context=_context(header["file"]),
+            )
+            stream = StreamReader(raw, key=key, context=prefix, start=len(prefix))
+            events.announce("artifact.open", {"file": header["file"], "name": header["name"]})
+            with stream:
+                yield cast("BinaryIO", stream)
+        except IntegrityError as error:
+            refused = str(error)
+    if refused:
+        raise _rejected(place, refused)
+
+
+def decrypt_artifacts(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    keys: KeyProvider,
+    insecure_copy_others: bool = False,
+) -> list[Path]:
+    """Decrypt a downloaded folder, or one file, into a folder.
+
+    Args:
+        source: What ``mlflow.artifacts.download_artifacts`` returned.
+        target: A folder that does not exist yet, or is empty.
+        keys: Release the keys.
+        insecure_copy_others: Also copy the files that are not encrypted, as MLflow needs it to load
+            a model. Nothing authenticates them, and MLflow runs code that they name: whoever can
+            write to the artifact store could then run code here.
+
+    Returns:
+        The files that were written, which have their own names again.
+
+    Raises:
+        IntegrityError: An encrypted file was altered, cut off or renamed. It was not written, and
+            those after it were not looked at.
+        WrongKeyError: One was encrypted under another key.
+        ConfigError: The target is not empty.
+        DataError: There is no encrypted file.
+    """
+    root, folder = as_path(source, what="source"), as_path(target, what="target")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} is not an empty folder; nothing was decrypted.")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    if not any(file.name.endswith(SUFFIX) for file in files):
+        raise DataError(f"there is no encrypted file (*{SUFFIX}) in {str(root)!r}.")
+    written = []
+    for file in files:
+        inside = Path(file.name) if file == root else file.relative_to(root)
+        if file.name.endswith(SUFFIX):
+            place = folder / inside.with_name(file.name.removesuffix(SUFFIX))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open_artifact(file, keys=keys) as stream, atomic_writer(place) as out:
+                shutil.copyfileobj(stream, out)
+        elif insecure_copy_others:
+            place = folder / inside
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+        else:
+            continue
+        written.append(place)
+    return written
+
+
+def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    start = raw.read(_PREFIX.size)
+    if len(start) < _PREFIX.size or not start.startswith(MAGIC):
+        raise IntegrityError("it is not an encrypted file")
+    _, version, length = _PREFIX.unpack(start)
+    if version != _VERSION or length > _MAX_HEADER:
+        raise IntegrityError(f"its format version {version} is unknown, or its header was altered")
+    data = raw.read(length)
+    header = parse_json_object(data, what="its header", canonical=True)
+    if {name: type(value) for name, value in header.items()} != {
+        "file": str,
+        "name": str,
+        "key": list,
+    } or not header["key"]:
+        raise IntegrityError("its header was altered")
+    return start + data, header
+
+
+def _rejected(place: Path, reason: str) -> IntegrityError:
+    return IntegrityError(
+        f"file {place.name!r} rejected: {reason.rstrip('.')}. Nothing more of it was returned."
+    )
+
+
+def _context(number: str) -> dict[str, str]:
+    return {"purpose": "artifact", "artifact": number}

@@ -1,0 +1,52 @@
+"""Policies of sinks, what the audit log is told of redaction, and files tracked as ciphertext."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+REDACTION = "tests/redaction"
+
+CATALOGUE = [
+    Mutation(
+        "of several policies the mildest counts",
+        "redaction/policy.py",
+        "return all(policy.passes(sink, name)",
+        "return any(policy.passes(sink, name)",
+        f"{REDACTION}/test_policy.py -k strictest_counts",
+    ),
+    Mutation(
+        "what a policy leaves out is stored",
+        "redaction/mlflow_store/guard.py",
+        "if policy.rules.limits(sinks):",
+        "if policy.rules.limits(()):",
+        f"{REDACTION}/test_policy.py -k named_passes",
+    ),
+    Mutation(
+        "what is redacted is sent before that is recorded",
+        "redaction/mlflow_store/guard.py",
+        "        tally.announce()\n        if unsent",
+        "        if unsent",
+        f"{REDACTION}/test_policy.py -k cannot_be_recorded",
+    ),
+    Mutation(
+        "an encrypted file opens under another file's name",
+        "redaction/encrypted.py",
+        'if place.name != header["name"] + SUFFIX:',
+        "if not place.name.endswith(SUFFIX):",
+        f"{REDACTION}/test_encrypted.py -k another_name",
+    ),
+    Mutation(
+        "a store speaks to another host in the clear",
+        "redaction/mlflow_store/enforce.py",
+        '                require_tls(given.get("store_uri"))\n',
+        "",
+        f"{REDACTION}/test_matrix.py -k 'this_host_or_for_all'",
+    ),
+    Mutation(
+        "a secret in HTML's entities is not read",
+        "redaction/disguises.py",
+        'if "&" in text:',
+        'if "&&" in text:',
+        f"{REDACTION}/test_disguises.py -k found_at_its_place",
+    ),
+]
