@@ -50,8 +50,9 @@ def test_it_says_what_was_done_and_how_rows_hide(keys):
     assert least(report.l_diversity["dx"]) == (1, 1)
     better = {**ROWS, "dx": ["flu", "gout", "flu", "gout"]}
     assert least(reported(PLAN, better, keys=keys).l_diversity["dx"]) == (1, 2)
+    shown = report.text.replace(report.to_json()["salt"], "")  # in which any digits may stand
     for value in ("Ada", "81", "gout"):
-        assert value not in report.text
+        assert value not in shown
 
 
 def test_batches_make_no_difference(keys):
