@@ -527,6 +527,26 @@ def test_binaries_pass_only_if_that_is_asked_for_and_names_are_redacted_even_so(
     assert sent == [f"of {REDACTED}"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "clean"),
+    [
+        ("a.csv", "who,password\njo,hunter2\nmo,\n", f"who,password\njo,{REDACTED}\nmo,\n"),
+        ("a.CSV", 'api_key;n\r\n"a;b\nc";1\r\n', f"api_key;n\n{REDACTED};1\n"),
+        ("a.tsv", "n\tapi_key\n1,2\thunter2\textra\n", f"n\tapi_key\n1,2\t{REDACTED}\textra\n"),
+        ("a.csv", "n,password\n1\n", "n,password\n1\n"),
+        ("a.csv", 'n,"max_new_tokens"\r\n1,"2"\r\n', 'n,"max_new_tokens"\r\n1,"2"\r\n'),
+        ("a.csv", "to a@b.example\n", f"to {REDACTED}\n"),
+        ("a.csv", "", ""),
+        # What Python's csv refuses.
+        ("a.csv", f"n,password\n{'x' * 200_000},hunter2\n", f"n,password\n{REDACTED}"),
+        ("a.csv", f"password\r{'x' * 200_000}\r", f"password\r{REDACTED}"),
+        ("a.csv", f"n\n{'x' * 200_000}\n", f"n\n{'x' * 200_000}\n"),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_named_like_a_secret_is_taken_out_of_rows(name, text, clean):
+    assert Policy(Redactor()).file(name, text) == clean
+
+
 def test_an_error_about_a_metric_does_not_repeat_what_it_was_given():
     from mlflow.entities import Metric
 

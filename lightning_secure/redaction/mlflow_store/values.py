@@ -17,6 +17,7 @@ from lightning_secure.errors import RedactionError
 from lightning_secure.redaction import tally
 from lightning_secure.redaction.containers import fields_of, items_of, number_of
 from lightning_secure.redaction.metrics import known_clean
+from lightning_secure.redaction.mlflow_store.delimited import DELIMITED, by_columns
 from lightning_secure.redaction.mlflow_store.ids import (
     is_id,
     lists_experiments,
@@ -95,9 +96,11 @@ class Policy:
         return text if clean == _plain(value) else str(write(clean))
 
     def file(self, name: str, text: str) -> str:
-        """Return the text of a file redacted; YAML is looked into, as JSON is."""
-        description = PurePath(name).name == "MLmodel"
-        if not description and PurePath(name).suffix not in (".yaml", ".yml"):
+        """Return the text of a file redacted; YAML and CSV are looked into, as JSON is."""
+        description, suffix = PurePath(name).name == "MLmodel", PurePath(name).suffix.lower()
+        if between := DELIMITED.get(suffix):
+            text = by_columns(text, between=between, redact=lambda cell, n: self.text(cell, name=n))
+        if not description and suffix not in (".yaml", ".yml"):
             return self.text(text)
         try:
             value = yaml.safe_load(text)

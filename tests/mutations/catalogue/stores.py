@@ -100,4 +100,11 @@ CATALOGUE = [
         f"{METRICS} -k 'newer and MLflow'",
         (("= fields.values()", "= tuple(fields.values())[:8]"),),
     ),
+    Mutation(
+        "a column of passwords is stored if one cell is long",
+        "redaction/mlflow_store/delimited.py",
+        "        return head + redact(text[len(head) :], next(iter(secret.values())))",
+        "        return text",
+        f"{MATRIX} -k 'taken_out_of_rows'",
+    ),
 ]
