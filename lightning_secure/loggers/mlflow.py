@@ -99,12 +99,13 @@ class RedactingMLFlowLogger(MLFlowLogger):
     ) -> None:
         switch_telemetry_off()
         uri = tracking_uri or _environments_uri()
-        if uri is None:
+        if not uri:
             folder = Path(save_dir).absolute()
             folder.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{folder / 'mlflow.db'}"
             artifact_location = artifact_location or (folder / "artifacts").as_uri()
-        _OWN_URIS.add(uri)
+        if uri != os.environ.get("MLFLOW_TRACKING_URI"):
+            _OWN_URIS.add(uri)
         _require_packages(uri)
         if insecure_allow_http:
             allow_http(uri)

@@ -350,7 +350,14 @@ def test_the_environments_server_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/env.db")
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "unused")
     assert logger._tracking_uri.endswith("env.db")
+    # By a second one too, which may find there what MLflow was told by the first.
+    assert logger.run_id
+    second = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "unused")
+    assert second._tracking_uri == logger._tracking_uri
     assert not (tmp_path / "unused").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    third = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "used")
+    assert third._tracking_uri == f"sqlite:///{tmp_path}/used/mlflow.db"
 
 
 @pytest.mark.parametrize("uri", ["http://mlflow.example:5000", "http://10.0.0.7"])
