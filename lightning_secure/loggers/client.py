@@ -76,6 +76,9 @@ class RedactingClient:
         self._strict = policy is not None and policy.strict
         self._binary = None if policy is None or policy.binaries == "refuse" else as_it_is
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": {}}  # made anew when they are called
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)

@@ -70,4 +70,17 @@ CATALOGUE = [
         "            self._client.log_artifact(",
         "tests/loggers/test_client.py -k no_file_is_sent",
     ),
+    Mutation(
+        "a container in a metric's name is taken for words",
+        "loggers/mlflow.py",
+        " and all(n[:1].isalpha() for n in numbers)",
+        "",
+        "tests/loggers/test_mlflow.py -k its_brackets_go",
+        (
+            (
+                "Policy(self._redactor).argument(dict.fromkeys(numbers))",
+                "self._redactor.redact(dict.fromkeys(numbers))",
+            ),
+        ),
+    ),
 ]
