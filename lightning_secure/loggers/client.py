@@ -76,6 +76,9 @@ class RedactingClient:
         self._strict = policy is not None and policy.strict
         self._binary = None if policy is None or policy.binaries == "refuse" else as_it_is
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": {}}  # made anew when they are called
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -165,21 +168,25 @@ class RedactingClient:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder, self._redacted("", source.name))
             copied = copy_checked(source, target, redact=self._redacted, binary=self._binary)
-            self._client.log_artifact(run_id, str(copied), self._place(artifact_path))
+            place = self._place(artifact_path)
+            tally.announce()
+            self._client.log_artifact(run_id, str(copied), place)
 
     def _log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy_tree_checked(
                 Path(local_dir), Path(folder), redact=self._redacted, binary=self._binary
             )
-            self._client.log_artifacts(run_id, folder, self._place(artifact_path))
+            place = self._place(artifact_path)
+            tally.announce()
+            self._client.log_artifacts(run_id, folder, place)
 
     def _redacted(self, _: str, text: str) -> str:
         with tally.looking("artifacts", strict=self._strict):
             return self._redactor.redact_text(text)
 
     def _place(self, artifact_path: str | None) -> str | None:
-        return self._redactor.redact_text(artifact_path) if artifact_path else artifact_path
+        return self._redacted("", artifact_path) if artifact_path else artifact_path
 
 
 def _text(value: Any) -> str:

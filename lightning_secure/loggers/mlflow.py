@@ -26,6 +26,7 @@ from lightning_secure.redaction.mlflow_store.enforce import (
     switch_telemetry_off,
 )
 from lightning_secure.redaction.mlflow_store.transport import allow_http, plain, require_tls
+from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor
 
@@ -99,12 +100,13 @@ class RedactingMLFlowLogger(MLFlowLogger):
     ) -> None:
         switch_telemetry_off()
         uri = tracking_uri or _environments_uri()
-        if uri is None:
+        if not uri:
             folder = Path(save_dir).absolute()
             folder.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{folder / 'mlflow.db'}"
             artifact_location = artifact_location or (folder / "artifacts").as_uri()
-        _OWN_URIS.add(uri)
+        if uri != os.environ.get("MLFLOW_TRACKING_URI"):
+            _OWN_URIS.add(uri)
         _require_packages(uri)
         if insecure_allow_http:
             allow_http(uri)
@@ -159,9 +161,11 @@ class RedactingMLFlowLogger(MLFlowLogger):
         self._tag(tags)  # first: what is visible must not have cost more than the tags say
         self._last_step = max(self._last_step, step or 0)
         numbers = {**numbers, **beside}
-        if not self._redactor.remembers(numbers):
+        # A container that is written out in a name is looked into here, for Lightning takes its
+        # brackets away, and so it would pass for words in the store.
+        if not (self._redactor.remembers(numbers) and all(n[:1].isalpha() for n in numbers)):
             with tally.looking("metrics", strict=self._strict):
-                names = self._redactor.redact(dict.fromkeys(numbers))
+                names = Policy(self._redactor).argument(dict.fromkeys(numbers))
             tally.announce()
             numbers = dict(zip(names, numbers.values(), strict=True))
         super().log_metrics(numbers, step)

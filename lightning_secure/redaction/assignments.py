@@ -18,7 +18,9 @@ _ASSIGNMENT: Final = re.compile(
     r"(?P<sign>:=|=>|==|=|:|%3[aAdD])(?P<space>[ \t]*+)"
 )
 # It begins with a letter of its own, for that is searched for fast.
-_FLAG: Final = re.compile(r"(?P<name>-(?<![\w.\-/]-)-?[A-Za-z][\w\-]*+)[\"']?,?\s++(?=[^\s-])")
+_FLAG: Final = re.compile(
+    r"(?P<name>-(?<![\w.\-/]-)-?[A-Za-z][\w\-]*+)(?:[\"']?,?\s++(?=[^\s-])|[\"'],(?=[\"'][^-]))"
+)
 _SHELL: Final = re.compile(r"(?<!\w)(?:setenv|ENV|ARG|env)[ \t]+(?P<name>[\w.]++)[ \t]++(?=\S)")
 _ELEMENT: Final = re.compile(r"<(?P<name>[\w:.\-]++)(?:\s[^<>]*+)?>(?P<value>[^<]++)")
 # {"name": "password", "value": "..."}, <add key="password" value="..."/>

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.encrypted import SUFFIX
 from lightning_secure.redaction.sealed import is_sealed
 
 __all__ = ["Binary", "as_it_is", "copy_checked", "copy_tree_checked"]
 
 #: Is given the name of a file and its bytes, and returns those that are handed on in their place.
+#: The name is the same, or has ``.encrypted`` after it.
 Binary = Callable[[str, bytes], tuple[str, bytes]]
 
 
@@ -43,9 +45,8 @@ def copy_checked(
         RedactionError: The file is neither, so it could not be checked.
     """
     data = source.read_bytes()
-    name = target.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    target = _free(target, name)
+    target = _free(target)
     if not is_sealed(data):
         try:
             text = data.decode()
@@ -55,7 +56,7 @@ def copy_checked(
             data = redact(source.name, text).encode()
         elif binary is not None:
             renamed, data = binary(target.name, data)
-            target = _free(target.with_name(renamed), renamed)
+            target = target.with_name(renamed)
         else:
             shown = redact("", source.name)
             raise RedactionError(
@@ -66,9 +67,13 @@ def copy_checked(
     return target
 
 
-def _free(target: Path, name: str) -> Path:
-    number = 2
-    while target.exists():
+def _free(target: Path) -> Path:
+    """Return a path beside ``target`` that is free, also once a file there is encrypted.
+
+    What is encrypted is bound to its name, and cannot be given another one.
+    """
+    name, number = target.name, 2
+    while target.exists() or target.with_name(target.name + SUFFIX).exists():
         target, number = target.with_name(f"{number}_{name}"), number + 1
     return target
 

@@ -34,7 +34,8 @@ class RedactionPolicy:
         tags: Of runs, experiments, traces, models and datasets. What MLflow itself needs to find
             things by (a run's name, its parent) passes, and this package's own (what a run has
             spent of its privacy, digests).
-        artifacts: Files with text, by their path below the run's or the model's artifacts.
+        artifacts: Files, by their path below the run's or the model's artifacts; of those that will
+            be encrypted, without ``.encrypted``.
         traces: Attributes, events and links of spans, previews, assessments; tags and metadata by
             their names. With ``drop`` no trace is stored at all; otherwise spans keep their names.
         models: Descriptions, tags, params and prompts in the model registry and of logged models,

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_secure import EncryptedShardWriter, LocalKeyProvider, RedactingMLFlowLogger
+from lightning_secure import (
+    EncryptedShardWriter,
+    LocalKeyProvider,
+    RedactingMLFlowLogger,
+    events,
+)
 from lightning_secure.crypto.encoding import canonical_json
-from lightning_secure.errors import RedactionError
+from lightning_secure.errors import AuditWriteError, RedactionError
+from lightning_secure.redaction.mlflow_store.guard import call_inside
 from lightning_secure.redaction.redactor import REDACTED
 from lightning_secure.redaction.sealed import is_sealed
 
@@ -124,6 +130,23 @@ def test_a_file_that_only_begins_like_a_sealed_one_is_checked(client, data):
         assert not list((folder / "runs").rglob("notes.txt"))
     for secret in (SECRET, ADDRESS):
         assert secret.encode() not in stored(folder)
+
+
+def test_no_file_is_sent_whose_redaction_cannot_be_recorded(client):
+    """Neither by a logger that leaves MLflow's stores as they are: nothing else tells the log."""
+    proxy, run, folder = client
+    (folder / "sent").mkdir()
+    (folder / "sent" / "notes.txt").write_text(f"write to {ADDRESS}")
+
+    def full(event):
+        if event.action == "redaction":
+            raise AuditWriteError("no space left")
+
+    events.subscribe("full", full)
+    for send, path in (("log_artifact", "sent/notes.txt"), ("log_artifacts", "sent")):
+        with pytest.raises(AuditWriteError):
+            call_inside(getattr(proxy, send), run, str(folder / path))  # past the redacting store
+    assert not list((folder / "runs").rglob("notes.txt"))
 
 
 @pytest.mark.parametrize("rows", [1, 40, 4000])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 import sys
 from argparse import Namespace
@@ -338,6 +339,26 @@ def test_a_logger_does_not_inherit_the_database_of_another(tmp_path):
     assert second._tracking_uri != first._tracking_uri
 
 
+def test_a_container_in_a_metrics_name_is_looked_into_before_its_brackets_go(tmp_path):
+    """Lightning takes them away, and what is left passes for words; at every step."""
+    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="special characters"):
+            logger.log_metrics({f"('password', '{PASSWORD}')": 1.0, "[1, 2]": 2.0})
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert metrics == {f"password {REDACTED}": 1.0, "1 2": 2.0}
+    require_clean(tmp_path)
+
+
+def test_a_logger_that_has_logged_goes_to_another_process(tmp_path):
+    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path)
+    logger.log_metrics({"a": 1.0})
+    again = pickle.loads(pickle.dumps(logger))
+    again.log_metrics({"to jo@clinic.example": 2.0})
+    metrics = logger.experiment.get_run(again.run_id).data.metrics
+    assert metrics == {"a": 1.0, f"to {REDACTED}": 2.0}
+
+
 def test_a_redactor_of_the_users_own_is_used(tmp_path):
     redactor = Redactor(extra_patterns=[r"MRN-\d+"])
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path, redactor=redactor)
@@ -350,7 +371,14 @@ def test_the_environments_server_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/env.db")
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "unused")
     assert logger._tracking_uri.endswith("env.db")
+    # By a second one too, which may find there what MLflow was told by the first.
+    assert logger.run_id
+    second = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "unused")
+    assert second._tracking_uri == logger._tracking_uri
     assert not (tmp_path / "unused").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    third = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "used")
+    assert third._tracking_uri == f"sqlite:///{tmp_path}/used/mlflow.db"
 
 
 @pytest.mark.parametrize("uri", ["http://mlflow.example:5000", "http://10.0.0.7"])

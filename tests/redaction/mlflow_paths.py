@@ -236,6 +236,8 @@ def files(way):
     way.client.log_artifact(run, str(way.file()), f"for {way.address}")
     way.file(f"{way.address}.yaml", f"db:\n  password: {way.password}\n")
     way.file("c.json", json.dumps(way.nested))
+    way.file("c.csv", f"mail,password,n\n{way.address},{way.password},1\n")
+    way.file("d.TSV", f'n\tapi key\n1\t"{way.password}\n"\n')
     way.client.log_artifacts(run, str(way.file().parent), "all")
 
 

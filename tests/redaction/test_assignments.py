@@ -17,6 +17,7 @@ ASSIGNMENTS = [
     "export AWS_SECRET_ACCESS_KEY={}", "AWS_SECRET_ACCESS_KEY={} python x.py --lr 3",
     "setenv DB_PASSWORD {}", "ENV DB_PASSWORD {}", "train.py --db-password {} --lr 3",
     "train.py --db-password={}", "x --api-key '{}'", "['x', '--password', '{}']",
+    '["x","--password","{}"]',
     "curl -u bob:{} https://h/x", "curl --user bob:{}", "Authorization: Bearer {}",
     "curl -H 'Authorization: Basic {}' https://h/", '{{"Authorization": "Bearer {}"}}',
     "authorization: {}", "X-Api-Key: {}", "Cookie: a=b; session={}", "got Bearer {}",

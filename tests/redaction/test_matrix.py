@@ -6,6 +6,8 @@ import base64
 import inspect
 import json
 import os
+import random
+import re
 import shutil
 import sqlite3
 import ssl
@@ -91,6 +93,52 @@ def test_nothing_is_found_in_files(quick):
     ended = mlflow_paths.walk((quick / "runs").as_uri(), quick)
     assert refused(ended) == UNCHECKED | NOT_IN_FILES, ended
     assert found(quick) == set()
+
+
+def test_an_experiment_whose_number_is_a_cards_goes_on_like_any_other(quick, monkeypatch):
+    """A file store's are random, and one in a hundred is one."""
+    from mlflow.store.tracking import file_store
+
+    redactor, drawn = Redactor(), random.Random(7)
+
+    def number_of_a_card():
+        while True:
+            number = drawn.randrange(10**17, 10**18)
+            if redactor.redact_text(str(number)) == REDACTED:
+                return number
+
+    # MLflow's own generator, so that what happens once in a hundred times happens here.
+    monkeypatch.setattr(file_store, "_generate_unique_integer_id", number_of_a_card)
+    enforce_mlflow_redaction()
+    ways = ["registry", "copied_version", "model_description", "logged_model", "trace", "prompt"]
+    ended = mlflow_paths.walk((quick / "runs").as_uri(), quick, ways)
+    assert refused(ended) == set(), ended
+    # Nor do the places and numbers that MLflow finds things by lead elsewhere.
+    written = [*quick.rglob("mlflow.artifactLocation"), *quick.rglob("_mlflow_experiment_ids")]
+    assert len(written) == 2
+    written += quick.rglob("runs/**/MLmodel")
+    assert len(written) >= 3
+    for path in written:
+        assert not re.search(rf"[/,]{REDACTED}[/,]", path.read_text()), path
+    assert found(quick, least=5_000) == set()
+
+
+def test_only_where_mlflow_puts_one_is_a_number_an_experiments():
+    policy, card, run = Policy(Redactor()), "614660148694459054", "0" * 31 + "a"
+    for place in (f"s3://b/{card}/{run}/artifacts", f"/b/{card}/models/m-{run}"):
+        assert policy.identifier(place, what="source") == place
+        assert policy.stored(place, name="mlflow.artifactLocation") == place
+        assert REDACTED in policy.stored(place, name="note")
+    for place in (f"s3://b/{card}", f"s3://b/{card}/x", f"s3://a@b.example/{card}/{run}"):
+        with pytest.raises(RedactionError, match="source holds"):
+            policy.identifier(place, what="source")
+        assert REDACTED in policy.stored(place, name="mlflow.artifactLocation")
+    listed = f",{card},"
+    assert policy.stored(listed, name="_mlflow_experiment_ids") == listed
+    asked = f"tags._mlflow_experiment_ids LIKE '%{listed}%'"
+    assert policy.query(asked) == asked
+    assert policy.stored(listed, name="ids") == f",{REDACTED},"
+    assert policy.stored(",4111111111111111,", name="_mlflow_experiment_ids") == f",{REDACTED},"
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +525,26 @@ def test_binaries_pass_only_if_that_is_asked_for_and_names_are_redacted_even_so(
     repository.log_artifact(str(quick / "of a@b.example"))
     sent = [path.name for path in (quick / "artifacts").iterdir()]
     assert sent == [f"of {REDACTED}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "clean"),
+    [
+        ("a.csv", "who,password\njo,hunter2\nmo,\n", f"who,password\njo,{REDACTED}\nmo,\n"),
+        ("a.CSV", 'api_key;n\r\n"a;b\nc";1\r\n', f"api_key;n\n{REDACTED};1\n"),
+        ("a.tsv", "n\tapi_key\n1,2\thunter2\textra\n", f"n\tapi_key\n1,2\t{REDACTED}\textra\n"),
+        ("a.csv", "n,password\n1\n", "n,password\n1\n"),
+        ("a.csv", 'n,"max_new_tokens"\r\n1,"2"\r\n', 'n,"max_new_tokens"\r\n1,"2"\r\n'),
+        ("a.csv", "to a@b.example\n", f"to {REDACTED}\n"),
+        ("a.csv", "", ""),
+        # What Python's csv refuses.
+        ("a.csv", f"n,password\n{'x' * 200_000},hunter2\n", f"n,password\n{REDACTED}"),
+        ("a.csv", f"password\r{'x' * 200_000}\r", f"password\r{REDACTED}"),
+        ("a.csv", f"n\n{'x' * 200_000}\n", f"n\n{'x' * 200_000}\n"),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_named_like_a_secret_is_taken_out_of_rows(name, text, clean):
+    assert Policy(Redactor()).file(name, text) == clean
 
 
 def test_an_error_about_a_metric_does_not_repeat_what_it_was_given():

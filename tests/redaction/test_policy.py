@@ -330,6 +330,20 @@ def test_what_is_named_passes_redacted_and_the_rest_is_told_apart(client, quick,
     assert PLAIN not in repr(heard)
 
 
+@pytest.mark.parametrize("name", ["lightning_secure.x", "mlflow.runName", "_mlflow_prompt_type"])
+def test_names_that_stay_as_tags_open_no_other_sink(client, name):
+    """A param may be called whatever the user likes."""
+    enforce_mlflow_redaction(policy=RedactionPolicy(params="drop", metrics="drop", tags="drop"))
+    run = client.create_run("0").info
+    client.log_param(run.run_id, name, PLAIN)
+    client.log_metric(run.run_id, name, 1.0)
+    model = client.create_logged_model(run.experiment_id, params={name: PLAIN})
+    client.set_tag(run.run_id, name, "stays")
+    data = client.get_run(run.run_id).data
+    assert (data.params, data.metrics, data.tags[name]) == ({}, {}, "stays")
+    assert client.get_logged_model(model.model_id).params == {}
+
+
 # ---------------------------------------------------------------- detectors that fail, audit logs
 
 
@@ -477,6 +491,40 @@ def test_figures_and_models_are_tracked_as_ciphertext(quick, mlflow_database, ke
     # What is encrypted already goes on as it is.
     client.log_artifact(run, str(files["weights.bin.encrypted"]), "again")
     assert any(p.name == "weights.bin.encrypted" for p in (quick / "runs").rglob("again/*"))
+
+
+def test_ciphertext_opens_also_where_names_differed_only_in_what_was_taken_out(client, quick, keys):
+    """It is bound to its name, so it has to be numbered before it is encrypted."""
+    enforce_mlflow_redaction(policy=RedactionPolicy(binaries="encrypt", keys=keys))
+    run = client.create_run(client.create_experiment("e", (quick / "store").as_uri())).info.run_id
+    (quick / "sent").mkdir()
+    names = [f"{who}@clinic.example" for who in ("ann", "bob", "cy")]
+    for name in names:
+        (quick / "sent" / name).write_bytes(b"\0\xff" + name.encode())
+    client.log_artifacts(run, str(quick / "sent"))
+    got = mlflow_artifacts(run, quick / "got", client.tracking_uri)
+    opened = decrypt_artifacts(got, quick / "clear", keys=keys)
+    assert sorted(path.name for path in opened) == [f"2_{REDACTED}", f"3_{REDACTED}", REDACTED]
+    assert {path.read_bytes()[2:].decode() for path in opened} == set(names)
+
+
+def mlflow_artifacts(run, folder, uri):
+    import mlflow
+
+    return mlflow.artifacts.download_artifacts(run_id=run, dst_path=str(folder), tracking_uri=uri)
+
+
+def test_an_encrypted_attachment_of_a_trace_opens_under_its_id(client, quick, keys):
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    enforce_mlflow_redaction(policy=RedactionPolicy(binaries="encrypt", keys=keys))
+    repository = get_artifact_repository((quick / "trace").as_uri())
+    name = "7b6f0d0e-1c5a-4a8e-9a55-0a4f3b0c2d11"
+    repository.upload_attachment(name, b"\x89PNG\0")
+    path = quick / f"{name}.encrypted"
+    path.write_bytes(repository.download_trace_attachment(name))
+    with open_artifact(path, keys=keys) as stream:
+        assert stream.read() == b"\x89PNG\0"
 
 
 def test_where_one_policy_refuses_binaries_another_cannot_let_them_pass(client, quick, keys):

@@ -6,7 +6,7 @@ import functools
 import posixpath
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning_secure.redaction import tally
@@ -89,9 +89,10 @@ class ArtifactPolicy:
                 tally.count("policy")
                 tally.announce()
                 return None
-            source = Path(folder, "attachment")
+            # Ciphertext is bound to the name that it is stored by.
+            source = Path(folder, PurePath(attachment_id).name)
             source.write_bytes(content_bytes)
-            target = Path(folder, "checked", "attachment")
+            target = Path(folder, "checked", source.name)
             copied = copy_checked(source, target, redact=self.redact, binary=self._binary)
             tally.announce()
             return send(attachment_id, copied.read_bytes())

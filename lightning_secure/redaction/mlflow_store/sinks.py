@@ -184,8 +184,13 @@ def limited_trace_data(rules: Rules, text: str) -> str:
 
 
 def _passing(rules: Rules, sinks: Sequence[str]) -> Callable[[str], bool]:
+    ours = "tags" in sinks
+    mlflows = ours or not {"params", "metrics"}.intersection(sinks)
+
     def passes(name: str) -> bool:
-        if name in _MLFLOWS_OWN or name.startswith(_OURS) or rules.passes(sinks, name):
+        if (mlflows and name in _MLFLOWS_OWN) or (ours and name.startswith(_OURS)):
+            return True
+        if rules.passes(sinks, name):
             return True
         _left_out(sinks[-1])
         return False

@@ -17,6 +17,12 @@ from lightning_secure.errors import RedactionError
 from lightning_secure.redaction import tally
 from lightning_secure.redaction.containers import fields_of, items_of, number_of
 from lightning_secure.redaction.metrics import known_clean
+from lightning_secure.redaction.mlflow_store.delimited import DELIMITED, by_columns
+from lightning_secure.redaction.mlflow_store.ids import (
+    is_id,
+    lists_experiments,
+    without_experiment,
+)
 from lightning_secure.redaction.mlflow_store.tables import ENTITIES
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED, Redactor
@@ -24,8 +30,6 @@ from lightning_secure.redaction.split import halves
 
 __all__ = ["Policy"]
 
-# r, m, tr and so on are MLflow's prefixes; experiments have numbers, versions too.
-_ID: Final = re.compile(r"(?:[a-z]{1,3}-)?[0-9a-f]{8}[0-9a-f-]{0,56}|\d{1,32}")
 # MLflow cuts previews and metadata of traces; what stands at the end may be half of something.
 _CUT: Final = re.compile(r"[^\s\"',{}\[\]]*\.\.\.$")
 _CUT_LENGTHS: Final = frozenset({250, 1000, 10_000})
@@ -65,6 +69,8 @@ class Policy:
             text: The text.
             name: Under which it stands, if it is stored as the value of something.
         """
+        if name and lists_experiments(text, name=name):
+            return text
         clean = self._inside(text)
         for redactor in self.redactors:
             clean = redactor.redact(clean, name=name)
@@ -90,9 +96,11 @@ class Policy:
         return text if clean == _plain(value) else str(write(clean))
 
     def file(self, name: str, text: str) -> str:
-        """Return the text of a file redacted; YAML is looked into, as JSON is."""
-        description = PurePath(name).name == "MLmodel"
-        if not description and PurePath(name).suffix not in (".yaml", ".yml"):
+        """Return the text of a file redacted; YAML and CSV are looked into, as JSON is."""
+        description, suffix = PurePath(name).name == "MLmodel", PurePath(name).suffix.lower()
+        if between := DELIMITED.get(suffix):
+            text = by_columns(text, between=between, redact=lambda cell, n: self.text(cell, name=n))
+        if not description and suffix not in (".yaml", ".yml"):
             return self.text(text)
         try:
             value = yaml.safe_load(text)
@@ -187,6 +195,8 @@ class Policy:
         if not isinstance(value, str):
             value = self.value(value, name=name)
             return value if isinstance(value, str) else self.text(str(value))
+        if name == "mlflow.artifactLocation" and self._is_clean(without_experiment(value)):
+            return value
         if len(value) in _CUT_LENGTHS and name.startswith("mlflow."):
             value = _CUT.sub(REDACTED, value)
         return self.text(value, name=name)
@@ -199,14 +209,17 @@ class Policy:
         """
         items = items_of(value)
         for item in [value] if items is None else items:
-            if item is None or isinstance(item, int) or _ID.fullmatch(str(item)):
+            if item is None or isinstance(item, int) or is_id(str(item)):
                 continue
-            if self.text(str(item)) != str(item):
+            if not self._is_clean(without_experiment(str(item))):
                 raise RedactionError(
                     f"{what} holds a secret or personal data, and cannot be redacted, for it would "
                     "mean something else. Nothing was sent."
                 )
         return value
+
+    def _is_clean(self, text: str) -> bool:
+        return self.text(text) == text
 
     def argument(self, value: Any) -> Any:
         """Return whatever a method is given, redacted; entities stay entities.
@@ -281,6 +294,9 @@ class Policy:
         # {"name": "password", "type": "string"} is a column here, not a secret and its value.
         signature = fields.get("signature") or {}
         clean: dict[str, Any] = self.value({**fields, "signature": None})
+        place = fields.get("artifact_path")
+        if isinstance(place, str) and self._is_clean(without_experiment(place)):
+            clean["artifact_path"] = place
         if not signature:
             return {key: item for key, item in clean.items() if key != "signature"}
         clean["signature"] = {
@@ -341,7 +357,7 @@ class Policy:
             value = json.loads(text)
         except ValueError:
             return self.text(text, name=name)
-        if isinstance(value, str) and _ID.fullmatch(value):
+        if isinstance(value, str) and is_id(value):
             return text
         clean = self.value(value, name=name)
         return text if clean == _plain(value) else json.dumps(clean)

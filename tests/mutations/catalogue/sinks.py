@@ -49,4 +49,38 @@ CATALOGUE = [
         'if "&&" in text:',
         f"{REDACTION}/test_disguises.py -k found_at_its_place",
     ),
+    Mutation(
+        "a param passes any policy if it is called like a tag of ours",
+        "redaction/mlflow_store/sinks.py",
+        'ours = "tags" in sinks',
+        "ours = True",
+        f"{REDACTION}/test_policy.py -k open_no_other",
+    ),
+    Mutation(
+        "an encrypted file is given a number after its name was bound",
+        "redaction/files.py",
+        "while target.exists() or target.with_name(target.name + SUFFIX).exists():",
+        "while target.exists():",
+        f"{REDACTION}/test_policy.py -k ciphertext_opens",
+    ),
+    Mutation(
+        "a logger's client sends a file before its redaction is recorded",
+        "loggers/client.py",
+        "            tally.announce()\n            self._client.log_artifact(",
+        "            self._client.log_artifact(",
+        "tests/loggers/test_client.py -k no_file_is_sent",
+    ),
+    Mutation(
+        "a container in a metric's name is taken for words",
+        "loggers/mlflow.py",
+        " and all(n[:1].isalpha() for n in numbers)",
+        "",
+        "tests/loggers/test_mlflow.py -k its_brackets_go",
+        (
+            (
+                "Policy(self._redactor).argument(dict.fromkeys(numbers))",
+                "self._redactor.redact(dict.fromkeys(numbers))",
+            ),
+        ),
+    ),
 ]

@@ -9,6 +9,20 @@ METRICS = "tests/redaction/test_metrics.py"
 
 CATALOGUE = [
     Mutation(
+        "any number in a place is taken for an experiment's",
+        "redaction/mlflow_store/ids.py",
+        "(?=/(?:[0-9a-f]{32}|models/m-[0-9a-f]{32}|traces/tr-[0-9a-f]{32})(?:/|$))",
+        "",
+        f"{MATRIX} -k 'mlflow_puts_one'",
+    ),
+    Mutation(
+        "an experiment with the number of a card registers no model",
+        "redaction/mlflow_store/values.py",
+        "if not self._is_clean(without_experiment(str(item))):",
+        "if not self._is_clean(str(item)):",
+        f"{MATRIX} -k 'mlflow_puts_one'",
+    ),
+    Mutation(
         "a store's method that nobody classified passes",
         "redaction/mlflow_store/guard.py",
         "wrap(name, method) or _refusing(name)",
@@ -85,5 +99,12 @@ CATALOGUE = [
         "if tuple(fields)[:8] != _FIELDS:",
         f"{METRICS} -k 'newer and MLflow'",
         (("= fields.values()", "= tuple(fields.values())[:8]"),),
+    ),
+    Mutation(
+        "a column of passwords is stored if one cell is long",
+        "redaction/mlflow_store/delimited.py",
+        "        return head + redact(text[len(head) :], next(iter(secret.values())))",
+        "        return text",
+        f"{MATRIX} -k 'taken_out_of_rows'",
     ),
 ]
