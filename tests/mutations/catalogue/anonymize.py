@@ -32,9 +32,10 @@ CATALOGUE = [
     Mutation(
         "rows that were refused hide others in the report",
         "data/pending.py",
-        "        return applied.columns, self._tally.prepared(columns, applied, rows=rows)\n",
-        "        self._count(self._tally.prepared(columns, applied, rows=rows))\n"
-        "        return applied.columns, None\n",
+        "        return self._anonymizer.run(columns)\n",
+        "        applied = self._anonymizer.run(columns)\n"
+        "        self._count(self._tally.prepared(columns, applied, rows=count_rows(columns)))\n"
+        "        return applied\n",
         f"{REPORT} -k refused_do_not_count",
     ),
     Mutation(
@@ -64,5 +65,12 @@ CATALOGUE = [
         "        (DISGUISED, _compiled(SPELLINGS)),\n",
         "",
         "tests/redaction/anonymize/test_findings.py -k as_by_a_redactor",
+    ),
+    Mutation(
+        "numbers that shards do not tell apart count as different values",
+        "data/pending.py",
+        "Applied(dict(part), applied.found)",
+        "applied",
+        f"{REPORT} -k one_number",
     ),
 ]
