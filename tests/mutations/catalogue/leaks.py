@@ -45,6 +45,13 @@ CATALOGUE = [
         "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and database'",
     ),
     Mutation(
+        "a method goes into a checkpoint with what it is bound to",
+        "plugins/hyperparameters.py",
+        "return given if isinstance(given.__self__, ModuleType | type | None) else clean",
+        "return given",
+        "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and method'",
+    ),
+    Mutation(
         "a run that goes on without noise is still called private",
         "loggers/run_tags.py",
         "        if fitting and not isinstance(trainer.strategy, HasLedger):",
