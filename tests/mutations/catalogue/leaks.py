@@ -45,6 +45,13 @@ CATALOGUE = [
         "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and database'",
     ),
     Mutation(
+        "handlers with a filter method of their own get records as they are",
+        "redaction/logs.py",
+        '                setattr(logging.Handler, "handle", _handle)  # noqa: B010 # mypy\n',
+        "                pass\n",
+        f"{LOGS} -k method_of_their_own",
+    ),
+    Mutation(
         "a method goes into a checkpoint with what it is bound to",
         "plugins/hyperparameters.py",
         "return given if isinstance(given.__self__, ModuleType | type | None) else clean",
