@@ -114,7 +114,7 @@ class PendingRows:
         self,
         columns: Mapping[str, Any],
         applied: Applied,
-        part: Mapping[str, ColumnData],
+        part: Mapping[str, Any],
         rows: int,
     ) -> Prepared | None:
         # What shards hold is counted, where 1, 1.0 and True are one number.

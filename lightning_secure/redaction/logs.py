@@ -61,9 +61,10 @@ class RedactingFilter(logging.Filter):
         """Redact what every handler of the process is given, and every uncaught exception.
 
         Also of handlers that are added later, after all filters of their own; not of those with a
-        ``handle`` of their own that asks no filter. Uncaught exceptions (of the program, of threads, and those that are ignored) are printed as plain text without
-        locals; whoever sets ``sys.excepthook`` afterwards, as ``rich.traceback.install`` does,
-        prints them again. It ends with :meth:`remove`, or with a ``with`` statement.
+        ``handle`` of their own that asks no filter. Uncaught exceptions (of the program, of
+        threads, and those that are ignored) are printed as plain text without locals; whoever sets
+        ``sys.excepthook`` afterwards, as ``rich.traceback.install`` does, prints them again. It
+        ends with :meth:`remove`, or with a ``with`` statement.
 
         Returns:
             Itself.
@@ -189,7 +190,7 @@ def _filter(handler: logging.Handler, record: logging.LogRecord) -> Any:
 
 
 def _handle(handler: logging.Handler, record: logging.LogRecord) -> Any:
-    """Stand in for ``logging.Handler.handle``: redact also where ``filter`` is the handler's own."""
+    """Stand in for ``logging.Handler.handle``: redact also for a ``filter`` of its own."""
     if getattr(handler.filter, "__func__", None) is _filter:
         return _HANDLE(handler, record)
     passed: Any = handler.filter(record)

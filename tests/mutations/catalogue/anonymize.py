@@ -73,4 +73,18 @@ CATALOGUE = [
         "applied",
         f"{REPORT} -k one_number",
     ),
+    Mutation(
+        "text that is kept as bytes is said to hold nothing",
+        "redaction/anonymize/findings.py",
+        "        return None if _CONTROL.search(value) else _decoded(value)\n",
+        '        return ""\n',
+        "tests/redaction/anonymize/test_findings.py -k bytes_that_are_text",
+    ),
+    Mutation(
+        "what a WebP says of its place is not seen",
+        "redaction/anonymize/pictures.py",
+        'return b"EXIF" in data or b"XMP " in data or',
+        "return",
+        "tests/redaction/anonymize/test_pictures.py -k 'besides and WEBP'",
+    ),
 ]
