@@ -47,7 +47,8 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
     ``load_from_checkpoint(path, db_password=...)``. A run is resumed without it.
 
     Only hyperparameters are redacted. What a module puts into a checkpoint by itself, weights, and
-    paths in the states of callbacks are written as they are.
+    paths in the states of callbacks are written as they are; and so is everything by a strategy
+    that writes checkpoints itself, see :class:`EncryptedCheckpointIO`.
 
     Guarantees:
         Numbers, tensors and arrays of them, types and functions stay what they are, and so do
