@@ -57,14 +57,15 @@ class AnonymizationPlan:
     sensitive: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        rules = self.columns if isinstance(self.columns, Mapping) else {"": None}
+        given: Any = self.columns
+        rules = dict(given) if isinstance(given, Mapping) else {"": given}
         for name, rule in rules.items():
             if not (isinstance(name, str) and isinstance(rule, Operator)):
                 raise ConfigError(
                     "an AnonymizationPlan has an operator for each name of a column, such as "
                     f"Keep(), and was given a {type(rule).__name__}."
                 )
-        object.__setattr__(self, "columns", dict(rules))  # which could be changed afterwards
+        object.__setattr__(self, "columns", rules)  # which could be changed afterwards
         for what in ("quasi_identifiers", "sensitive"):
             names = getattr(self, what)
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
