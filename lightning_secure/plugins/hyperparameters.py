@@ -91,7 +91,8 @@ def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:
     if clean == REDACTED and given is not None:
         return REDACTED
     if isinstance(given, Tensor):
-        return given.detach() if vars(given) else given
+        # Pickle writes a tensor's attributes, and all of the memory that it is a part of.
+        return given.detach().clone() if vars(given) or _is_part(given) else given
     if given is None or isinstance(given, _KEPT):
         return given
     if isinstance(given, BuiltinFunctionType):
@@ -120,6 +121,11 @@ def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:
         parts = [_restored(item, shown, redactor) for item, shown in pairs_of]
         return type(given)(parts) if type(given) in _SEQUENCES else parts
     return str.__str__(clean) if isinstance(clean, str) else clean
+
+
+def _is_part(value: Tensor) -> bool:
+    strided = value.layout is torch.strided and value.device.type != "meta"
+    return strided and value.untyped_storage().nbytes() > value.nbytes
 
 
 def _is_plain(value: Any) -> bool:

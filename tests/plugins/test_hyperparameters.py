@@ -135,6 +135,7 @@ DIRTY = {
     "keys": {with_note(Text("a")): 1},
     "objects": {Key(ADDRESS): 1},
     "unreadable": Unreadable(),
+    "view": torch.frombuffer(bytearray(f"\0\0{ADDRESS}".encode()), dtype=torch.uint8)[:2],
     "member": Place.HERE,
     "method": {"password": PASSWORD}.get,
     "dtype": np.zeros(2, np.dtype("f8", metadata={"by": ADDRESS})),
@@ -219,6 +220,7 @@ def test_what_is_taken_out_leaves_the_rest(tmp_path):
     assert [type(after[name]) for name in ("float", "text", "raw")] == [float, str, bytes]
     assert torch.equal(after["tensor"], torch.zeros(2))
     assert type(after["settings"]) is dict
+    assert after["view"].tolist() == [0, 0]
     assert after["member"] == "HERE"
     assert after["dtype"].tolist() == [0, 0]
     assert after[f"by {REDACTED}"] == 1

@@ -118,8 +118,7 @@ class AnonymizationReport:
         """Return the report in :attr:`EncryptedShardDataset.attributes`; None if there is none.
 
         Raises:
-            IntegrityError: It is not the one whose digest stands beside it, or one of the two is not
-                there.
+            IntegrityError: It is not the one whose digest stands beside it, or either is missing.
         """
         text = attributes.get(REPORT_ATTRIBUTE.removeprefix(ENCRYPTED), "")
         digest = attributes.get(REPORT_DIGEST, "")
