@@ -21,6 +21,7 @@ from lightning_secure.data.layout import SplitLayout
 from lightning_secure.data.subjects import by_subject, taken
 from lightning_secure.errors import DataError
 from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.redaction.anonymize.plan import Applied
 from lightning_secure.redaction.anonymize.tally import Prepared, Tally
 
 __all__ = ["PendingRows"]
@@ -94,7 +95,9 @@ class PendingRows:
                 f"{rows} rows were given to be looked at again, and {self.unseen} are left that "
                 "were sealed before. They were not counted."
             )
-        prepared = self._anonymized(columns, rows)[1]
+        applied = self._anonymized(columns)
+        part = self._converted(self._schema_of(applied.columns), applied.columns, copy=False)
+        prepared = self._prepared(columns, applied, part, rows)
         self.unseen -= rows
         self._count(prepared)
 
@@ -102,13 +105,43 @@ class PendingRows:
         if self._tally is not None and prepared is not None:
             self._tally.add(prepared)
 
-    def _anonymized(
-        self, columns: Mapping[str, Any], rows: int
-    ) -> tuple[Mapping[str, Any], Prepared | None]:
-        if self._anonymizer is None or self._tally is None:
-            return columns, None
-        applied = self._anonymizer.run(columns)
-        return applied.columns, self._tally.prepared(columns, applied, rows=rows)
+    def _anonymized(self, columns: Mapping[str, Any]) -> Applied:
+        if self._anonymizer is None:
+            return Applied(dict(columns), {})
+        return self._anonymizer.run(columns)
+
+    def _prepared(
+        self,
+        columns: Mapping[str, Any],
+        applied: Applied,
+        part: Mapping[str, Any],
+        rows: int,
+    ) -> Prepared | None:
+        # What shards hold is counted, where 1, 1.0 and True are one number.
+        if self._tally is None:
+            return None
+        return self._tally.prepared(columns, Applied(dict(part), applied.found), rows=rows)
+
+    def _schema_of(self, columns: Mapping[str, Any]) -> Schema:
+        schema = self.schema or Schema(
+            tuple(infer_column(name, values) for name, values in columns.items())
+        )
+        require_names(columns.keys(), schema.names)
+        return schema
+
+    def _converted(
+        self, schema: Schema, columns: Mapping[str, Any], *, copy: bool, first_row: int = 0
+    ) -> dict[str, ColumnData]:
+        return {
+            column.name: convert_column(
+                column,
+                columns[column.name],
+                allow_nonfinite=self._allow_nonfinite,
+                first_row=first_row,
+                copy=copy,
+            )
+            for column in schema.columns
+        }
 
     @property
     def full(self) -> bool:
@@ -130,22 +163,10 @@ class PendingRows:
         if rows == 0:
             return
         subjects = self._layout.subjects_of(columns)
-        columns, prepared = self._anonymized(columns, rows)
-        schema = self.schema or Schema(
-            tuple(infer_column(name, values) for name, values in columns.items())
-        )
-        require_names(columns.keys(), schema.names)
+        applied = self._anonymized(columns)
+        schema = self._schema_of(applied.columns)
         self._layout.groups(schema)
-        part = {
-            column.name: convert_column(
-                column,
-                columns[column.name],
-                allow_nonfinite=self._allow_nonfinite,
-                first_row=first_row,
-                copy=copy,
-            )
-            for column in schema.columns
-        }
+        part = self._converted(schema, applied.columns, copy=copy, first_row=first_row)
         length_of = segment_lengths(schema, part)
         if length_of(0, rows) > MAX_SEGMENT_BYTES:
             longest = max(length_of(row, row + 1) for row in range(rows))
@@ -154,6 +175,7 @@ class PendingRows:
                     f"a row takes {longest} bytes, and a segment can have {MAX_SEGMENT_BYTES}. "
                     "Nothing of this call was sealed. Split the row, or store a reference to it."
                 )
+        prepared = self._prepared(columns, applied, part, rows)
         self.schema = schema
         self._parts.append(part)
         self._subjects += subjects

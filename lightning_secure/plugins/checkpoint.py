@@ -72,7 +72,9 @@ class EncryptedCheckpointIO(CheckpointIO):
         cannot run code, whoever wrote it.
 
     It does not show that a checkpoint is the latest one of its run: an older one, put in its
-    place, opens.
+    place, opens. Strategies that write checkpoints themselves, as Lightning's
+    ModelParallelStrategy, DeepSpeedStrategy and sharded FSDPStrategy do, ask no CheckpointIO: with
+    them nothing is encrypted.
 
     Attributes:
         announces: It tells of each checkpoint by itself.

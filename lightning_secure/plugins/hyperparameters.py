@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections import deque
 from enum import Enum
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +26,6 @@ _HYPERPARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
 #: Written as numbers, or as the name of what they are.
 _KEPT: Final = (
     np.number, np.bool_, torch.dtype, torch.device, torch.Size, type, FunctionType,
-    BuiltinFunctionType,
 )  # fmt: skip
 #: Of these, what is derived may have attributes, which pickle writes, too.
 _PLAIN: Final[tuple[type[Any], ...]] = (bool, int, float, complex, bytes, bytearray)
@@ -48,13 +47,14 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
     ``load_from_checkpoint(path, db_password=...)``. A run is resumed without it.
 
     Only hyperparameters are redacted. What a module puts into a checkpoint by itself, weights, and
-    paths in the states of callbacks are written as they are.
+    paths in the states of callbacks are written as they are; and so is everything by a strategy
+    that writes checkpoints itself, see :class:`EncryptedCheckpointIO`.
 
     Guarantees:
         Numbers, tensors and arrays of them, types and functions stay what they are, and so do
         dicts, lists, tuples, sets, namespaces and dataclasses with what is in them. Containers of
-        other libraries become dicts and lists, other objects text: what pickle would write of them
-        nobody has looked at.
+        other libraries become dicts and lists, members of an Enum of objects their names, other
+        objects and methods text: what pickle would write of them nobody has looked at.
     """
 
     def __init__(
@@ -84,15 +84,22 @@ def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:
     """Return what a redactor has made of a value, of the value's own type where that can be had."""
     if isinstance(given, Enum):  # before texts: some are both
         shown = f"{clean} {redactor.redact(given.value)}"
-        return REDACTED if REDACTED in shown else given
+        if REDACTED in shown:
+            return REDACTED
+        # Pickle writes its value, of which an object's text may say nothing.
+        return given if _is_plain(given.value) else given.name
     if clean == REDACTED and given is not None:
         return REDACTED
     if isinstance(given, Tensor):
-        return given.detach() if vars(given) else given
+        # Pickle writes a tensor's attributes, and all of the memory that it is a part of.
+        return given.detach().clone() if vars(given) or _is_part(given) else given
     if given is None or isinstance(given, _KEPT):
         return given
+    if isinstance(given, BuiltinFunctionType):
+        # Of a method, pickle writes what it is bound to, such as the dict of dict.get.
+        return given if isinstance(given.__self__, ModuleType | type | None) else clean
     if type(given) is np.ndarray and given.dtype.kind in "biufc":
-        return given
+        return given.astype(given.dtype.str) if given.dtype.metadata else given
     if isinstance(given, bytes | bytearray | range) and clean != str(given):
         return clean
     for plain in _PLAIN:
@@ -114,6 +121,17 @@ def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:
         parts = [_restored(item, shown, redactor) for item, shown in pairs_of]
         return type(given)(parts) if type(given) in _SEQUENCES else parts
     return str.__str__(clean) if isinstance(clean, str) else clean
+
+
+def _is_part(value: Tensor) -> bool:
+    strided = value.layout is torch.strided and value.device.type != "meta"
+    return strided and value.untyped_storage().nbytes() > value.nbytes
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (str, *_PLAIN, *_KEYS)
 
 
 def _with_fields(given: Any, inner: dict[str, tuple[str, Any]]) -> Any:

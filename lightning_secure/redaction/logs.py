@@ -22,6 +22,7 @@ _DROPPED: Final = "a log record could not be checked for secrets and personal da
 _UNCHECKED: Final = "its text could not be checked for secrets and personal data"
 _BUSY: Final[ContextVar[bool]] = ContextVar("lightning_secure_redacting_a_record", default=False)
 _LOCK: Final = threading.Lock()
+_HANDLE: Final = logging.Handler.handle
 _installed: tuple[RedactingFilter, ...] = ()
 _hooks: tuple[Any, Any, Any] | None = None
 
@@ -59,10 +60,11 @@ class RedactingFilter(logging.Filter):
     def install(self) -> Self:
         """Redact what every handler of the process is given, and every uncaught exception.
 
-        Also of handlers that are added later, after all filters of their own. Uncaught exceptions
-        (of the program, of threads, and those that are ignored) are printed as plain text without
-        locals; whoever sets ``sys.excepthook`` afterwards, as ``rich.traceback.install`` does,
-        prints them again. It ends with :meth:`remove`, or with a ``with`` statement.
+        Also of handlers that are added later, after all filters of their own; not of those with a
+        ``handle`` of their own that asks no filter. Uncaught exceptions (of the program, of
+        threads, and those that are ignored) are printed as plain text without locals; whoever sets
+        ``sys.excepthook`` afterwards, as ``rich.traceback.install`` does, prints them again. It
+        ends with :meth:`remove`, or with a ``with`` statement.
 
         Returns:
             Itself.
@@ -72,6 +74,8 @@ class RedactingFilter(logging.Filter):
             if self not in _installed:
                 _installed = (*_installed, self)
             setattr(logging.Handler, "filter", _filter)  # noqa: B010 # loggers keep theirs
+            if logging.Handler.handle is _HANDLE:
+                setattr(logging.Handler, "handle", _handle)  # noqa: B010 # mypy
             if _hooks is None:
                 _hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
             sys.excepthook = _print
@@ -88,6 +92,8 @@ class RedactingFilter(logging.Filter):
                 return
             del logging.Handler.filter
             # What somebody has set since is left alone.
+            if logging.Handler.handle is _handle:
+                setattr(logging.Handler, "handle", _HANDLE)  # noqa: B010 # mypy
             if sys.excepthook is _print:
                 sys.excepthook = _hooks[0]
             if threading.excepthook is _print_of_thread:
@@ -133,12 +139,11 @@ class RedactingFilter(logging.Filter):
         return True
 
     def _redacted(self, record: logging.LogRecord) -> dict[str, Any]:
-        clean: dict[str, Any] = {}
-        for name, value in vars(record).items():
-            if name not in _STANDARD:
-                clean[name] = self._redactor.redact(value, name=name)
-            elif isinstance(value, str) and name != "msg":
-                clean[name] = self._redactor.redact_text(value)
+        clean = {
+            name: self._redactor.redact(value, name="" if name in _STANDARD else name)
+            for name, value in vars(record).items()
+            if name not in ("msg", "args", "exc_info")
+        }
         clean |= {"msg": self._message(record), "args": (), "exc_info": None}
         if record.exc_info and record.exc_info[1] is not None:
             clean["exc_text"] = self._redactor.redact_text(_traceback(record.exc_info[1]))
@@ -179,9 +184,25 @@ def _filter(handler: logging.Handler, record: logging.LogRecord) -> Any:
     passed: Any = logging.Filterer.filter(handler, record)
     if passed:
         record = passed if isinstance(passed, logging.LogRecord) else record
-        for redacting in _installed:
-            if not redacting.filter(record):
-                return False
+        if not all(redacting.filter(record) for redacting in _installed):
+            return False
+    return passed
+
+
+def _handle(handler: logging.Handler, record: logging.LogRecord) -> Any:
+    """Stand in for ``logging.Handler.handle``: redact also for a ``filter`` of its own."""
+    if getattr(handler.filter, "__func__", None) is _filter:
+        return _HANDLE(handler, record)
+    passed: Any = handler.filter(record)
+    if passed:
+        record = passed if isinstance(passed, logging.LogRecord) else record
+        if not all(redacting.filter(record) for redacting in _installed):
+            return False
+        handler.acquire()
+        try:
+            handler.emit(record)
+        finally:
+            handler.release()
     return passed
 
 

@@ -114,7 +114,12 @@ def _names_a_secret(name: str) -> bool:
 
 
 def _has_secret_words(name: str) -> bool:
-    parts = [words for part in _PARTS.split(folded(name)) if (words := _words(part))]
+    # As it was meant, and as it stands: a Cyrillic letter before a name is no part of it.
+    return any(map(_names_words, {folded(name), name}))
+
+
+def _names_words(name: str) -> bool:
+    parts = [words for part in _PARTS.split(name) if (words := _words(part))]
     joined = [word for words in parts for word in words]
     # {"api": {"key": ...}} becomes api/key.
     return any(map(_secret, parts)) or (len(parts) > 1 and _named_key(joined))

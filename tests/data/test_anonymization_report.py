@@ -261,6 +261,36 @@ def test_rows_that_were_refused_do_not_count(tmp_path, keys):
     assert (report.k_anonymity.after.least, report.columns["note"].inspected) == (2, 2)
 
 
+class Name(str):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    ("given", "single"),
+    [
+        ([True, 1], False),
+        ([1.0, 1], True),
+        ([2.0**53, 2**53 + 1], True),
+        (["a", Name("a")], False),
+    ],
+    ids=["bool and int", "float and int", "beyond float64", "kinds of text"],
+)
+def test_what_shards_hold_as_one_number_or_text_is_one_value(tmp_path, keys, given, single):
+    """Else a class with one diagnosis would have two by the report."""
+    plan = AnonymizationPlan({"dx": Keep()}, quasi_identifiers=["age"], sensitive=["dx"])
+    with EncryptedShardWriter(tmp_path, split="train", keys=keys, anonymize=plan) as writer:
+        for value in given if single else ():
+            writer.write({"age": 30, "dx": value})
+        if not single:
+            writer.write_batch({"age": [30, 30], "dx": given})
+    dataset = EncryptedShardDataset(tmp_path, split="train", keys=keys)
+    (_, first), (_, second) = dataset[0], dataset[1]
+    report = dataset.anonymization_report
+    assert first == second
+    assert report.k_anonymity.after.least == 2
+    assert report.l_diversity["dx"].after.least == 1
+
+
 def test_own_rules_that_changed_do_not_go_on(tmp_path, keys):
     rules = tmp_path / "rules.toml"
     rules.write_text('[[rules]]\nid = "ward"\nregex = "ward-[0-9]+"\n')

@@ -32,8 +32,19 @@ PASSWORD, ADDRESS = "Wintergreen-90210", "mary.q@clinic.example"
 CANARIES = {"password": PASSWORD, "address": ADDRESS}
 
 
+class Silent:
+    """Shows nothing of itself as text, and everything to pickle."""
+
+    def __init__(self):
+        self.key = PASSWORD
+
+
 class Colour(enum.Enum):
     RED = 1
+
+
+class Place(enum.Enum):
+    HERE = Silent()
 
 
 class Owner(enum.StrEnum):
@@ -59,13 +70,6 @@ class Clean:
 class Login(NamedTuple):
     user: str
     word: str
-
-
-class Silent:
-    """Shows nothing of itself as text, and everything to pickle."""
-
-    def __init__(self):
-        self.key = PASSWORD
 
 
 class Float(float): ...
@@ -131,6 +135,10 @@ DIRTY = {
     "keys": {with_note(Text("a")): 1},
     "objects": {Key(ADDRESS): 1},
     "unreadable": Unreadable(),
+    "view": torch.frombuffer(bytearray(f"\0\0{ADDRESS}".encode()), dtype=torch.uint8)[:2],
+    "member": Place.HERE,
+    "method": {"password": PASSWORD}.get,
+    "dtype": np.zeros(2, np.dtype("f8", metadata={"by": ADDRESS})),
 }
 CLEAN = {
     "lr": 0.1,
@@ -147,6 +155,7 @@ CLEAN = {
     "shape": torch.Size([2, 3]),
     "module": torch.nn.Linear,
     "function": torch.nn.functional.relu,
+    "builtin": [len, torch.relu, torch.nn.functional.gelu, dict.fromkeys],
     "colour": Colour.RED,
     "nobody": Owner.NOBODY,
     "path": PurePosixPath("/data"),
@@ -211,6 +220,9 @@ def test_what_is_taken_out_leaves_the_rest(tmp_path):
     assert [type(after[name]) for name in ("float", "text", "raw")] == [float, str, bytes]
     assert torch.equal(after["tensor"], torch.zeros(2))
     assert type(after["settings"]) is dict
+    assert after["view"].tolist() == [0, 0]
+    assert after["member"] == "HERE"
+    assert after["dtype"].tolist() == [0, 0]
     assert after[f"by {REDACTED}"] == 1
 
 

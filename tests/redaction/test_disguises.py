@@ -55,7 +55,10 @@ def test_base64_is_found_whole(encode, encoding, before):
         assert word[-12:] not in clean
 
 
-@pytest.mark.parametrize("name", ["p\u0430ssword", "\uff41pi_key", "to\u200bken", "\u0455ecret"])
+@pytest.mark.parametrize(
+    "name",
+    ["p\u0430ssword", "\uff41pi_key", "to\u200bken", "\u0455ecret", "\u0430token", "\u03bfcookie"],
+)
 def test_a_name_that_only_looks_different_is_one(name):
     assert Redactor().redact({name: "hunter2"}) == {name: REDACTED}
 

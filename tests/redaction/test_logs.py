@@ -101,6 +101,7 @@ RECORDS = [
     lambda log: log.handle(made(msg="here", stack_info=f"Stack\n  connect({ADDRESS!r})")),
     lambda log: log.handle(made(msg="here", exc_text=f"ValueError: {ADDRESS}")),
     lambda log: log.handle(made(msg="here", threadName=f"for {ADDRESS}", processName=ADDRESS)),
+    lambda log: log.handle(made(msg="here", processName=Database())),
     report,
 ]  # fmt: skip
 
@@ -316,6 +317,31 @@ def test_installed_it_covers_handlers_of_any_logger_and_any_time(logger):
     assert ADDRESS in stream.getvalue()
     assert "filter" not in vars(logging.Handler)
     child.removeHandler(late)
+
+
+class Own(logging.StreamHandler):
+    """As handlers of libraries, which do not ask the filters of logging."""
+
+    refuses = False
+
+    def filter(self, record):
+        return not self.refuses
+
+
+def test_installed_it_covers_handlers_with_a_filter_method_of_their_own(logger):
+    log, handler, _ = logger
+    own, stand_in = Own(io.StringIO()), logging.StreamHandler(io.StringIO())
+    stand_in.filter = lambda record: True
+    handle = logging.Handler.handle
+    log.handlers = [own, stand_in]
+    with RedactingFilter().install():
+        log.error("mail %s", ADDRESS)
+        own.refuses = True
+        log.error("no")
+    log.handlers = [handler]
+    assert own.stream.getvalue() == f"mail {REDACTED}\n"
+    assert stand_in.stream.getvalue() == f"mail {REDACTED}\nno\n"
+    assert logging.Handler.handle is handle
 
 
 def test_a_filter_that_refuses_still_refuses(logger):

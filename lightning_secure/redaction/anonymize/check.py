@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lightning_secure.crypto.keys import DataKey
+from lightning_secure.redaction.anonymize.findings import Look
 from lightning_secure.redaction.anonymize.identifying import identifying
 from lightning_secure.redaction.anonymize.plan import AnonymizationPlan, BoundPlan, holds_text
 from lightning_secure.redaction.anonymize.report import AnonymizationReport
@@ -27,7 +28,8 @@ class CheckedColumn:
         text: Whether it holds text, bytes or dates.
         found: In how many values each rule found something.
         inspected: How many values were looked at.
-        identifying: What it seems to hold of a person by its name, or nothing.
+        identifying: What it seems to hold of a person by its name, or what its name itself is, such
+            as an e-mail address where a table has no line of names; or nothing.
     """
 
     planned: str
@@ -86,7 +88,7 @@ class PlanCheck:
                 text=self._text[name],
                 found=column.found,
                 inspected=column.inspected,
-                identifying=identifying(name),
+                identifying=identifying(name) or _in_name(name),
             )
             for name, column in self.report.columns.items()
         }
@@ -98,6 +100,11 @@ def _undecided(values: Sequence[Any]) -> bool:
         return True
     first = values[0] if len(values) else None
     return hasattr(first, "isoformat")
+
+
+def _in_name(name: str) -> str:
+    """Return what a column's name itself is: names stand in the manifest in the clear."""
+    return next(iter(sorted(Look("").inspected([name]).rules)), "")
 
 
 class _Throwaway:

@@ -85,8 +85,9 @@ class RowHash:
 def _label(value: Any, name: str) -> tuple[type, Any]:
     """Return what is equal for two values if they are the same."""
     # 1, 1.0 and True are equal and not the same; a NaN is not equal to itself, and 0.0 to -0.0.
-    if isinstance(value, str | bytes | int):
-        return type(value), value
+    for kind in (str, bytes, bool, int):
+        if isinstance(value, kind):
+            return kind, str.__str__(value) if kind is str else value
     if value is not None and not isinstance(value, float | dt.date):
         raise DataError(
             f"column {name!r} tells rows apart, by the anonymisation plan, and holds a "

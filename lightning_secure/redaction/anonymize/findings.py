@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from lightning_secure.redaction.anonymize.pictures import has_metadata, is_picture
 from lightning_secure.redaction.detectors import (
     AssignmentDetector,
     Detector,
@@ -31,14 +32,12 @@ from lightning_secure.redaction.screening import (
 
 __all__ = ["Found", "Look"]
 
-#: What is found in a picture's bytes besides the picture.
-_METADATA: Final = (
-    b"Exif\0\0", b"http://ns.adobe.com/xap", b"Photoshop 3.0", b"tEXt", b"zTXt", b"iTXt", b"eXIf",
-)  # fmt: skip
-_PICTURES: Final = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"RIFF")
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+#: No text has one of these; what has is not looked at.
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 #: A number with fewer digits is nobody's telephone, card or national number.
 _LEAST: Final = 10**6
+_MOST: Final = 10**40
 _SHORT: Final = 64
 _REMEMBERED: Final = 4096
 
@@ -93,23 +92,22 @@ class Look:
         self._kinds.append((DISGUISED, DisguiseDetector(every)))
 
     def inspected(self, values: Sequence[Any]) -> Found:
-        """Return what is in ``values``: texts, pictures' bytes, or an array of whole numbers."""
+        """Return what is in ``values``: texts, also as bytes, pictures' bytes, whole numbers."""
         dtype = str(getattr(values, "dtype", "object"))
-        if "int" in dtype:
+        if "int" in dtype or "float64" in dtype:
             host: Any = values
             numbers = np.asarray(host.cpu() if hasattr(host, "cpu") else host)
             if numbers.ndim != 1:
                 return Found()
             chosen = numbers[(numbers >= _LEAST) | (numbers <= -_LEAST)].tolist()
-            return Found(len(values), self._texts([str(number) for number in chosen])[1])
+            return Found(len(values), self._texts([_text_of(number) or "" for number in chosen])[1])
         if "float" in dtype or "bool" in dtype:
             return Found()
-        texts = [_text_of(value) for value in values]
+        pictures = [value for value in values if isinstance(value, bytes) and is_picture(value)]
+        texts = [text for value in values if (text := _text_of(value)) is not None]
         found = Found(len(texts), self._texts(texts)[1]) if any(texts) else Found()
-        pictures = sum(isinstance(value, bytes) for value in values)
-        if pictures:
-            marked = sum(isinstance(value, bytes) and _has_metadata(value) for value in values)
-            found.add(Found(pictures, Counter({"image-metadata": marked} if marked else {})))
+        marked = sum(map(has_metadata, pictures))
+        found.add(Found(len(pictures), Counter({"image-metadata": marked} if marked else {})))
         return found
 
     def redacted(self, values: Sequence[str]) -> tuple[list[str], Found]:
@@ -161,11 +159,23 @@ class Look:
         return found
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: Any) -> str | None:
+    """Return a value as text, nothing of a short number, and None of what is neither."""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):
+        return None if _CONTROL.search(value) else _decoded(value)
+    if isinstance(value, float | np.floating) and value.is_integer():  # as pandas has numbers
+        value = int(value)
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return str(value) if whole and abs(value) >= _LEAST else ""
+    return str(value) if whole and _LEAST <= abs(value) < _MOST else ""
+
+
+def _decoded(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _encodable(values: Sequence[str]) -> bool:
@@ -174,7 +184,3 @@ def _encodable(values: Sequence[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _has_metadata(data: bytes) -> bool:
-    return data.startswith(_PICTURES) and any(mark in data for mark in _METADATA)

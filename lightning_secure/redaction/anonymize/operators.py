@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import datetime as dt
 import itertools
 import math
@@ -204,7 +205,12 @@ class _Coarser(Bound):
                 raise DataError("a NaN lies in no bin.")
             return bisect.bisect_right(rule.bins, value)
         assert rule.width is not None  # noqa: S101 # exactly one is given, see Generalize
-        return type(value)(value // rule.width * rule.width)
+        rounded = None
+        with contextlib.suppress(OverflowError):
+            rounded = type(value)(value // rule.width * rule.width)
+        if rounded is None:
+            raise DataError("a number is too large to be rounded.")
+        return rounded
 
 
 def _year(value: Any) -> int:

@@ -44,8 +44,8 @@ class AnonymizationPlan:
     said :class:`Keep` on purpose.
 
     Raises:
-        ConfigError: A column is named twice among the last two, or there are sensitive ones and no
-            quasi-identifiers.
+        ConfigError: Something else than an operator stands for a column, one is named twice among
+            the last two, or there are sensitive ones and no quasi-identifiers.
 
     >>> from lightning_secure import Suppress
     >>> AnonymizationPlan({"name": Suppress(), "zip": Generalize(prefix=2)}).describe()
@@ -57,6 +57,15 @@ class AnonymizationPlan:
     sensitive: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        given: Any = self.columns
+        rules = dict(given) if isinstance(given, Mapping) else {"": given}
+        for name, rule in rules.items():
+            if not (isinstance(name, str) and isinstance(rule, Operator)):
+                raise ConfigError(
+                    "an AnonymizationPlan has an operator for each name of a column, such as "
+                    f"Keep(), and was given a {type(rule).__name__}."
+                )
+        object.__setattr__(self, "columns", rules)  # which could be changed afterwards
         for what in ("quasi_identifiers", "sensitive"):
             names = getattr(self, what)
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):

@@ -52,7 +52,8 @@ def _operator(name: Any, rule: Any) -> Operator:
     name = typed(name, str, "the name of a column in anonymize")
     if isinstance(rule, str) and rule in _PLAIN:
         return _PLAIN[rule]
-    fields = known(rule, {*_KEYED, "generalize", "redact"}, f"anonymize: {name}")
+    names = {*_KEYED, "generalize", "redact"}
+    fields = known(rule, names, f"anonymize: {name}") if isinstance(rule, dict) else {}
     if len(fields) == 1:
         ((kind, value),) = fields.items()
         what = f"anonymize: {name}: {kind}"

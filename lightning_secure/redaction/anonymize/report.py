@@ -118,10 +118,11 @@ class AnonymizationReport:
         """Return the report in :attr:`EncryptedShardDataset.attributes`; None if there is none.
 
         Raises:
-            IntegrityError: It is not the one whose digest stands beside it.
+            IntegrityError: It is not the one whose digest stands beside it, or either is missing.
         """
-        text = attributes.get(REPORT_ATTRIBUTE.removeprefix(ENCRYPTED))
-        return None if text is None else cls.parse(text, digest=attributes.get(REPORT_DIGEST, ""))
+        text = attributes.get(REPORT_ATTRIBUTE.removeprefix(ENCRYPTED), "")
+        digest = attributes.get(REPORT_DIGEST, "")
+        return cls.parse(text, digest=digest) if text or digest else None
 
     @property
     def text(self) -> str:

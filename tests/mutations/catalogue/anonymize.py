@@ -32,9 +32,10 @@ CATALOGUE = [
     Mutation(
         "rows that were refused hide others in the report",
         "data/pending.py",
-        "        return applied.columns, self._tally.prepared(columns, applied, rows=rows)\n",
-        "        self._count(self._tally.prepared(columns, applied, rows=rows))\n"
-        "        return applied.columns, None\n",
+        "        return self._anonymizer.run(columns)\n",
+        "        applied = self._anonymizer.run(columns)\n"
+        "        self._count(self._tally.prepared(columns, applied, rows=count_rows(columns)))\n"
+        "        return applied\n",
         f"{REPORT} -k refused_do_not_count",
     ),
     Mutation(
@@ -64,5 +65,26 @@ CATALOGUE = [
         "        (DISGUISED, _compiled(SPELLINGS)),\n",
         "",
         "tests/redaction/anonymize/test_findings.py -k as_by_a_redactor",
+    ),
+    Mutation(
+        "numbers that shards do not tell apart count as different values",
+        "data/pending.py",
+        "Applied(dict(part), applied.found)",
+        "applied",
+        f"{REPORT} -k one_number",
+    ),
+    Mutation(
+        "text that is kept as bytes is said to hold nothing",
+        "redaction/anonymize/findings.py",
+        "        return None if _CONTROL.search(value) else _decoded(value)\n",
+        '        return ""\n',
+        "tests/redaction/anonymize/test_findings.py -k bytes_that_are_text",
+    ),
+    Mutation(
+        "what a WebP says of its place is not seen",
+        "redaction/anonymize/pictures.py",
+        'return b"EXIF" in data or b"XMP " in data or',
+        "return",
+        "tests/redaction/anonymize/test_pictures.py -k 'besides and WEBP'",
     ),
 ]

@@ -45,6 +45,20 @@ CATALOGUE = [
         "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and database'",
     ),
     Mutation(
+        "handlers with a filter method of their own get records as they are",
+        "redaction/logs.py",
+        '                setattr(logging.Handler, "handle", _handle)  # noqa: B010 # mypy\n',
+        "                pass\n",
+        f"{LOGS} -k method_of_their_own",
+    ),
+    Mutation(
+        "a method goes into a checkpoint with what it is bound to",
+        "plugins/hyperparameters.py",
+        "return given if isinstance(given.__self__, ModuleType | type | None) else clean",
+        "return given",
+        "tests/plugins/test_hyperparameters.py -k 'found_in_a_checkpoint and method'",
+    ),
+    Mutation(
         "a run that goes on without noise is still called private",
         "loggers/run_tags.py",
         "        if fitting and not isinstance(trainer.strategy, HasLedger):",

@@ -60,6 +60,14 @@ def test_k_and_l_are_as_a_sealing_would_report_them(keys):
     assert [(f.before.least, f.after.least) for f in figures] == [(1, 2), (1, 1)]
 
 
+def test_a_name_that_is_itself_a_persons_is_said_to_be():
+    """As in a table without a line of names, whose first row is taken for one."""
+    rows = {"jo@clinic.example": np.zeros(2), "4111 1111 1111 1111": np.zeros(2), "x": np.zeros(2)}
+    columns = checked({}, rows).columns
+    assert [of.identifying for of in columns.values()] == ["e-mail", "card", ""]
+    assert [of.forgotten for of in columns.values()] == [True, True, False]
+
+
 def test_a_column_that_is_missing_is_an_error_here_too():
     with pytest.raises(DataError, match="renamed"):
         checked({"email": Suppress()}, {"e_mail": ["a"]})

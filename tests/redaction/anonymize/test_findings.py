@@ -65,6 +65,20 @@ def test_whole_numbers_are_looked_at_as_text_if_they_are_long_enough():
         assert Look("n").inspected(values).rules == {}
 
 
+def test_bytes_that_are_text_are_looked_at_and_others_are_not_said_to_be():
+    values = [b"mail jo@clinic.example", b"", "caf\u00e9 password=hunter2Kestrel".encode()]
+    found = Look("note").inspected([*values, b"\x00jo@clinic.example", b"\xffjo@clinic.example"])
+    assert found.rules == {"e-mail": 1, "secret-assigned": 1}
+    assert found.inspected == 3
+
+
+def test_whole_numbers_are_seen_where_a_missing_one_made_them_floats():
+    numbers = [4111111111111111.0, float("nan"), 2.5e6 + 0.5, 17.0, float("inf"), 1e300]
+    for values in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64)):
+        assert Look("x").inspected(values).rules == {"card": 1}
+    assert Look("phone").inspected(np.array([2079460958.0])).rules == {"phone": 1}
+
+
 def test_pictures_with_metadata_are_seen():
     values = [
         b"\xff\xd8\xff\xe1..Exif\0\0Ada",

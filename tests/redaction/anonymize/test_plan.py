@@ -99,6 +99,7 @@ def test_a_renamed_column_is_refused(keys):
         (Generalize(prefix=2), 80233),
         (Generalize(width=10), "47"),
         (Generalize(width=10), True),
+        (Generalize(width=10.0), 1957 * 10**400),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_and_not_shown(keys, operator, value):
@@ -122,6 +123,20 @@ def test_a_value_that_does_not_fit_is_refused_and_not_shown(keys, operator, valu
 def test_wrong_generalisations_are_refused(options):
     with pytest.raises(ConfigError):
         Generalize(**options)
+
+
+@pytest.mark.parametrize("columns", [{"x": "hunter2"}, {7: Keep()}, ["x"], {"x": Keep}])
+def test_a_column_has_an_operator(columns):
+    with pytest.raises(ConfigError, match="operator for each name") as caught:
+        AnonymizationPlan(columns)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_plan_is_not_changed_by_what_it_was_made_of():
+    columns = {"x": Keep()}
+    plan = AnonymizationPlan(columns)
+    columns["x"] = Suppress()
+    assert plan.describe() == {"x": "keep"}
 
 
 def test_a_pseudonym_needs_a_domain():

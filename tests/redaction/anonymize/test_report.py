@@ -111,9 +111,9 @@ def test_another_report_is_not_taken_for_the_one_that_was_signed(keys):
     for digest in (other.digest, ""):
         with pytest.raises(IntegrityError, match="not the one that the manifest names"):
             AnonymizationReport.of({**attributes, REPORT_DIGEST: digest})
-    del attributes[REPORT_DIGEST]
-    with pytest.raises(IntegrityError):
-        AnonymizationReport.of(attributes)
+    for name, value in attributes.items():  # one of the two without the other
+        with pytest.raises(IntegrityError):
+            AnonymizationReport.of({name: value})
     assert AnonymizationReport.of({}) is None
 
 
