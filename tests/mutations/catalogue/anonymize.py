@@ -41,8 +41,8 @@ CATALOGUE = [
     Mutation(
         "a class is larger than it is, because 1 and True are equal",
         "redaction/anonymize/classes.py",
-        "        return type(value), value\n",
-        "        return int, value\n",
+        "for kind in (str, bytes, bool, int):",
+        "for kind in (str, bytes, int):",
         "tests/redaction/anonymize/test_classes.py -k takes_for_equal",
     ),
     Mutation(
