@@ -159,6 +159,23 @@ def test_the_readmes_figures_of_redaction_are_those_of_the_stored_result():
     )
 
 
+def test_the_readmes_costs_of_privacy_are_those_of_the_stored_results():
+    text = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    ratios = json.loads((results / "dp.json").read_text())["ratios"]
+    models = {"gpt2": "GPT-2", "vit": "ViT", "wrn": "WRN", "mlp": "MLP"}
+    kinds = ("step_vs_plain", "step_vs_opacus_best", "memory_vs_plain")
+    for model, label in models.items():
+        said = re.search(rf"^\| {label}[^|]*\| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
+        assert said.groups() == tuple(f"{ratios[f'{kind}_{model}']:.2f}" for kind in kinds)
+    found = json.loads((results / "dp_utility.json").read_text())["ours_minus_opacus"]
+    said = re.findall(r"([+-][\d.]+) ± ([\d.]+) at epsilon (\d+)", text)
+    assert said == [
+        (f"{item['difference']:+.3f}", f"{item['error']:.3f}", epsilon)
+        for epsilon, item in found.items()
+    ]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_and_options_that_a_document_names_exist(document):
     text = document.read_text()
