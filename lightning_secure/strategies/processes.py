@@ -307,14 +307,15 @@ def _as_it_is(
 def _metrics_of_this_process(model: nn.Module) -> Iterator[None]:
     """Have metrics not wait for those of other processes, which have their own number of chunks."""
     metrics = [module for module in model.modules() if isinstance(module, Metric)]
-    settings = [(metric.dist_sync_on_step, metric.sync_on_compute) for metric in metrics]
+    names = ("dist_sync_on_step", "sync_on_compute", "_to_sync")  # the last is what it goes by
+    settings = [{name: getattr(metric, name) for name in names} for metric in metrics]
     try:
         for metric in metrics:
-            metric.dist_sync_on_step = metric.sync_on_compute = False
+            metric.dist_sync_on_step = metric.sync_on_compute = metric._to_sync = False
         yield
     finally:
         for metric, setting in zip(metrics, settings, strict=True):
-            metric.dist_sync_on_step, metric.sync_on_compute = setting
+            vars(metric).update(setting)
 
 
 def _disconnect() -> None:

@@ -67,4 +67,11 @@ CATALOGUE = [
         "                pass\n",
         f"{DDP} -k 'fails_in_all and promises'",
     ),
+    Mutation(
+        "a metric that is computed in a step waits for other processes' chunks",
+        "strategies/processes.py",
+        "metric.sync_on_compute = metric._to_sync = False",
+        "metric.sync_on_compute = False",
+        f"{DDP} -k paid_for",
+    ),
 ]
