@@ -10,7 +10,7 @@ REDACTION_PEERS ?= .venv-redaction-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test mutations lint types format services peers redaction-peers bench-data bench-dp bench-redaction bench-results clean
+.PHONY: help demo test mutations lint types format services peers redaction-peers bench-data bench-dp bench-redaction bench-anonymize bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
@@ -21,6 +21,7 @@ help:
 	@echo "make peers redaction-peers   the libraries that benchmarks compare with, in environments of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
 	@echo "make bench-redaction ARGS=...   what the detectors find, and how fast, beside theirs"
+	@echo "make bench-anonymize ARGS=...   what anonymisation adds to a sealing"
 	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick; ARGS='--device cuda')"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -85,6 +86,9 @@ bench-dp: $(INSTALLED)
 bench-redaction: $(INSTALLED) $(REDACTION_PEERS)/.installed
 	$(BIN)/python benchmarks/redaction.py --peers $(REDACTION_PEERS) $(ARGS)
 
+bench-anonymize: $(INSTALLED)
+	$(BIN)/python benchmarks/anonymize.py $(ARGS)
+
 # Speeds and costs in benchmarks/results/, and their pictures; it takes long, on a quiet machine.
 bench-results:
 	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
@@ -93,6 +97,7 @@ bench-results:
 	$(BIN)/python benchmarks/dp_utility.py --json benchmarks/results/dp_utility.json
 	$(BIN)/python benchmarks/dp_picture.py benchmarks/results/dp.json benchmarks/results/dp_utility.json docs/img/dp.svg
 	$(MAKE) bench-redaction ARGS="--json benchmarks/results/redaction.json"
+	$(MAKE) bench-anonymize ARGS="--json benchmarks/results/anonymize.json"
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(REDACTION_PEERS) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis quickstart-run

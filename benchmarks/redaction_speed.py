@@ -69,6 +69,7 @@ def loggers(store: str) -> Iterator[tuple[Any, Any]]:
             "file": Path(folder, "runs").as_uri(),
             "discard": f"discard://{folder}/runs",
         }[store]
+        # MLflow does not type these two.
         kept = Discarding(f"{folder}/runs")  # type: ignore[no-untyped-call]
         utils._tracking_store_registry.register("discard", lambda **_: kept)  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():

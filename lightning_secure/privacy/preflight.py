@@ -292,7 +292,7 @@ def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
     """A row's gradient must be the same in a batch of any size, which that of a mean's is.
 
     Rounding is not quite the same, and in a large model may put one activation on the other side of
-    a ReLU's kink, which moves gradients by some hundredths at most. That happens in some draws of
+    a ReLU's kink, which moves gradients by some hundredths. That happens in some draws of
     rows; what depends on their number is there in each.
     """
     exact = all(parameter.dtype.itemsize >= 4 for parameter in trial.engine.parameters)
