@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
 from lightning_secure import CanarySearch, EncryptedCheckpointIO, RedactingLogger, Redactor, events
 from lightning_secure.errors import AuditWriteError, ConfigError, RedactionError
@@ -27,16 +28,7 @@ from lightning_secure.loggers.experiments import RedactingExperiment
 from lightning_secure.redaction import tally
 from lightning_secure.redaction.redactor import REDACTED
 
-# TensorBoard and MLflow, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-PASSWORD, ADDRESS, TOKEN = "Wintergreen-90210", "mary.q@clinic.example", "AKIAIOSFODNN7EXAMPLE"
-CANARIES = {"password": PASSWORD, "address": ADDRESS, "token": TOKEN}
+pytestmark = WARNINGS_OF_OTHERS
 
 
 @dataclasses.dataclass
