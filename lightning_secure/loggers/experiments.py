@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Final
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from lightning_secure.errors import RedactionError
 from lightning_secure.loggers.client import RedactingClient
+from lightning_secure.redaction import tally
+from lightning_secure.redaction.calls import Parameters
 from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.redactor import Redactor
 
@@ -19,6 +20,7 @@ __all__ = ["RedactingExperiment", "redacted_metrics", "redacting_experiment"]
 
 class _Kind(Enum):
     TEXT = "redacted"
+    NAME = "of a metric: redacted"
     FIELDS = "a container: redacted by the names in it"
     METRICS = "numbers by name: the names are redacted"
     NUMBER = "the value of a metric"
@@ -26,9 +28,9 @@ class _Kind(Enum):
 
 
 _WRITER: Final[dict[str, dict[str, _Kind]]] = {
-    "add_scalar": {"tag": _Kind.TEXT, "scalar_value": _Kind.NUMBER, "display_name": _Kind.TEXT}
+    "add_scalar": {"tag": _Kind.NAME, "scalar_value": _Kind.NUMBER, "display_name": _Kind.NAME}
     | {"summary_description": _Kind.TEXT},
-    "add_scalars": {"main_tag": _Kind.TEXT, "tag_scalar_dict": _Kind.METRICS},
+    "add_scalars": {"main_tag": _Kind.NAME, "tag_scalar_dict": _Kind.METRICS},
     "add_text": {"tag": _Kind.TEXT, "text_string": _Kind.TEXT},
     "add_hparams": {"hparam_dict": _Kind.FIELDS, "metric_dict": _Kind.METRICS}
     | {"hparam_domain_discrete": _Kind.FIELDS, "run_name": _Kind.TEXT, "name": _Kind.TEXT},
@@ -36,6 +38,8 @@ _WRITER: Final[dict[str, dict[str, _Kind]]] = {
     "close": {},
     "get_logdir": {},
 }
+#: In what something was found, for the audit log.
+_SINKS: Final = {_Kind.TEXT: "texts", _Kind.NAME: "metrics"}
 _PLAIN: Final = frozenset({"global_step", "step", "walltime", "new_style", "double_precision"})
 #: By the class of an experiment, its methods that are let through, and what their arguments hold.
 _METHODS: Final[dict[str, dict[str, dict[str, _Kind]]]] = {
@@ -81,24 +85,27 @@ class RedactingExperiment:
     def _redacting(
         self, method: Callable[..., Any], kinds: Mapping[str, _Kind]
     ) -> Callable[..., Any]:
-        signature = inspect.signature(method)
+        parameters = Parameters(method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            for name, value in bound.arguments.items():
+            clean = {}
+            for name, value in parameters.bind(args, kwargs).items():
                 kind = _Kind.PLAIN if name in _PLAIN else kinds.get(name)
                 if kind is None:
                     raise refusal(f"argument {name!r} of {method.__name__}")
-                bound.arguments[name] = self._argument(kind, value)
-            return method(*bound.args, **bound.kwargs)
+                clean[name] = self._argument(kind, value)
+            tally.announce()
+            positional, named = parameters.spread(clean)
+            return method(*positional, **named)
 
         return call
 
     def _argument(self, kind: _Kind, value: Any) -> Any:
         if value is None:
             return None
-        if kind is _Kind.TEXT:
-            return self._redactor.redact_text(str(self._redactor.redact(value)))
+        if kind in _SINKS:
+            with tally.looking(_SINKS[kind]):
+                return self._redactor.redact_text(str(self._redactor.redact(value)))
         if kind is _Kind.METRICS:
             return redacted_metrics(self._redactor, value)
         if kind is _Kind.FIELDS:
@@ -116,12 +123,13 @@ def redacting_experiment(experiment: Any, redactor: Redactor) -> Any:
 
 
 def redacted_fields(redactor: Redactor, value: Any) -> dict[str, Any]:
-    """Return hyperparameters, redacted.
+    """Return hyperparameters, redacted; what was found is to be announced before they are logged.
 
     Raises:
         RedactionError: They have no names, or cannot be read.
     """
-    fields = _plain(redactor.redact(value))
+    with tally.looking("params"):
+        fields = _plain(redactor.redact(value))
     if not isinstance(fields, dict):
         raise refusal(f"a {type(value).__name__} in the place of hyperparameters")
     return fields
@@ -140,12 +148,16 @@ def _plain(value: Any) -> Any:
 
 
 def redacted_metrics(redactor: Redactor, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics with their names redacted, and texts among their values."""
-    names = redactor.redact(dict.fromkeys(metrics))
-    values = (
-        value if _is_number(value) else redactor.redact(value, name=str(name))
-        for name, value in metrics.items()
-    )
+    """Return metrics with their names redacted, and texts among their values.
+
+    What was found is to be announced before they are logged.
+    """
+    with tally.looking("metrics"):
+        names = redactor.redact(dict.fromkeys(metrics))
+        values = [
+            value if _is_number(value) else redactor.redact(value, name=str(name))
+            for name, value in metrics.items()
+        ]
     return dict(zip(names, values, strict=True))
 
 

@@ -20,6 +20,7 @@ from lightning_secure.loggers.experiments import (
     redacting_experiment,
     refusal,
 )
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 from lightning_secure.redaction.sealed import is_sealed
@@ -44,7 +45,8 @@ class RedactingLogger(Logger):
     that a module logs through ``logger.experiment``. Graphs are withheld, for they show constants
     and paths. Checkpoints are handed to the logger only if this package encrypted them. What is not
     checked raises: every other method of the logger and of its experiment, such as images and
-    histograms.
+    histograms. What is taken out is announced as ``redaction``, before the rest is logged, so that
+    :class:`~lightning_secure.AuditTrail` records it.
 
     It passes for a logger of the same class, so that Lightning puts checkpoints and
     ``config.yaml`` where it would without it. For MLflow use
@@ -143,15 +145,18 @@ class RedactingLogger(Logger):
     ) -> None:
         """Log hyperparameters, redacted."""
         clean = redacted_fields(self._redactor, {} if params is None else params)
+        shown = None if metrics is None else redacted_metrics(self._redactor, metrics)
+        tally.announce()
         if metrics is None and step is None:
             self._logger.log_hyperparams(clean)
         else:
-            shown = None if metrics is None else redacted_metrics(self._redactor, metrics)
             self._logger.log_hyperparams(clean, shown, step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log metrics with redacted names."""
-        self._logger.log_metrics(redacted_metrics(self._redactor, metrics), step)
+        clean = redacted_metrics(self._redactor, metrics)
+        tally.announce()
+        self._logger.log_metrics(clean, step)
 
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
         """Withhold the graph."""

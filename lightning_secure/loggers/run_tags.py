@@ -15,11 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_secure.crypto.manifest import HasManifest
 from lightning_secure.privacy.ledger import GuardsMetrics, HasLedger, Ledger
+from lightning_secure.redaction.mlflow_store.sinks import OURS
 
-__all__ = ["PREFIX", "RunTags"]
+__all__ = ["RunTags"]
 
-#: Before the name of every tag.
-PREFIX: Final = "lightning_secure."
 _EPSILON: Final = "privacy/epsilon"
 # As MLFlowLogger does with names of metrics: MLflow refuses other characters, and longer names.
 _REFUSED: Final = re.compile(r"[^a-zA-Z0-9_/. -]+")
@@ -139,7 +138,7 @@ class RunTags:
 
 
 def _named(tags: Mapping[str, str]) -> dict[str, str]:
-    return {f"{PREFIX}{_REFUSED.sub('', name)}"[:_LONGEST]: tag for name, tag in tags.items()}
+    return {f"{OURS}{_REFUSED.sub('', name)}"[:_LONGEST]: tag for name, tag in tags.items()}
 
 
 def _strategy(trainer: weakref.ref[pl.Trainer] | None) -> object:

@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_secure.crypto.heads import CHECKPOINT
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import CheckpointCorruptedError, ConfigError, LedgerError
-from lightning_secure.plugins.checkpoint import MAGIC, opened
+from lightning_secure.plugins.checkpoint import opened
 from lightning_secure.privacy.ledger import Ledger
 
 __all__ = ["read_account"]
@@ -39,7 +40,7 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
         No code of the checkpoint runs, and no tensor's data is read into memory.
     """
     with path.open("rb") as file:
-        encrypted = file.read(len(MAGIC)) == MAGIC
+        encrypted = file.read(len(CHECKPOINT.magic)) == CHECKPOINT.magic
     if encrypted and keys is None:
         raise ConfigError(f"checkpoint {str(path)!r} is encrypted, and no key was given.")
     checkpoint: Any = None

@@ -1,12 +1,8 @@
 """``Trainer(plugins=[EncryptedCheckpointIO(keys)])``: checkpoints that only the key's owner reads.
 
-A checkpoint file is::
-
-    magic "LSECCKPT" (8) | version (2) | header length (4) | header (JSON) | Cobblestone-256 stream
-
-with little-endian integers. The header names the wrapped data key, the run and the step; all bytes
-before the stream are bound to it, so none of them can be changed. The stream holds what
-``torch.save`` writes.
+A checkpoint is a head (:mod:`~lightning_secure.crypto.heads`) and a Cobblestone-256 stream. The
+header names the wrapped data key, the run and the step; all bytes before the stream are bound to
+it, so none of them can be changed. The stream holds what ``torch.save`` writes.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import io
 import os
 import pickle
 import secrets
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, TypeVar, cast
@@ -32,7 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_secure import events
-from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.heads import CHECKPOINT
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.stream import StreamReader, StreamWriter
 from lightning_secure.errors import (
@@ -46,10 +41,6 @@ from lightning_secure.privacy.ledger import Ledger, keep_ledger
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
 
-MAGIC: Final = b"LSECCKPT"
-_VERSION: Final = 1
-_PREFIX: Final = struct.Struct("<8sHI")
-_MAX_HEADER: Final = 65536
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
 
@@ -112,7 +103,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         key, name = DataKey.generate(), secrets.token_hex(16)
         wrapped = [one.to_json() for one in self._keys.wrap_all(key, context=_context(name))]
         privacy = checkpoint.get("lightning_secure", {}).get("privacy", {})
-        header = canonical_json(
+        prefix = CHECKPOINT.write(
             {
                 "checkpoint": name,
                 "run_id": privacy.get("run_id", self._run_id),
@@ -120,12 +111,6 @@ class EncryptedCheckpointIO(CheckpointIO):
                 "key": wrapped[0] if len(wrapped) == 1 else wrapped,
             }
         )
-        if len(header) > _MAX_HEADER:
-            raise ConfigError(
-                f"the checkpoint's key was wrapped for {len(wrapped)} recipients, more than its "
-                f"header of {_MAX_HEADER} bytes can hold. Nothing was written."
-            )
-        prefix = _PREFIX.pack(MAGIC, _VERSION, len(header)) + header
         with _writer(path) as raw:
             raw.write(prefix)
             stream = StreamWriter(raw, key=key, context=prefix)
@@ -262,7 +247,7 @@ def opened(path: _PATH, *, keys: KeyProvider) -> Iterator[IO[bytes]]:
     stream: StreamReader | None = None
     with _reader(path) as raw:
         try:
-            prefix, header = _read_header(raw)
+            prefix, header = CHECKPOINT.read(raw)
             key = keys.unwrap_any(
                 _wrapped_keys(header["key"]), context=_context(header["checkpoint"])
             )
@@ -282,25 +267,6 @@ def opened(path: _PATH, *, keys: KeyProvider) -> Iterator[IO[bytes]]:
         raise CheckpointCorruptedError(
             f"checkpoint {str(path)!r} rejected: {reason.rstrip('.')}. Nothing from it was used."
         )
-
-
-def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
-    start = raw.read(_PREFIX.size)
-    if len(start) < _PREFIX.size or not start.startswith(MAGIC):
-        raise IntegrityError(
-            "it is not an encrypted checkpoint, and plaintext ones are refused. To start from "
-            "public weights, load them into the module with torch.load(..., weights_only=True)"
-        )
-    _, version, length = _PREFIX.unpack(start)
-    if version != _VERSION or length > _MAX_HEADER:
-        raise IntegrityError(f"its format version {version} is unknown, or its header was altered")
-    data = raw.read(length)
-    header = parse_json_object(data, what="its header", canonical=True)
-    if header.keys() != {"checkpoint", "run_id", "step", "key"} or [
-        type(header[name]) for name in ("checkpoint", "run_id", "step")
-    ] != [str, str, int]:
-        raise IntegrityError("its header was altered")
-    return start + data, header
 
 
 def _wrapped_keys(value: Any) -> list[WrappedKey]:

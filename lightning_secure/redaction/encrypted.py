@@ -1,11 +1,8 @@
 """Files that are tracked as ciphertext: figures, pickles, models.
 
-An encrypted file is::
-
-    magic "LSECFILE" (8) | version (2) | header length (4) | header (JSON) | Cobblestone-256 stream
-
-with little-endian integers. The header holds an id, the file's name and the wrapped data key; all
-bytes before the stream are bound to it. ``.encrypted`` is put after the file's name.
+Such a file is a head (:mod:`~lightning_secure.crypto.heads`) and a Cobblestone-256 stream. The
+header holds an id, the file's name and the wrapped data key; all bytes before the stream are bound
+to it. ``.encrypted`` is put after the file's name.
 """
 
 from __future__ import annotations
@@ -15,25 +12,20 @@ import io
 import os
 import secrets
 import shutil
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import BinaryIO, Final, cast
 
 from lightning_secure import events
-from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.heads import FILE
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.stream import StreamReader, StreamWriter
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.files import as_path, atomic_writer, open_regular
 
-__all__ = ["MAGIC", "SUFFIX", "decrypt_artifacts", "encrypted", "open_artifact"]
+__all__ = ["SUFFIX", "decrypt_artifacts", "encrypted", "open_artifact"]
 
-MAGIC: Final = b"LSECFILE"
 SUFFIX: Final = ".encrypted"
-_VERSION: Final = 1
-_PREFIX: Final = struct.Struct("<8sHI")
-_MAX_HEADER: Final = 65536
 
 
 def encrypted(data: bytes, *, name: str, keys: KeyProvider) -> bytes:
@@ -49,13 +41,7 @@ def encrypted(data: bytes, *, name: str, keys: KeyProvider) -> bytes:
     """
     key, number = DataKey.generate(), secrets.token_hex(16)
     wrapped = [one.to_json() for one in keys.wrap_all(key, context=_context(number))]
-    header = canonical_json({"file": number, "name": name, "key": wrapped})
-    if len(header) > _MAX_HEADER:
-        raise ConfigError(
-            f"the file's key was wrapped for {len(wrapped)} recipients, more than its header of "
-            f"{_MAX_HEADER} bytes can hold. Nothing was written."
-        )
-    prefix = _PREFIX.pack(MAGIC, _VERSION, len(header)) + header
+    prefix = FILE.write({"file": number, "name": name, "key": wrapped})
     raw = io.BytesIO()
     raw.write(prefix)
     stream = StreamWriter(raw, key=key, context=prefix)
@@ -99,7 +85,9 @@ def open_artifact(path: str | os.PathLike[str], *, keys: KeyProvider) -> Iterato
         raise _rejected(place, refused)
     with raw:
         try:
-            prefix, header = _read_header(raw)
+            prefix, header = FILE.read(raw)
+            if not header["key"]:
+                raise IntegrityError("its header was altered")
             if place.name != header["name"] + SUFFIX:
                 raise IntegrityError("it was tracked under another name")
             key = keys.unwrap_any(
@@ -165,24 +153,6 @@ def decrypt_artifacts(
             continue
         written.append(place)
     return written
-
-
-def _read_header(raw: BinaryIO) -> tuple[bytes, dict[str, Any]]:
-    start = raw.read(_PREFIX.size)
-    if len(start) < _PREFIX.size or not start.startswith(MAGIC):
-        raise IntegrityError("it is not an encrypted file")
-    _, version, length = _PREFIX.unpack(start)
-    if version != _VERSION or length > _MAX_HEADER:
-        raise IntegrityError(f"its format version {version} is unknown, or its header was altered")
-    data = raw.read(length)
-    header = parse_json_object(data, what="its header", canonical=True)
-    if {name: type(value) for name, value in header.items()} != {
-        "file": str,
-        "name": str,
-        "key": list,
-    } or not header["key"]:
-        raise IntegrityError("its header was altered")
-    return start + data, header
 
 
 def _rejected(place: Path, reason: str) -> IntegrityError:

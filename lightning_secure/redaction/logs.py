@@ -181,7 +181,11 @@ class RedactingFilter(logging.Filter):
 
 def _filter(handler: logging.Handler, record: logging.LogRecord) -> Any:
     """Stand in for ``logging.Handler.filter``: redact what a handler's own filters let pass."""
-    passed: Any = logging.Filterer.filter(handler, record)
+    return _redacting(logging.Filterer.filter(handler, record), record)
+
+
+def _redacting(passed: Any, record: logging.LogRecord) -> Any:
+    """Return what filters said of a record; if they let it pass, it is redacted."""
     if passed:
         record = passed if isinstance(passed, logging.LogRecord) else record
         if not all(redacting.filter(record) for redacting in _installed):
@@ -193,14 +197,11 @@ def _handle(handler: logging.Handler, record: logging.LogRecord) -> Any:
     """Stand in for ``logging.Handler.handle``: redact also for a ``filter`` of its own."""
     if getattr(handler.filter, "__func__", None) is _filter:
         return _HANDLE(handler, record)
-    passed: Any = handler.filter(record)
+    passed = _redacting(handler.filter(record), record)
     if passed:
-        record = passed if isinstance(passed, logging.LogRecord) else record
-        if not all(redacting.filter(record) for redacting in _installed):
-            return False
         handler.acquire()
         try:
-            handler.emit(record)
+            handler.emit(passed if isinstance(passed, logging.LogRecord) else record)
         finally:
             handler.release()
     return passed

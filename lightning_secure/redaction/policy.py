@@ -144,14 +144,9 @@ class Rules:
                 "a different one already. The new policy does not count, and nothing was sent "
                 "by it."
             )
-        self._state([*self._policies, policy])
-
-    def _state(self, policies: Iterable[RedactionPolicy]) -> None:
-        self._policies = list(policies)
-        self.strict = any(policy.strict for policy in self._policies)
-        self._limited = frozenset(
-            sink for sink in SINKS if any(p.mode(sink) != "detect" for p in self._policies)
-        )
+        self._policies.append(policy)
+        self.strict |= policy.strict
+        self._limited |= {sink for sink in SINKS if policy.mode(sink) != "detect"}
 
     @property
     def binaries(self) -> Binaries:

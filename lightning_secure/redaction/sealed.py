@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
-from lightning_secure.crypto.encoding import parse_json_object
+from lightning_secure.crypto.heads import CHECKPOINT, FILE, Head
 from lightning_secure.crypto.segments import TAG_BYTES
 from lightning_secure.errors import IntegrityError
 
 __all__ = ["is_sealed"]
 
 # docs/format.md says what these are.
-_PREFIX: Final = struct.Struct("<8sHI")
-_CHECKPOINT_FIELDS: Final[dict[str, tuple[type, ...]]] = {
-    "checkpoint": (str,),
-    "run_id": (str,),
-    "step": (int,),
-    "key": (dict, list),
-}
-_FILE_FIELDS: Final[dict[str, tuple[type, ...]]] = {"file": (str,), "name": (str,), "key": (list,)}
-_MAX_HEADER: Final = 65536
 _STREAM_START: Final = 24 + 32  # salt and commitment
 _CHUNK: Final = 16 * 1024 + TAG_BYTES
 _SHARD: Final = struct.Struct("<8sHHI16s16sIIQII32s32s")
@@ -40,10 +31,10 @@ def is_sealed(data: bytes) -> bool:
     Whoever wants to pass text off as one can still do so in part; what is looked for are files
     that begin like one by chance or by mistake.
     """
-    if data.startswith(b"LSECCKPT"):
-        body = _stream_body(data, _CHECKPOINT_FIELDS)
-    elif data.startswith(b"LSECFILE"):
-        body = _stream_body(data, _FILE_FIELDS)
+    if data.startswith(CHECKPOINT.magic):
+        body = _stream_body(data, CHECKPOINT)
+    elif data.startswith(FILE.magic):
+        body = _stream_body(data, FILE)
     elif data.startswith(b"LSECSHRD"):
         body = _shard_body(data)
     else:
@@ -51,23 +42,12 @@ def is_sealed(data: bytes) -> bool:
     return body is not None and _TEXT.search(body) is None
 
 
-def _stream_body(data: bytes, fields: Mapping[str, tuple[type, ...]]) -> bytes | None:
-    if len(data) < _PREFIX.size:
-        return None
-    _, version, length = _PREFIX.unpack_from(data)
-    if version != 1 or length > _MAX_HEADER:
-        return None
-    header: dict[str, Any] = {}
+def _stream_body(data: bytes, head: Head) -> bytes | None:
     try:
-        text = data[_PREFIX.size : _PREFIX.size + length]
-        header = parse_json_object(text, what="the header", canonical=True)
+        start, _ = head.read(io.BytesIO(data))
     except IntegrityError:
         return None
-    if header.keys() != fields.keys() or not all(
-        isinstance(header[name], kinds) for name, kinds in fields.items()
-    ):
-        return None
-    body = data[_PREFIX.size + length :]
+    body = data[len(start) :]
     last = (len(body) - _STREAM_START) % _CHUNK
     return body if len(body) > _STREAM_START and last >= TAG_BYTES else None
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tracked import WARNINGS_OF_OTHERS
 
 from lightning_secure import (
     EncryptedShardWriter,
     LocalKeyProvider,
-    RedactingMLFlowLogger,
     events,
 )
 from lightning_secure.crypto.encoding import canonical_json
@@ -21,24 +20,10 @@ from lightning_secure.redaction.mlflow_store.guard import call_inside
 from lightning_secure.redaction.redactor import REDACTED
 from lightning_secure.redaction.sealed import is_sealed
 
-# MLflow and what it is built on, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = WARNINGS_OF_OTHERS
 
 SECRET = "hunter-A1x-Kestrel"
 ADDRESS = "zoe.quill@clinic.example"
-
-
-@pytest.fixture
-def client(tmp_path, mlflow_database):
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
-    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "runs")
-    return logger.experiment, logger.run_id, tmp_path
 
 
 def stored(folder: Path) -> bytes:

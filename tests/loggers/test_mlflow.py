@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
 from lightning_secure.errors import ConfigError, MissingExtraError, RedactionError
 from lightning_secure.loggers.client import RedactingClient
@@ -20,16 +20,7 @@ from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
 from lightning_secure.redaction.canary import CanarySearch
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-# MLflow and what it is built on, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-PASSWORD, ADDRESS, TOKEN = "Wintergreen-90210", "mary.q@clinic.example", "AKIAIOSFODNN7EXAMPLE"
-CANARIES = {"password": PASSWORD, "address": ADDRESS, "token": TOKEN}
+pytestmark = WARNINGS_OF_OTHERS
 
 
 @dataclasses.dataclass
@@ -154,14 +145,6 @@ def test_encrypted_checkpoints_are_logged_and_others_refused(tmp_path, keys):
             callbacks=[ModelCheckpoint(tmp_path / "d", filename="best")],
         )
     require_clean(tmp_path / "plain")
-
-
-@pytest.fixture
-def client(tmp_path, mlflow_database):
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
-    logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "runs")
-    return logger.experiment, logger.run_id, tmp_path
 
 
 def test_every_way_to_write_is_redacted_or_refused(client):

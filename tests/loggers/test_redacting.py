@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import logging
 import os
@@ -19,22 +20,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
-from lightning_secure import CanarySearch, EncryptedCheckpointIO, RedactingLogger, Redactor
-from lightning_secure.errors import ConfigError, RedactionError
+from lightning_secure import CanarySearch, EncryptedCheckpointIO, RedactingLogger, Redactor, events
+from lightning_secure.errors import AuditWriteError, ConfigError, RedactionError
 from lightning_secure.loggers.experiments import RedactingExperiment
+from lightning_secure.redaction import tally
 from lightning_secure.redaction.redactor import REDACTED
 
-# TensorBoard and MLflow, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-PASSWORD, ADDRESS, TOKEN = "Wintergreen-90210", "mary.q@clinic.example", "AKIAIOSFODNN7EXAMPLE"
-CANARIES = {"password": PASSWORD, "address": ADDRESS, "token": TOKEN}
+pytestmark = WARNINGS_OF_OTHERS
 
 
 @dataclasses.dataclass
@@ -133,7 +127,56 @@ def test_nothing_secret_is_in_what_a_logger_writes(tmp_path, kind):
         header, *lines = (folder / "metrics.csv").read_text().splitlines()
         assert f"loss of {REDACTED}" in header
         assert any(f"mail {REDACTED}" in line for line in lines)
-        assert "2.0" in lines[-1] or "2.0" in "".join(lines)
+        rows = csv.DictReader([header, *lines])
+        assert {row["tensor"] for row in rows} >= {"2.0"}
+
+
+def logged(logger):
+    """Log by all ways that there are, each with one thing to take out."""
+    yield "params", lambda: logger.log_hyperparams({"api_key": TOKEN})
+    yield "metrics", lambda: logger.log_metrics({f"loss of {ADDRESS}": 1.0}, 1)
+    experiment = logger.experiment
+    if isinstance(logger, TensorBoardLogger):
+        yield "metrics", lambda: logger.log_hyperparams({}, {f"m {ADDRESS}": 1.0})
+        yield "metrics", lambda: experiment.add_scalar(f"s {ADDRESS}", 1.0)
+        yield "texts", lambda: experiment.add_text("note", ADDRESS)
+    else:
+        yield "params", lambda: experiment.log_hparams({"owner": ADDRESS})
+        yield "metrics", lambda: experiment.log_metrics({f"m {ADDRESS}": 1.0}, 1)
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_what_is_taken_out_is_told_and_else_nothing_is_logged(tmp_path, heard, kind):
+    for sink, log in logged(RedactingLogger(kind(tmp_path / "logs"))):
+        heard.clear()
+        log()
+        tally.announce_all()
+        told = [event.details for event in heard if event.action == "redaction"]
+        assert [(of["sink"], of["count"]) for of in told] == [(sink, 1)]
+    assert found(tmp_path) == set()
+    assert not any(canary in repr(heard) for canary in CANARIES.values())
+
+    def full(event):
+        raise AuditWriteError("no space left")
+
+    # By another logger's method, which nothing must reach.
+    class Reached(kind):
+        def log_hyperparams(self, *args, **kwargs):
+            raise AssertionError("it was reached")
+
+        log_metrics = log_hyperparams
+
+    inner = Reached(tmp_path / "none")
+    ways = list(logged(RedactingLogger(inner)))
+    events.subscribe("full", full)
+    for _, log in ways:
+        with pytest.raises(AuditWriteError):
+            log()
+    events.unsubscribe("full")
+    inner.finalize("success")
+    assert REDACTED.encode() not in b"".join(
+        path.read_bytes() for path in (tmp_path / "none").rglob("*") if path.is_file()
+    )
 
 
 class Unreadable(dict):

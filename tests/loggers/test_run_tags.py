@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
+from tracked import WARNINGS_OF_OTHERS
 
 from lightning_secure import (
     DPConfig,
@@ -33,13 +33,7 @@ from lightning_secure import (
 )
 from lightning_secure.redaction.mlflow_store.values import Policy
 
-# MLflow and what it is built on, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = WARNINGS_OF_OTHERS
 
 
 class Model(L.LightningModule):
@@ -69,14 +63,6 @@ def shards(tmp_path_factory, keys):
             for _ in range(rows):
                 writer.write({"x": rng.normal(size=3).astype("float32"), "y": np.float32(1)})
     return folder
-
-
-@pytest.fixture
-def store(tmp_path, mlflow_database):
-    """A folder with a database for runs."""
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_database, tmp_path / "runs" / "mlflow.db")
-    return tmp_path / "runs"
 
 
 def private(**options):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlflow_paths
 import pytest
+from tracked import WARNINGS_OF_OTHERS
 from tracking_server import tracking_server
 
 from lightning_secure import RedactingMLFlowLogger, RedactionPolicy
@@ -32,14 +33,7 @@ from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 from lightning_secure.redaction.split import halves
 
-# MLflow and what it is built on, not used by this package's own code.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [*WARNINGS_OF_OTHERS, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 ROOT = Path(__file__).parents[2]
 # What cannot be checked is not sent: pixels, pickles, webhooks' secrets, code of scorers.

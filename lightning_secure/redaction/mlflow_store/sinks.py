@@ -16,7 +16,7 @@ from lightning_secure.redaction.mlflow_store.tables import Kind, words
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED
 
-__all__ = ["FIELDS", "KEYED", "NAMES", "WHOLE", "Unsent", "label_of", "limited", "sinks_of"]
+__all__ = ["FIELDS", "KEYED", "NAMES", "OURS", "WHOLE", "Unsent", "label_of", "limited", "sinks_of"]
 
 _ABOUT: Final[dict[str, str]] = {
     **dict.fromkeys(
@@ -74,8 +74,9 @@ _MLFLOWS_OWN: Final = words(
     "mlflow.sourceRun mlflow.spanType mlflow.trace.sizeBytes mlflow.trace.sizeStats "
     "mlflow.trace.spansLocation mlflow.traceName mlflow.traceRequestId mlflow.trace_schema.version"
 )
-# What a run has spent of its privacy is said before what it was spent on.
-_OURS: Final = "lightning_secure."
+#: Before the names of this package's own tags: what a run has spent of its privacy is said before
+#: what it was spent on.
+OURS: Final = "lightning_secure."
 _HISTORY: Final = "mlflow.log-model.history"
 _TEMPLATE: Final = "mlflow.prompt.text"
 
@@ -188,7 +189,7 @@ def _passing(rules: Rules, sinks: Sequence[str]) -> Callable[[str], bool]:
     mlflows = ours or not {"params", "metrics"}.intersection(sinks)
 
     def passes(name: str) -> bool:
-        if (mlflows and name in _MLFLOWS_OWN) or (ours and name.startswith(_OURS)):
+        if (mlflows and name in _MLFLOWS_OWN) or (ours and name.startswith(OURS)):
             return True
         if rules.passes(sinks, name):
             return True

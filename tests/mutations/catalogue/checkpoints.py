@@ -33,7 +33,7 @@ CATALOGUE = [
         "plugins/checkpoint.py",
         "with opened(path, keys=self._keys) as stream, self._allowed():",
         "from pathlib import Path as P\n"
-        "        known = P(path).read_bytes().startswith(MAGIC)\n"
+        "        known = P(path).read_bytes().startswith(CHECKPOINT.magic)\n"
         "        source = opened(path, keys=self._keys) if known else P(path).open('rb')\n"
         "        with source as stream, self._allowed():",
         f"{CHECKPOINT} -k plaintext",

@@ -38,6 +38,20 @@ CATALOGUE = [
         f"{REDACTING} -k handed_over",
     ),
     Mutation(
+        "a logger logs what is left before it is recorded what was taken out",
+        "loggers/redacting.py",
+        "        tally.announce()\n        self._logger.log_metrics(",
+        "        self._logger.log_metrics(",
+        f"{REDACTING} -k 'else_nothing and CSV'",
+    ),
+    Mutation(
+        "an experiment logs what is left before it is recorded what was taken out",
+        "loggers/experiments.py",
+        "            tally.announce()\n",
+        "",
+        f"{REDACTING} -k 'else_nothing and CSV'",
+    ),
+    Mutation(
         "a dataclass goes into a checkpoint with more than its fields",
         "plugins/hyperparameters.py",
         "        made = object.__new__(type(given))",
