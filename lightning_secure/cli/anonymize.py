@@ -13,7 +13,7 @@ import click
 from lightning_secure.cli.seal import SOURCE_KEYS, read_options, summary
 from lightning_secure.configuration import parsed
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.redaction.anonymize import AnonymizationPlan
+from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.redaction.anonymize.check import CheckedColumn, PlanCheck
 
 __all__ = ["anonymize"]
@@ -71,14 +71,14 @@ def anonymize(
         _fail(error, 2)
     except (LightningSecureError, OSError) as error:
         _fail(error, 1)
-    columns = result.columns
+    columns, report = result.columns, result.report
     if as_json:
-        click.echo(json.dumps(_json(result), indent=1))
+        click.echo(json.dumps(_json(columns, report), indent=1))
     else:
         for name, column in columns.items():
             for line in _lines(name, column):
                 click.echo(line)
-        for line in summary(result.report):
+        for line in summary(report):
             click.echo(line)
     forgotten = [name for name, column in columns.items() if column.forgotten]
     if forgotten and not as_json:
@@ -107,10 +107,10 @@ def _lines(name: str, column: CheckedColumn) -> list[str]:
     return [f"{name} ({column.planned or 'not in the plan'}): {'; '.join(what)}"]
 
 
-def _json(result: PlanCheck) -> dict[str, Any]:
-    report = result.report.to_json()
+def _json(columns: Mapping[str, CheckedColumn], report: AnonymizationReport) -> dict[str, Any]:
+    said = report.to_json()
     return {
-        "rows": report["rows"],
+        "rows": said["rows"],
         "columns": [
             {
                 "name": name,
@@ -121,9 +121,9 @@ def _json(result: PlanCheck) -> dict[str, Any]:
                 "identifying": column.identifying or None,
                 "forgotten": column.forgotten,
             }
-            for name, column in result.columns.items()
+            for name, column in columns.items()
         ],
-        **{name: report[name] for name in ("quasi_identifiers", "k_anonymity", "l_diversity")},
+        **{name: said[name] for name in ("quasi_identifiers", "k_anonymity", "l_diversity")},
     }
 
 

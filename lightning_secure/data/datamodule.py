@@ -118,8 +118,7 @@ class EncryptedDataModule(pl.LightningDataModule):
 
         Of the training rows, if they are among them.
         """
-        first = next(iter(self._datasets), "train")
-        dataset = self._datasets.get("train" if "train" in self._datasets else first)
+        dataset = self._datasets.get("train", next(iter(self._datasets.values()), None))
         return None if dataset is None else dataset.manifest.digest
 
     def setup(self, stage: str) -> None:

@@ -172,7 +172,7 @@ def seal(
             resumed=resumed,
             generation=manifest.generation,
             manifest_digest=manifest.digest,
-            reports={n: one.report for n, one in writers.items() if one.report is not None},
+            reports={n: report for n, one in writers.items() if (report := one.report) is not None},
         )
 
 

@@ -77,7 +77,8 @@ def screened(texts: Sequence[str]) -> dict[int, int]:
     data = joined.encode("utf-8", "surrogatepass")
     letters = b"" if data.isascii() else data.translate(None, bytes(range(0x80)))
     characters = "".join(set(letters.decode("utf-8", "surrogatepass")))
-    for kind, seen in ((ASSIGNED, _odd().search), (DISGUISED, looks_alike)):
+    others = ((ASSIGNED, _odd().search), (DISGUISED, looks_alike)) if characters else ()
+    for kind, seen in others:
         if seen(characters):
             for position, text in enumerate(texts):
                 if not text.isascii() and seen(text):

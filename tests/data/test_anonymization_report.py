@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.crypto.manifest import read_manifest, write_manifest
+from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.erasure import erase_shard
 from lightning_secure.data.rotation import rotate_data, rotate_partition
@@ -75,6 +76,7 @@ def unplugged(until):
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
+    """Else all rows would be one batch, and none would be cut where a sealing goes on."""
     monkeypatch.setattr("lightning_secure.data.sources.base._MOST_ROWS", 64)
 
 
@@ -141,13 +143,22 @@ def test_it_goes_with_the_split_through_rotation_and_erasure(tmp_path, keys):
     assert data.anonymization_report == report
 
 
-def test_a_report_that_was_exchanged_is_refused(tmp_path, keys):
-    """By another one that the same signer has signed elsewhere, or none at all."""
-    run(tmp_path, keys)
-    data = EncryptedShardDataset(tmp_path, split="train", keys=keys)
-    data._groups._attributes = {**data.entry.attributes, DIGEST: "0" * 64}
-    with pytest.raises(IntegrityError, match="not the one that the manifest names"):
-        _ = data.anonymization_report
+def test_a_report_that_is_not_the_one_with_the_digest_is_refused(tmp_path, keys):
+    """Where a writer that was changed signs the digest of another one, or of none."""
+    other = run(tmp_path / "other", keys).reports["train"]
+    run(tmp_path / "o", keys)
+    manifest = read_manifest(tmp_path / "o", trusted=keys.trusted_signers)
+    entry = manifest.splits["train"]
+    for digest in (other.digest, "0" * 64):
+        signed = dataclasses.replace(entry, attributes={**entry.attributes, DIGEST: digest})
+        write_manifest(
+            tmp_path / "o",
+            dataclasses.replace(manifest, splits={"train": signed}),
+            signer=keys.signer,
+        )
+        data = EncryptedShardDataset(tmp_path / "o", split="train", keys=keys)
+        with pytest.raises(IntegrityError, match="not the one that the manifest names"):
+            _ = data.anonymization_report
 
 
 def test_without_a_plan_there_is_none(tmp_path, keys):
@@ -197,13 +208,11 @@ t.run({root!r}, LocalKeyProvider({key!r}), killed(), threads=1)
 """
 
 
-def test_killed_and_resumed_it_is_the_report_of_all_rows(tmp_path, keys, sealed):
-    from lightning_secure import LocalKeyProvider
-
+def test_killed_and_resumed_it_is_the_report_of_all_rows(tmp_path, sealed):
     own = LocalKeyProvider.generate(tmp_path / "k")
     here = [str(Path(__file__).parent), *sys.path]
     code = KILLED.format(path=here, root=str(tmp_path / "o"), key=str(tmp_path / "k"))
-    done = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ})
+    done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     result = run(tmp_path / "o", own, resume=True)
     assert 0 < result.resumed["train"] < 450

@@ -40,6 +40,8 @@ _LEAST: Final = 10**6
 _MOST: Final = 10**40
 _SHORT: Final = 64
 _REMEMBERED: Final = 4096
+#: The text itself: a subclass may say of its text what it likes.
+_exact: Final = str.__str__
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Look:
         dtype = str(getattr(values, "dtype", "object"))
         if "int" in dtype or "float64" in dtype:
             host: Any = values
-            numbers = np.asarray(host.cpu() if hasattr(host, "cpu") else host)
+            numbers = np.asarray(host.detach().cpu() if hasattr(host, "cpu") else host)
             if numbers.ndim != 1:
                 return Found()
             chosen = numbers[(numbers >= _LEAST) | (numbers <= -_LEAST)].tolist()
@@ -112,8 +114,9 @@ class Look:
 
     def redacted(self, values: Sequence[str]) -> tuple[list[str], Found]:
         """Return texts without what is found in them, and what that was."""
-        changed, rules = self._texts(values)
-        return [changed.get(i, text) for i, text in enumerate(values)], Found(len(values), rules)
+        texts = list(map(_exact, values))
+        changed, rules = self._texts(texts)
+        return [changed.get(i, text) for i, text in enumerate(texts)], Found(len(texts), rules)
 
     def _texts(self, values: Sequence[str]) -> tuple[Mapping[int, str], Counter[str]]:
         """Return the changed ones by position, and how many each rule found something in."""
@@ -162,12 +165,13 @@ class Look:
 def _text_of(value: Any) -> str | None:
     """Return a value as text, nothing of a short number, and None of what is neither."""
     if isinstance(value, str):
-        return value
+        return _exact(value)
     if isinstance(value, bytes):
         return None if _CONTROL.search(value) else _decoded(value)
     if isinstance(value, float | np.floating) and value.is_integer():  # as pandas has numbers
         value = int(value)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    # To numpy, a time that passed is an integer.
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
     return str(value) if whole and _LEAST <= abs(value) < _MOST else ""
 
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import hmac
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,7 +35,30 @@ _TOKEN: Final = re.compile(r"([1-9][0-9]{0,2})\.([A-Za-z0-9_-]{43,})")
 _BLOCK: Final = 16
 
 
-class Pseudonyms:
+class _Names(ABC):
+    """What stands for the values of one domain."""
+
+    def __init__(self, keys: KeySource, *, domain: str) -> None:
+        _require_domain(domain, type(self).__name__)
+        self._keys = keys
+        self._domain = domain
+
+    def of(self, value: str | int, *, generation: int = 1) -> str:
+        """Return what stands for a value.
+
+        Raises:
+            DataError: The value is neither text nor a whole number. 7 and ``"7"`` are different.
+            ConfigError: There is no such generation.
+        """
+        _require_generation(generation)
+        return self.checked(value, generation)
+
+    @abstractmethod
+    def checked(self, value: Any, generation: int) -> str:
+        """Return the same for a generation that is known to be one."""
+
+
+class Pseudonyms(_Names):
     """The pseudonyms of one domain, for whoever has the key.
 
     Args:
@@ -44,9 +68,10 @@ class Pseudonyms:
     Without the key a pseudonym cannot be traced back, not even by hashing every possible value.
     Whoever has the key can do that: pseudonymous data is still personal data.
 
-    A pseudonym of generation 2 is the keyed hash of that of generation 1, and so on. So the key's
-    holder brings pseudonyms of older datasets forward, without the values, and joins them; nobody
-    else can tell that two of different generations belong together.
+    A pseudonym has 32 hexadecimal digits. That of generation 2 is the keyed hash of that of
+    generation 1, and so on. So the key's holder brings pseudonyms of older datasets forward,
+    without the values, and joins them; nobody else can tell that two of different generations
+    belong together.
 
     Source:
         HMAC-SHA256, RFC 2104, truncated to 128 bits. ENISA, Pseudonymisation techniques and best
@@ -54,20 +79,8 @@ class Pseudonyms:
     """
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
-        _require_domain(domain, "Pseudonyms")
-        self._keys = keys
-        self._domain = domain
+        super().__init__(keys, domain=domain)
         self._derived: dict[int, bytes] = {}
-
-    def of(self, value: str | int, *, generation: int = 1) -> str:
-        """Return the pseudonym of a value: 32 hexadecimal digits.
-
-        Raises:
-            DataError: The value is neither text nor a whole number. 7 and ``"7"`` are different.
-            ConfigError: There is no such generation.
-        """
-        _require_generation(generation)
-        return self.checked(value, generation)
 
     def checked(self, value: Any, generation: int) -> str:
         """Return the same for a generation that is known to be one."""
@@ -111,7 +124,7 @@ class Pseudonyms:
         return self._derived[generation]
 
 
-class Tokens:
+class Tokens(_Names):
     """The tokens of one domain, for whoever has the key: from values, and back.
 
     Args:
@@ -131,20 +144,8 @@ class Tokens:
     """
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
-        _require_domain(domain, "Tokens")
-        self._keys = keys
-        self._domain = domain
+        super().__init__(keys, domain=domain)
         self._ciphers: dict[int, AESSIV] = {}
-
-    def of(self, value: str | int, *, generation: int = 1) -> str:
-        """Return the token of a value.
-
-        Raises:
-            DataError: The value is neither text nor a whole number. 7 and ``"7"`` are different.
-            ConfigError: There is no such generation.
-        """
-        _require_generation(generation)
-        return self.checked(value, generation)
 
     def checked(self, value: Any, generation: int) -> str:
         """Return the same for a generation that is known to be one."""
@@ -193,7 +194,19 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pseudonymize(Operator):
+class _Naming(Operator):
+    """Replace each value by what stands for it in a domain."""
+
+    domain: str
+    generation: int = 1
+
+    def __post_init__(self) -> None:
+        _require_domain(self.domain, type(self).__name__)
+        _require_generation(self.generation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pseudonymize(_Naming):
     """Replace each value by a keyed hash of it, see :class:`Pseudonyms`.
 
     Attributes:
@@ -203,13 +216,6 @@ class Pseudonymize(Operator):
         generation: Of the domain's key. A higher one gives pseudonyms that have nothing to do with
             those before it, but for the key's holder, see :meth:`Pseudonyms.renewed`.
     """
-
-    domain: str
-    generation: int = 1
-
-    def __post_init__(self) -> None:
-        _require_domain(self.domain, "Pseudonymize")
-        _require_generation(self.generation)
 
     def bind(self, keys: KeySource) -> Bound:
         """Derive the domain's key from the provider."""
@@ -223,20 +229,13 @@ class Pseudonymize(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenize(Operator):
+class Tokenize(_Naming):
     """Replace each value by a token that the key's holder can turn back, see :class:`Tokens`.
 
     Attributes:
         domain: What kind of thing is named, for example ``patient``; see :class:`Pseudonymize`.
         generation: Of the domain's key. Tokens of every generation go back.
     """
-
-    domain: str
-    generation: int = 1
-
-    def __post_init__(self) -> None:
-        _require_domain(self.domain, "Tokenize")
-        _require_generation(self.generation)
 
     def bind(self, keys: KeySource) -> Bound:
         """Derive the domain's key from the provider."""
@@ -248,7 +247,7 @@ class Tokenize(Operator):
 
 
 class _Standing(Bound):
-    def __init__(self, names: Pseudonyms | Tokens, generation: int) -> None:
+    def __init__(self, names: _Names, generation: int) -> None:
         self._names = names
         self._generation = generation
 

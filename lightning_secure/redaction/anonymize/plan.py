@@ -22,7 +22,8 @@ from lightning_secure.redaction.anonymize.operators import (
 
 __all__ = ["AnonymizationPlan", "Applied", "BoundPlan", "holds_text"]
 
-#: Of a column whose values are not sealed as they are, or are numbers, so many are looked at.
+#: Of a column that is dropped or replaced, and of numbers that the plan does not name, so many
+#: values are looked at.
 _GLANCE: Final = 256
 
 
@@ -140,8 +141,8 @@ class BoundPlan:
     Args:
         operators: The function per column; None drops the column.
         plan: Where they come from.
-        glance: How many values are looked at of a column that is dropped or replaced, and of
-            numbers; all of every other column.
+        glance: How many values are looked at of a column that is dropped or replaced, but by a
+            prefix, and of numbers that ``plan`` does not name; all of every other column.
     """
 
     def __init__(
@@ -205,14 +206,16 @@ class BoundPlan:
             if isinstance(rule, Keep):
                 result[name], found[name] = values, self._inspected(name, values, rule)
                 continue
+            if operator is None:  # an array that is dropped need not become a list
+                found[name] = self._inspected(name, values, rule)
+                continue
             plain = values.tolist() if hasattr(values, "tolist") else values
-            if operator is not None:
-                try:
-                    result[name] = [operator(value) for value in plain]
-                except DataError as error:
-                    raise DataError(
-                        f"column {name!r}: {error} Nothing of this call was sealed."
-                    ) from None
+            try:
+                result[name] = [operator(value) for value in plain]
+            except DataError as error:
+                raise DataError(
+                    f"column {name!r}: {error} Nothing of this call was sealed."
+                ) from None
             if isinstance(rule, Redact):
                 result[name], found[name] = self._look(name, rule).redacted(plain)
             else:

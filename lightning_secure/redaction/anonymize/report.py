@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
@@ -188,13 +189,11 @@ class AnonymizationReport:
         for report in reports:
             for name, column in report.columns.items():
                 before = columns.get(name, ColumnReport(done=column.done, inspected=0, found={}))
-                names = {**before.found, **column.found}
+                found = Counter(before.found) + Counter(column.found)
                 columns[name] = ColumnReport(
                     done=column.done,
                     inspected=before.inspected + column.inspected,
-                    found={
-                        n: before.found.get(n, 0) + column.found.get(n, 0) for n in sorted(names)
-                    },
+                    found=dict(sorted(found.items())),
                 )
         asked = any(report.quasi_identifiers for report in reports)
         return cls(

@@ -372,7 +372,7 @@ def test_a_shard_that_is_there_is_left_and_a_damaged_one_is_sent(
     memory.pipe_file(name, DAMAGE[damage](memory.cat_file(name)))
     # It does what it did, and tells what was sent.
     sent, put = [], type(memory).put_file
-    monkeypatch.setattr(  # it does what it did
+    monkeypatch.setattr(
         type(memory),
         "put_file",
         lambda self, here, there, **rest: (sent.append(there), put(self, here, there, **rest))[1],

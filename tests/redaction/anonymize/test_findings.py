@@ -40,6 +40,31 @@ def test_free_text_is_redacted_as_by_a_redactor_and_counted_by_value():
     assert found.rules == Look("note").inspected(NOTES).rules
 
 
+class Liar(str):
+    """Says that it is another text, in which there is nothing."""
+
+    __slots__ = ()
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return hash("2026-11-24")
+
+    def __getitem__(self, position):
+        return "jo@clinic.example"
+
+
+def test_a_text_that_says_it_is_another_is_looked_at_itself(keys):
+    bound = AnonymizationPlan({"note": Redact(), "kept": Keep()}).bind(keys)
+    fine = ["2026-11-24"]
+    bound.run({"note": fine, "kept": fine})  # it is remembered
+    lies = [Liar("mail jo@clinic.example")]
+    applied = bound.run({"note": lies, "kept": lies})
+    assert applied.columns["note"] == ["mail REDACTED"]
+    assert [applied.found[name].rules for name in ("note", "kept")] == [{"e-mail": 1}] * 2
+
+
 def test_a_secret_in_free_text_is_seen_also_where_somebody_said_keep(keys):
     bound = AnonymizationPlan({"note": Keep()}).bind(keys)
     applied = bound.run({"note": NOTES, "x": np.zeros(9)})
@@ -61,7 +86,10 @@ def test_whole_numbers_are_looked_at_as_text_if_they_are_long_enough():
     for values in (cards, np.array(cards), torch.tensor(cards), list(np.array(cards))):
         found = Look("n").inspected(values)
         assert (found.inspected, dict(found.rules)) == (3, {"card": 2})
-    for values in (np.zeros(3), torch.zeros(2, 2, dtype=torch.int64), [True, False], [1.5, None]):
+    held = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    times = np.array([2 * 10**9, 1], "m8[s]"), np.array([2 * 10**9, 1], "M8[s]")
+    many = torch.zeros(2, 2, dtype=torch.int64)
+    for values in (np.zeros(3), many, held, *times, [True, False], [1.5, None]):
         assert Look("n").inspected(values).rules == {}
 
 
@@ -144,3 +172,16 @@ def test_of_what_is_dropped_and_of_numbers_a_glance_is_enough(keys):
         for name, found in bound.run(rows | {"n": np.arange(400)}).found.items():
             inspected[name] += found.inspected
     assert inspected == {"name": 256, "n": 256, "note": 1200, "kept": 1200, "zip": 1200}
+
+
+class Heavy(np.ndarray):
+    def tolist(self):
+        raise AssertionError("it takes a hundred times the memory as a list")
+
+
+def test_a_large_array_that_is_dropped_does_not_become_a_list(keys):
+    bound = AnonymizationPlan({"x": Suppress(), "n": Suppress()}).bind(keys)
+    rows = {"x": np.zeros((300, 9)).view(Heavy), "n": np.arange(300).view(Heavy)}
+    applied = bound.run(rows)
+    assert applied.columns == {}
+    assert [applied.found[name].inspected for name in ("x", "n")] == [0, 256]
