@@ -15,6 +15,7 @@ ARGUMENTS = argparse.Namespace(quick=True, rows=120, rounds=2, command="benchmar
 
 @pytest.fixture
 def notes_only(monkeypatch):
+    # The other kinds take long to make, and are measured the same way.
     monkeypatch.setattr(anonymize, "KINDS", {"notes": anonymize.KINDS["notes"]})
 
 

@@ -56,7 +56,8 @@ def number_of(value: Any) -> float:
         RedactionError: It is none. Python's own error would repeat a text that was given instead.
     """
     number = None
-    with contextlib.suppress(ValueError):
+    # Of a list, of what is too large, and of a tensor of several numbers.
+    with contextlib.suppress(ValueError, TypeError, OverflowError, RuntimeError):
         number = float(value)
     if number is None:
         raise RedactionError(

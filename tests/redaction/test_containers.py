@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
+from lightning_secure.errors import RedactionError
+from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 
@@ -88,3 +91,11 @@ def test_models_and_attrs_are_looked_into():
     value = [Db("hunter2"), Model(password="hunter2", api_key="hunter2")]
     expected = [{"password": REDACTED}, {"password": REDACTED, "api_key": REDACTED}]
     assert Redactor().redact(value) == expected
+
+
+@pytest.mark.parametrize("value", ["hunter2", ["hunter2"], None, 10**400, torch.ones(2)])
+def test_what_is_no_number_is_refused_without_repeating_it(value):
+    with pytest.raises(RedactionError, match="not a number but") as caught:
+        number_of(value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__context__ is None

@@ -71,7 +71,7 @@ class AnonymizationReport:
         k_anonymity: Rows in the smallest class of those who agree in all quasi-identifiers; None
             if none are declared, or it cannot be known, see :attr:`unknown`.
         l_diversity: By sensitive column, different values in the class that has fewest.
-        unknown: Why figures are missing that were asked for, or empty.
+        unknown: Why figures of all rows are missing, or empty.
         salt: 32 random digits, so that nobody can test a guess of the report against its digest.
 
     It is of the rows at the time of the sealing. Rows that are erased later take the cover of
