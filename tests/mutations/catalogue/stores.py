@@ -60,7 +60,8 @@ CATALOGUE = [
     Mutation(
         "an error about a metric repeats what it was given",
         "redaction/containers.py",
-        "    with contextlib.suppress(ValueError):\n        number = float(value)",
+        "    with contextlib.suppress(ValueError, TypeError, OverflowError, RuntimeError):\n"
+        "        number = float(value)",
         "    number = float(value)",
         f"{MATRIX} -k error_about_a_metric",
     ),
