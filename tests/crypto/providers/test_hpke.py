@@ -144,7 +144,7 @@ def test_more_recipients_than_a_checkpoint_can_name(sealer, tmp_path):
         for _ in range(250)
     ]
     crowd = HpkeKeyProvider(recipients=keys, signing_key=sealer._path)
-    with pytest.raises(ConfigError, match="250 recipients"):
+    with pytest.raises(ConfigError, match="more recipients than its header"):
         lightning_secure.EncryptedCheckpointIO(crowd).save_checkpoint({"w": 7}, tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []
 
