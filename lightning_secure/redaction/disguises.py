@@ -10,9 +10,9 @@ import html
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 from lightning_secure.redaction.finding import Detector, Finding
 
@@ -32,24 +32,22 @@ _NOTHING: Final = ("Cf", "Mn", "Me")
 
 _ENTITY: Final = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,31});")
 _PERCENT: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
-# Of either alphabet; twelve bytes at least, for no rule finds anything in less.
-_BASE64: Final = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{16,}")
-_LONG: Final = 200
-_HEX: Final = re.compile(r"(?:[0-9a-f]{2}){8,}|(?:[0-9A-F]{2}){8,}")
+# Base64's letters, of either alphabet, and everything else.
+_KINDS: Final = bytes(
+    b" x"[chr(code).isalnum() or chr(code) in "+/-_"] for code in range(128)
+).ljust(256)
+# Twelve bytes at least, for no rule finds anything in less.
+_WORD: Final = b"x" * 16
+_HEX: Final = re.compile(rb"(?:[0-9a-f]{2}){8,}|(?:[0-9A-F]{2}){8,}")
 #: In RE2's syntax: of an ASCII text without a match of one of these there is no other spelling.
 SPELLINGS: Final = ("&[#A-Za-z]", "%[0-9A-Fa-f]{2}", "[A-Za-z0-9+/_-]{16}")
-# What neither text nor UTF-16 begins with.
-_CONTROL: Final = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_TO_STANDARD: Final = str.maketrans("-_", "+/")
-
-
-@cache
-def _word() -> Callable[[bytes], Any]:
-    """Return a search for a long word that is quick where there is none."""
-    import re2
-
-    found: Callable[[bytes], Any] = re2.compile(SPELLINGS[-1].encode()).search
-    return found
+# At least what decodes to characters that are shown; most words end here, at their second byte.
+_UTF8: Final = re.compile(
+    rb"(?:[\t\n\r -~]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3})*+"
+)
+# First letters of base64 whose first byte is none that a character begins with.
+_INSIDE: Final = b"ghijklmnopqrstuv"
+_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 
 
 @cache
@@ -109,12 +107,12 @@ class DisguiseDetector:
             yield from self._respelt(
                 text, [(m.start(), m.end(), _unquoted(m[0])) for m in _PERCENT.finditer(text)]
             )
-        if len(text) < 16 or (len(text) > _LONG and not _word()(text.encode(errors="replace"))):
-            return
-        for word in _BASE64.finditer(text):
-            for plain in (_from_base64(word[0]), _from_hex(word[0])):
-                if plain and (rule := self._rule(plain)):
-                    yield Finding(rule, *word.span())
+        if len(text) >= len(_WORD):
+            data = text.encode("ascii", "replace")  # a byte for each character
+            for start, word in _words(data):
+                for plain in (_from_base64(word), _from_hex(word)):
+                    if plain and (rule := self._rule(plain)):
+                        yield Finding(rule, start, start + len(word))
 
     def _rule(self, text: str) -> str | None:
         return next((f.rule for detector in self._detectors for f in detector.find(text)), None)
@@ -151,21 +149,34 @@ def _unquoted(run: str) -> str:
     return bytes.fromhex(run.replace("%", "")).decode(errors="replace")
 
 
-def _from_base64(word: str) -> str | None:
-    digits = word.translate(_TO_STANDARD) if "-" in word or "_" in word else word
-    if _CONTROL.search(binascii.a2b_base64(digits[:16])):  # most words end here
+def _words(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the words that are long enough to be looked at, and where they begin."""
+    # Three times as fast as a regular expression: most letters are leapt over.
+    kinds = data.translate(_KINDS) + b" "
+    start = kinds.find(_WORD)
+    while start >= 0:
+        end = kinds.find(b" ", start)
+        yield start, data[start:end]
+        start = kinds.find(_WORD, end)
+
+
+def _from_base64(word: bytes) -> str | None:
+    if word[0] in _INSIDE and word.islower():  # a zero has one of A, B, C and D in its letters
         return None
-    digits = digits[: len(digits) - (len(digits) % 4 == 1)]
-    return _readable(binascii.a2b_base64(digits + "=" * (-len(digits) % 4)))
+    digits = word[: len(word) - (len(word) % 4 == 1)]
+    return _readable(binascii.a2b_base64(digits.translate(_TO_STANDARD) + b"=="))
 
 
-def _from_hex(word: str) -> str | None:
-    return _readable(bytes.fromhex(word)) if _HEX.fullmatch(word) else None
+def _from_hex(word: bytes) -> str | None:
+    return _readable(binascii.a2b_hex(word)) if word.isalnum() and _HEX.fullmatch(word) else None
 
 
 def _readable(data: bytes) -> str | None:
+    wide = b"\0" in data
+    if not (wide or _UTF8.fullmatch(data)):
+        return None
     try:
-        text = data.decode("utf-16-le" if b"\0" in data else "utf-8")
+        text = data.decode("utf-16-le" if wide else "utf-8")
     except UnicodeDecodeError:
         return None
     return text if all(c.isprintable() or c in "\t\r\n" for c in text) else None

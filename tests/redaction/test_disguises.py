@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import string
 import urllib.parse
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lightning_secure.redaction.disguises import folded
+from lightning_secure.redaction.detectors import PatternDetector
+from lightning_secure.redaction.disguises import DisguiseDetector, folded
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 TOKEN = "AKIA0001QZXCVBNMASDF"
@@ -53,6 +57,55 @@ def test_base64_is_found_whole(encode, encoding, before):
         assert clean.startswith(f"blob: {REDACTED}")
         assert word[:12] not in clean
         assert word[-12:] not in clean
+
+
+def readable(data):
+    """As a reader would have it who tries everything."""
+    try:
+        text = data.decode("utf-16-le" if b"\0" in data else "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter in "\t\r\n" for letter in text)
+
+
+# Any words, words of small letters as names are, texts, and texts that are cut or damaged.
+WORDS = st.one_of(
+    st.text(string.ascii_letters + string.digits + "+/", min_size=16, max_size=40),
+    st.text(string.ascii_lowercase + string.digits + "_-", min_size=16, max_size=40),
+    st.tuples(
+        st.text(st.characters(codec="utf-8"), min_size=6, max_size=20),
+        st.sampled_from(["utf-8", "utf-16-le"]),
+        st.integers(-3, 0),
+        st.sampled_from(["", "A", "w", "_"]),
+    ).map(
+        lambda drawn: (
+            base64.b64encode(drawn[0].encode(drawn[1])).decode().strip("=")[: drawn[2] or None]
+            + drawn[3]
+        )
+    ),
+).filter(lambda word: len(word) >= 16)
+
+
+@given(WORDS, st.sampled_from(["", "a b ", "\u00e9?", "." * 300]))
+def test_no_word_is_passed_over_that_can_be_read(word, before):
+    plain = word.replace("-", "+").replace("_", "/")
+    plain = plain[: len(plain) - (len(plain) % 4 == 1)]
+    data = base64.b64decode(plain + "=" * (-len(plain) % 4))
+    found = list(DisguiseDetector([PatternDetector("any", "(?s).")]).find(f"{before}{word}; end"))
+    if not set(word) <= set(string.hexdigits):
+        assert bool(found) == readable(data)
+    assert all((at.start, at.end) == (len(before), len(before) + len(word)) for at in found)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        base64.b64encode("\u0141: a letter with a one in it".encode("utf-16-le")).decode(),
+        base64.b64encode("\u8485\u84ff from the far east".encode("utf-16-le")).decode(),
+    ],
+)
+def test_what_begins_oddly_is_read_too(word):
+    assert [*DisguiseDetector([PatternDetector("any", "(?s).")]).find(word)]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ CATALOGUE = [
         f"{REDACTION}/test_disguises.py -k found_at_its_place",
     ),
     Mutation(
+        "base64 that begins as no UTF-8 does is not read as UTF-16",
+        "redaction/disguises.py",
+        "if word[0] in _INSIDE and word.islower():",
+        "if word[0] in _INSIDE:",
+        f"{REDACTION}/test_disguises.py -k begins_oddly",
+    ),
+    Mutation(
+        "base64 of letters beyond ASCII is not read",
+        "redaction/disguises.py",
+        r"|[\xc2-\xdf][\x80-\xbf]",
+        "",
+        f"{REDACTION}/test_disguises.py -k base64_is_found_whole",
+    ),
+    Mutation(
         "a param passes any policy if it is called like a tag of ours",
         "redaction/mlflow_store/sinks.py",
         'ours = "tags" in sinks',
