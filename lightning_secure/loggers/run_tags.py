@@ -49,6 +49,7 @@ class RunTags:
 
     def __init__(self) -> None:
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._private = False  # asking a Protocol takes as long as looking through the metrics
         self._counted: tuple[Any, ...] = ()
         self._epsilon = 0.0
         self._saved: set[str] = set()
@@ -59,22 +60,23 @@ class RunTags:
     def begin(self, trainer: pl.Trainer) -> dict[str, str]:
         """Return the tags of a fit, or of something else, that begins."""
         self._trainer = weakref.ref(trainer)
+        self._private = isinstance(trainer.strategy, HasLedger)
         tags = {}
         datamodule = getattr(trainer, "datamodule", None)
         digest = datamodule.manifest_digest if isinstance(datamodule, HasManifest) else None
         if digest is not None:
             tags["manifest_digest"] = digest
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and not isinstance(trainer.strategy, HasLedger):
+        if fitting and not self._private:
             # Also where an earlier fit of the run was private: its weights are trained on without.
             tags |= {"private": "false", "epsilon": "inf"}
         return _named({**tags, **self._account()})
 
     def release(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, float]]:
         """Return tags, and metrics to be logged beside, for metrics that are about to be logged."""
-        ledger, guard = self._ledger(), _strategy(self._trainer)
-        if ledger is None:
+        if self._ledger() is None:
             return {}, {}
+        guard = _strategy(self._trainer)
         published = guard.published_metrics if isinstance(guard, GuardsMetrics) else {}
         noised = {name: _looked_up(published, name) for name in names if name not in _NO_RELEASE}
         tags = {f"metric.{name}": "public" for name, noise in noised.items() if noise is False}
@@ -107,8 +109,8 @@ class RunTags:
         return _named(tags), {} if self._counted == before else {_EPSILON: self._epsilon}
 
     def _ledger(self) -> Ledger | None:
-        strategy = _strategy(self._trainer)
-        return strategy.ledger if isinstance(strategy, HasLedger) else None
+        strategy: Any = _strategy(self._trainer) if self._private else None
+        return None if strategy is None else strategy.ledger
 
     def _account(self) -> dict[str, str]:
         ledger = self._ledger()
