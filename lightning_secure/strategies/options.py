@@ -90,6 +90,12 @@ def require_trainer_options(
             "many rows each step has drawn. Use it without them, and keep the trace to yourself.",
         ),
         (
+            bool(options._detect_anomaly),
+            "detect_anomaly=True ends the run at a row whose gradient is not a number, so that one "
+            "row decides how long all others are trained on. Such a row is left out without it; "
+            "look for the cause in a run on public data.",
+        ),
+        (
             bool(overfit),
             f"overfit_batches={overfit} trains on a few rows again and again, and "
             "the rate at which rows are drawn would be wrong. Use a smaller dataset.",

@@ -352,6 +352,7 @@ def test_an_account_without_a_step_binds_nobody(tmp_path):
         ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder"),
         ({"callbacks": [SpikeDetection()]}, "SpikeDetection"),
         ({"callbacks": [DeviceStatsMonitor()], "logger": DummyLogger()}, "DeviceStatsMonitor"),
+        ({"detect_anomaly": True}, "detect_anomaly"),
         ({"profiler": PyTorchProfiler(record_shapes=True)}, "record_shapes"),
         ({"profiler": PyTorchProfiler(profile_memory=True)}, "record_shapes"),
         (

@@ -57,6 +57,13 @@ CATALOGUE = [
         f"{RUNS} -k begins_later",
     ),
     Mutation(
+        "one row that is not finite ends the run",
+        "strategies/options.py",
+        "bool(options._detect_anomaly)",
+        "False",
+        f"{RUNS} -k 'by_name and detect_anomaly'",
+    ),
+    Mutation(
         "a file that begins like a sealed one is sent as it is",
         "redaction/sealed.py",
         "body is not None and _TEXT.search(body) is None",
