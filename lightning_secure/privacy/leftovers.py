@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any, Final, Protocol
 
@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stateful", "copied", "difference", "local_part", "preserved"]
+__all__ = [
+    "Stateful",
+    "copied",
+    "difference",
+    "local_part",
+    "preserved",
+    "remembered_attributes",
+]
 
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN: Final = (*_ATOMS, list, tuple, dict, set, deque, bytearray, np.ndarray, Tensor)
@@ -46,12 +53,7 @@ def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[N
     The global random states of Python, NumPy and torch are put back as well.
     """
     tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    memo: dict[int, Restore] = {}
-    attributes = [
-        (module, name, _remembered(value, memo)) for module, name, value in _attributes(model)
-    ]
-    # By id: a metric's hash is that of its state.
-    known = {(id(module), name) for module, name, _ in attributes}
+    restore_attributes = remembered_attributes(model.modules())
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     states = [(item, copied(item.state_dict())) for item in stateful]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -65,11 +67,7 @@ def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[N
             with torch.no_grad():
                 for tensor, saved in tensors:
                     tensor.copy_(saved)
-            for module, name, _ in list(_attributes(model)):
-                if (id(module), name) not in known:
-                    del vars(module)[name]
-            for module, name, restore in attributes:
-                vars(module)[name] = restore()
+            restore_attributes()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for item, state in states:
@@ -77,12 +75,38 @@ def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[N
                     item.load_state_dict(state)
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield what a training step may count or collect in; torchmetrics' states among them."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, _PLAIN) and name not in _INTERNALS:
-                yield module, name, value
+def remembered_attributes(
+    modules: Iterable[nn.Module], *, apart_from: Container[str] = _INTERNALS
+) -> Callable[[], None]:
+    """Return what puts attributes of some modules back as they are now, and removes new ones.
+
+    Args:
+        modules: Not their children. Of their attributes those are meant that :func:`preserved`
+            names: what a training step may count or collect in.
+        apart_from: Names of attributes that are left alone.
+    """
+    modules = list(modules)
+    memo: dict[int, Restore] = {}
+    attributes = [
+        {name: _remembered(value, memo) for name, value in _attributes(module, apart_from)}
+        for module in modules
+    ]
+
+    def restore() -> None:
+        for module, known in zip(modules, attributes, strict=True):
+            for name, _ in list(_attributes(module, apart_from)):
+                if name not in known:
+                    del vars(module)[name]
+        for module, known in zip(modules, attributes, strict=True):
+            vars(module).update({name: value() for name, value in known.items()})
+
+    return restore
+
+
+def _attributes(module: nn.Module, apart_from: Container[str]) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if isinstance(value, _PLAIN) and name not in apart_from:
+            yield name, value
 
 
 def _remembered(value: Any, memo: dict[int, Restore]) -> Restore:

@@ -10,6 +10,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_secure.privacy.leftovers import remembered_attributes
+
 __all__ = ["metrics_kept_apart"]
 
 #: Which members of a collection compute from one state, and whether that was found out.
@@ -27,7 +29,9 @@ def metrics_kept_apart(model: nn.Module) -> Iterator[None]:
     noise, under a name that is not withheld. Within the block it works as ever.
 
     Guarantees:
-        Each metric's state is afterwards what it was, also if the block fails.
+        Each metric's state is afterwards what it was, also if the block fails; and so are, of its
+        other attributes, numbers, texts, tensors, arrays and collections of them, for not every
+        metric has declared all that it keeps: ``MinMaxMetric`` has not.
     """
     metrics = [module for module in model.modules() if isinstance(module, Metric)]
     collections = [module for module in model.modules() if isinstance(module, MetricCollection)]
@@ -37,11 +41,27 @@ def metrics_kept_apart(model: nn.Module) -> Iterator[None]:
     memo: dict[int, Any] = {}
     states = [{name: _copied(vars(m)[name], memo) for name in _names(m)} for m in metrics]
     groups = [{name: copy.deepcopy(vars(c)[name]) for name in _GROUPING} for c in collections]
+    restores = [remembered_attributes([m], apart_from=_BARE.union(_names(m))) for m in metrics]
     try:
         yield
     finally:
+        for restore in restores:
+            restore()
         for module, state in zip([*metrics, *collections], [*states, *groups], strict=True):
             vars(module).update(state)
+
+
+class _Bare(Metric):
+    """Has only what every metric has."""
+
+    def update(self) -> None:
+        """Take nothing."""
+
+    def compute(self) -> None:
+        """Return nothing."""
+
+
+_BARE: Final = frozenset(vars(_Bare()))
 
 
 def _names(metric: Metric) -> list[str]:

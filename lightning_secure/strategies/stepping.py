@@ -167,11 +167,12 @@ class SteppingStrategy(AccountedStrategy):
         if self._preflight_due:
             self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
-        data = self._on_device(chunk.data)
-        results.batch, results.batch_size = data, None
-        with engine.recording(rows=chunk.size), metrics_kept_apart(self._module):
-            output = super().training_step(data, *rest, **kwargs)
-            self._backward(engine.scaled(loss_of(output), chunk.size))
+        with metrics_kept_apart(self._module):
+            data = self._on_device(chunk.data)
+            results.batch, results.batch_size = data, None
+            with engine.recording(rows=chunk.size):
+                output = super().training_step(data, *rest, **kwargs)
+                self._backward(engine.scaled(loss_of(output), chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
         results.again = True
         return output

@@ -351,6 +351,68 @@ def test_a_metric_does_not_carry_training_rows_into_validation(tmp_path, sanity)
     assert set(seen[0]) == {"val_mean", "val_again"}
 
 
+class Undeclared(torchmetrics.Metric):
+    """Keeps what it is told in attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"deep": []}
+
+    def update(self, value):
+        self.seen["deep"].append(value)
+        self.last = value
+
+    def compute(self):
+        return torch.stack([*self.seen["deep"], torch.tensor(0.0)]).sum()
+
+
+class Highest(Module):
+    """Shows in validation the highest value that it was ever told."""
+
+    def __init__(self, metric, where="training_step"):
+        super().__init__()
+        self.metric, self.where = metric(), where
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training and self.where == "on_after_batch_transfer":
+            self.metric.update(batch[0].mean())
+        return batch
+
+    def training_step(self, batch, batch_idx):
+        if self.where == "training_step":
+            self.metric(batch[0].mean())
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.metric(batch[0].mean() * 0)
+
+    def on_validation_epoch_end(self):
+        value = self.metric.compute()
+        self.log("val", value["max"] if isinstance(value, dict) else value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "where"),
+    [
+        (lambda: torchmetrics.MinMaxMetric(torchmetrics.MeanMetric()), "training_step"),
+        (Undeclared, "training_step"),
+        (torchmetrics.MeanMetric, "on_after_batch_transfer"),
+    ],
+)
+def test_a_metric_hides_no_training_rows_where_it_declares_none(tmp_path, metric, where):
+    run = trainer(tmp_path, num_sanity_val_steps=0)
+    run.fit(Highest(metric, where), loader(100.0), loader())
+    assert float(run.callback_metrics["val"]) == 0
+
+
+def test_a_metric_keeps_no_attribute_that_it_has_got_meanwhile():
+    metric = Undeclared()
+    with metrics_kept_apart(metric):
+        metric.update(torch.tensor(1.0))
+    assert "last" not in vars(metric)
+    assert metric.seen == {"deep": []}
+
+
 def test_a_metric_goes_on_where_it_was():
     both = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
     same = torchmetrics.MetricCollection(

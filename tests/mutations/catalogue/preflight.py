@@ -38,9 +38,24 @@ CATALOGUE = [
     Mutation(
         "a metric carries training rows into validation",
         "strategies/stepping.py",
-        "with engine.recording(rows=chunk.size), metrics_kept_apart(self._module):",
-        "with engine.recording(rows=chunk.size):",
+        "with metrics_kept_apart(self._module):",
+        "if True:",
         f"{ATTACKS} -k carry_training_rows",
+    ),
+    Mutation(
+        "a metric hides training rows in attributes that it has not declared",
+        "privacy/metrics.py",
+        "            restore()\n",
+        "            pass\n",
+        f"{ATTACKS} -k hides_no_training_rows",
+    ),
+    Mutation(
+        "a transfer hook tells a metric of training rows",
+        "strategies/stepping.py",
+        "            data = self._on_device(chunk.data)\n            results.batch",
+        "            pass\n        data = self._on_device(chunk.data)\n"
+        "        with metrics_kept_apart(self._module):\n            results.batch",
+        f"{ATTACKS} -k hides_no_training_rows",
     ),
     Mutation(
         "a row left out is set to zero",
