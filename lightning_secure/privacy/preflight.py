@@ -28,6 +28,7 @@ from lightning_secure.privacy.trial import (
     differing,
     row_differs,
     same_layers,
+    seed_all,
     without_dropout,
 )
 from lightning_secure.privacy.units.base import Record, accumulate
@@ -116,19 +117,25 @@ def require_rows_kept_apart(
     Batches that are padded to different lengths are not compared: rows differ there although they
     were not mixed.
     """
-    first = list(range(_ROWS))
-    batch = trial_batch(first)
-    if batch is None or not leaves(batch, _ROWS):
+    if trial_batch(range(_ROWS)) is None:
         return
     trial = Trial(engine, model, loss_of, backward)
+
+    def collated(rows: Sequence[int], seed: int) -> Any:
+        seed_all(seed)  # of which the function may draw whether it mixes
+        return trial_batch(rows)
+
     with preserved(model), exact_arithmetic():
-        run = trial.recorded(batch, rows=_ROWS)
-        for kept in first:
-            rows = [row if row == kept else row + _ROWS for row in first]
-            other = trial_batch(rows)
+        for kept in range(_ROWS):
+            rows = [row if row == kept else row + _ROWS for row in range(_ROWS)]
+            batch = collated(range(_ROWS), kept)
+            if not leaves(batch, _ROWS):
+                return
+            other = collated(rows, kept)
             if _shapes(other) != _shapes(batch):
                 continue
-            changed = trial.recorded(other, rows=_ROWS)
+            run = trial.recorded(batch, rows=_ROWS, seed=kept)
+            changed = trial.recorded(other, rows=_ROWS, seed=kept)
             _require_same_layers(run, changed)
             if row_differs(run, changed, kept, tolerance=_TOLERANCE):
                 raise UnsupportedModelError(
@@ -179,6 +186,9 @@ def _require_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 def _independent(trial: Trial, batch: Any, size: int, jitter: int) -> bool:
     """Keep one row and change all others, for each row; the kept one's gradient must not move.
 
+    Where a pass draws random numbers, each comparison has other ones: by them a step may decide
+    whether it mixes, as CutMix does in half of its batches.
+
     Returns:
         Whether the others' gradients did move, without which nothing was seen.
 
@@ -191,11 +201,14 @@ def _independent(trial: Trial, batch: Any, size: int, jitter: int) -> bool:
     def drawn() -> Any:
         return recombined(batch, size, _ROWS, generator, jitter=jitter)
 
-    for _ in range(_ROUNDS):
+    for first in range(0, _ROUNDS * _ROWS, _ROWS):
         rows = drawn()
-        run = trial.recorded(rows, rows=_ROWS)
+        run = trial.recorded(rows, rows=_ROWS, seed=first)
         for kept in range(_ROWS):
-            changed = trial.recorded(with_row(drawn(), rows, kept, rows=_ROWS), rows=_ROWS)
+            if run.drew and kept:
+                run = trial.recorded(rows, rows=_ROWS, seed=first + kept)
+            others = with_row(drawn(), rows, kept, rows=_ROWS)
+            changed = trial.recorded(others, rows=_ROWS, seed=run.seed)
             _require_unmoved(run, changed, kept)
             seen = seen or _moved(run, changed)
     _require_mean(trial, drawn)

@@ -26,7 +26,8 @@ def recombined(
             one row to choose from; 1, they are scaled by up to a tenth; 2, shifted as well.
 
     Each number is taken from a random row, at the same place, so that ranges, classes and token
-    ids stay valid.
+    ids stay valid. Where a row has one number only, such as a class or a weight, each that
+    occurs is as likely as any other: a rare one decides whether the rows' mean is weighed by it.
     """
 
     def tensor(value: Tensor) -> Tensor:
@@ -37,8 +38,9 @@ def recombined(
             columns = torch.randint(places, (rows, places), generator=generator)
             picked = flat[0][columns.to(flat.device)]
         else:
-            choice = torch.randint(size, (rows, places), generator=generator).to(flat.device)
-            picked = flat.gather(0, choice)
+            flat = torch.unique(flat, dim=0) if places == 1 and not flat.is_complex() else flat
+            choice = torch.randint(len(flat), (rows, places), generator=generator)
+            picked = flat.gather(0, choice.to(flat.device))
         if value.is_floating_point() and (jitter or size == 1):
             noise = 0.2 * torch.rand(rows, places, generator=generator).to(picked) - 0.1
             picked = picked * (1 + noise) + (noise if jitter > 1 else 0)

@@ -25,6 +25,7 @@ __all__ = [
     "differing",
     "row_differs",
     "same_layers",
+    "seed_all",
     "without_dropout",
 ]
 
@@ -33,9 +34,17 @@ NO_STEP: Final = "No step was taken."
 
 @dataclass
 class Run:
-    """Records of one pass."""
+    """Records of one pass.
+
+    Attributes:
+        records: What each use of a layer has left.
+        seed: Of the pass.
+        drew: Whether it has drawn random numbers, so that another seed is another pass.
+    """
 
     records: list[Record]
+    seed: int = 0
+    drew: bool = False
 
     def squares(self) -> Tensor:
         """Return the squared norm per record and row, shape ``(records, rows)``."""
@@ -70,7 +79,8 @@ class Trial:
             UnsupportedModelError: There is no gradient, or one that is not finite, or the model is
                 compiled in a way that leaves no place to record.
         """
-        _seed(seed)
+        seed_all(seed)
+        states = _random_states()
         with self.engine.recording(rows=rows, whole=True):
             loss = self._loss(batch)
             if not loss.requires_grad:
@@ -78,7 +88,7 @@ class Trial:
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
                 )
             self.backward(self.engine.scaled(loss, rows))
-        run = Run(self.engine.take(rows))
+        run = Run(self.engine.take(rows), seed, drew=_random_states() != states)
         if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
             raise UnsupportedModelError(
                 "the loss or its gradients are not finite on rows recombined from the first batch, "
@@ -101,7 +111,7 @@ class Trial:
 
     def ordinary(self, batch: Any, *, rows: int) -> list[Tensor | None]:
         """Run forward and backward without records; return the gradient of each parameter."""
-        _seed(0)
+        seed_all(0)
         self.model.zero_grad(set_to_none=True)
         with _without_hooks(self.engine.parameters):
             self.backward(self.engine.scaled(self.loss_of(batch), rows))
@@ -129,10 +139,19 @@ def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             hooks.update(content)
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed what a pass, or a collate function, may draw from."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda: Any = torch.cuda
+    devices = cuda.get_rng_state_all() if cuda.is_initialized() else []
+    kind, words, *rest = np.random.get_state()
+    torchs = [bytes(state.numpy()) for state in (torch.get_rng_state(), *devices)]
+    return (*torchs, random.getstate(), kind, bytes(words), *rest)  # type: ignore[arg-type]
 
 
 def same_layers(one: Run, other: Run) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections import Counter, deque
 
 import lightning as L
@@ -23,6 +24,7 @@ from lightning_secure.privacy.leftovers import copied, difference
 from lightning_secure.privacy.metrics import metrics_kept_apart
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.released.steps import require_rows_apart
 from lightning_secure.privacy.sampling import PoissonBatchSampler
 from lightning_secure.privacy.units.base import Record, Way
 
@@ -35,12 +37,12 @@ def batch():
     return x, torch.randint(0, 3, (SIZE,), generator=generator)
 
 
-def check(model, loss, data=None, **options):
+def check(model, loss, data=None, size=SIZE, **options):
     engine = GradientEngine(model, max_grad_norm=1.0)
     engine.attach()
     options = {"backward": torch.autograd.backward, **options}
     try:
-        preflight(engine, model, lambda b: loss(model, b), data or batch(), size=SIZE, **options)
+        preflight(engine, model, lambda b: loss(model, b), data or batch(), size=size, **options)
     finally:
         engine.detach()
 
@@ -205,6 +207,71 @@ def test_class_weights_that_divide_by_their_sum_are_refused():
     weights = torch.tensor([1.0, 2.0, 5.0])
     with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
         check(Net(), lambda m, b: cross_entropy(m, b, weight=weights))
+
+
+@pytest.mark.parametrize("size", [SIZE, 200])
+def test_class_weights_are_seen_where_their_class_is_rare(size):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(size, 6, generator=generator), torch.zeros(size, dtype=torch.long)
+    y[-1] = 2
+    weights = torch.tensor([1.0, 1.0, 50.0])
+    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
+        check(Net(), lambda m, b: cross_entropy(m, b, weight=weights), (x, y), size=size)
+
+
+# ---------------------------------------------------------------- mixing by chance
+
+COINS = {
+    "numpy": np.random.rand,  # as in CutMix' own code
+    "python": random.random,
+    "torch": lambda: torch.rand(()),
+}
+
+
+def mixed_by_chance(x, coin):
+    return x + x.roll(1, 0) if COINS[coin]() < 0.5 else x
+
+
+@pytest.mark.parametrize("coin", COINS)
+def test_mixing_in_half_of_the_steps_is_refused(coin):
+    def loss(model, batch):
+        return cross_entropy(model, (mixed_by_chance(batch[0], coin), batch[1]))
+
+    with pytest.raises(UnsupportedModelError, match="mixed in the forward pass"):
+        check(Net(), loss)
+
+
+@pytest.mark.parametrize("coin", COINS)
+def test_a_collate_function_that_mixes_half_of_its_batches_is_refused(tmp_path, coin):
+    def collate(samples):
+        x, y = default_collate(samples)
+        return mixed_by_chance(x, coin), y
+
+    for _ in range(3):  # whatever was drawn before
+        with pytest.raises(UnsupportedModelError, match="collate"):
+            trainer(tmp_path).fit(Module(), loader(collate_fn=collate))
+
+
+def test_a_collate_function_may_draw_for_each_row_by_itself(tmp_path):
+    def collate(samples):
+        x, y = default_collate(samples)
+        return x * torch.rand(len(x), 1), y
+
+    run = trainer(tmp_path)
+    run.fit(Module(), loader(collate_fn=collate))
+    assert run.strategy.ledger.steps == 4
+
+
+@pytest.mark.parametrize("coin", COINS)
+def test_a_number_that_mixes_by_chance_is_not_released(coin):
+    model = Net()
+
+    def output(batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return {"loss": losses.mean(), "row_loss": mixed_by_chance(losses, coin)}
+
+    with pytest.raises(UnsupportedModelError, match="when another row does"):
+        require_rows_apart(["row_loss"], model, output, batch(), size=SIZE)
 
 
 # ---------------------------------------------------------------- what a checkpoint would hold

@@ -16,7 +16,7 @@ from lightning_secure.privacy.leftovers import preserved
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
 from lightning_secure.privacy.rows import first_rows, recombined, with_row
-from lightning_secure.privacy.trial import NO_STEP, without_dropout
+from lightning_secure.privacy.trial import NO_STEP, seed_all, without_dropout
 from lightning_secure.validate import positive
 
 __all__ = [
@@ -269,16 +269,17 @@ def require_rows_apart(
     generator = torch.Generator().manual_seed(0)
 
     def found(rows: Any, number: int = _ROWS, seed: int = 0) -> dict[str, Tensor]:
-        torch.manual_seed(seed)  # so that dropout does the same
+        seed_all(seed)  # so that dropout does the same
         output = output_of(first_rows(rows, _ROWS, number))
         return {entry: entry_of(output, entry, number).float() for entry in entries}
 
     with preserved(model), exact_arithmetic():
         rows = recombined(batch, size, _ROWS, generator, jitter=1)
-        before = found(rows)
         for kept in range(_ROWS):
             others = recombined(batch, size, _ROWS, generator, jitter=1)
-            after = found(with_row(others, rows, kept, rows=_ROWS))
+            # Another seed for each: by it a step may decide whether it mixes.
+            before = found(rows, seed=kept)
+            after = found(with_row(others, rows, kept, rows=_ROWS), seed=kept)
             for entry in entries:
                 if not _close(before[entry][kept], after[entry][kept]):
                     raise UnsupportedModelError(

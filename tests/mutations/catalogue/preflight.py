@@ -93,4 +93,33 @@ CATALOGUE = [
         "",
         "tests/privacy/test_preflight.py -k a_little",
     ),
+    Mutation(
+        "trial runs toss one coin only",
+        "privacy/preflight.py",
+        "if run.drew and kept:",
+        "if False:",
+        f"{ATTACKS} -k 'half_of_the_steps'",
+        more=(("rows=_ROWS, seed=first)", "rows=_ROWS)"),),
+    ),
+    Mutation(
+        "collate functions toss one coin only",
+        "privacy/preflight.py",
+        "        seed_all(seed)  #",
+        "        seed_all(0)  #",
+        f"{ATTACKS} -k half_of_its_batches",
+    ),
+    Mutation(
+        "released numbers toss one coin only",
+        "privacy/released/steps.py",
+        "        seed_all(seed)  #",
+        "        seed_all(0)  #",
+        f"{ATTACKS} -k by_chance",
+    ),
+    Mutation(
+        "a rare class is as rare in trial runs",
+        "privacy/rows.py",
+        "if places == 1 and",
+        "if False and",
+        f"{ATTACKS} -k class_is_rare",
+    ),
 ]
