@@ -10,7 +10,7 @@ nothing that a checkpoint holds may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -26,14 +26,14 @@ from lightning_secure.privacy.trial import (
     Run,
     Trial,
     differing,
+    require_same_layers,
     row_differs,
     same_layers,
-    seed_all,
     without_dropout,
 )
 from lightning_secure.privacy.units.base import Record, accumulate
 
-__all__ = ["preflight", "require_rows_kept_apart"]
+__all__ = ["preflight"]
 
 _ROWS: Final = 5
 _SIZES: Final = (1, 2)
@@ -91,62 +91,6 @@ def preflight(
                 f"loss may not depend on the batch, or be constant. {NO_STEP}"
             )
         _require_unchanged(before, copied(_held(model, checkpoint)))
-
-
-def require_rows_kept_apart(
-    trial_batch: Callable[[Sequence[int]], Any],
-    engine: GradientEngine,
-    model: nn.Module,
-    loss_of: Callable[[Any], Tensor],
-    *,
-    backward: Callable[[Tensor], Any],
-) -> None:
-    """Check a collate function: :func:`preflight` sees only what it has made.
-
-    Args:
-        trial_batch: From row numbers to the batch that the collate function makes; None if there
-            is nothing to check.
-        engine: As for :func:`preflight`.
-        model: As for :func:`preflight`.
-        loss_of: As for :func:`preflight`.
-        backward: As for :func:`preflight`.
-
-    Raises:
-        UnsupportedModelError: One row's gradient depends on which rows it was collated with.
-
-    Batches that are padded to different lengths are not compared: rows differ there although they
-    were not mixed.
-    """
-    if trial_batch(range(_ROWS)) is None:
-        return
-    trial = Trial(engine, model, loss_of, backward)
-
-    def collated(rows: Sequence[int], seed: int) -> Any:
-        seed_all(seed)  # of which the function may draw whether it mixes
-        return trial_batch(rows)
-
-    with preserved(model), exact_arithmetic():
-        for kept in range(_ROWS):
-            rows = [row if row == kept else row + _ROWS for row in range(_ROWS)]
-            batch = collated(range(_ROWS), kept)
-            if not leaves(batch, _ROWS):
-                return
-            other = collated(rows, kept)
-            if _shapes(other) != _shapes(batch):
-                continue
-            run = trial.recorded(batch, rows=_ROWS, seed=kept)
-            changed = trial.recorded(other, rows=_ROWS, seed=kept)
-            _require_same_layers(run, changed)
-            if row_differs(run, changed, kept, tolerance=_TOLERANCE):
-                raise UnsupportedModelError(
-                    "one row's gradient changes when it is collated with other rows, so clipping "
-                    "bounds nothing: rows are mixed by the collate function (as MixUp and CutMix "
-                    f"do), or by what comes after it. Collate each row by itself. {NO_STEP}"
-                )
-
-
-def _shapes(batch: Any) -> list[Any]:
-    return [value.shape if isinstance(value, Tensor) else None for value in leaves(batch, _ROWS)]
 
 
 def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -260,20 +204,12 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
             )
 
 
-def _require_same_layers(run: Run, changed: Run) -> None:
-    if not same_layers(run, changed):
-        raise UnsupportedModelError(
-            "the model runs through other layers when other rows are in the batch, so its rows "
-            f"cannot be trained together privately. {NO_STEP}"
-        )
-
-
 def _moved(run: Run, changed: Run) -> bool:
     return any(row_differs(run, changed, row, tolerance=_TOLERANCE) for row in range(_ROWS))
 
 
 def _require_unmoved(run: Run, changed: Run, kept: int) -> None:
-    _require_same_layers(run, changed)
+    require_same_layers(run, changed)
     layer = differing(run, changed, kept, tolerance=_TOLERANCE)
     if layer is None:
         return
@@ -316,7 +252,7 @@ def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
             whole = _few(trial, batch, _ROWS)
             few = {rows: _few(trial, batch, rows) for rows in _SIZES}
             for run in few.values():
-                _require_same_layers(whole, run)
+                require_same_layers(whole, run)
             again = _few(trial, batch, _ROWS, seed=1)
             if not same_layers(whole, again) or row_differs(
                 whole, again, 0, tolerance=_TOLERANCE / 10

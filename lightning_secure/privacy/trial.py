@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,16 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.units.base import Gradients, Record
+from lightning_secure.privacy.units.base import Gradients, Record, accumulate
 
 __all__ = [
     "NO_STEP",
     "Run",
     "Trial",
     "differing",
+    "random_states",
+    "require_same_layers",
     "row_differs",
     "same_layers",
     "seed_all",
+    "whole_difference",
     "without_dropout",
 ]
 
@@ -80,7 +84,7 @@ class Trial:
                 compiled in a way that leaves no place to record.
         """
         seed_all(seed)
-        states = _random_states()
+        states = random_states()
         with self.engine.recording(rows=rows, whole=True):
             loss = self._loss(batch)
             if not loss.requires_grad:
@@ -88,7 +92,7 @@ class Trial:
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
                 )
             self.backward(self.engine.scaled(loss, rows))
-        run = Run(self.engine.take(rows), seed, drew=_random_states() != states)
+        run = Run(self.engine.take(rows), seed, drew=random_states() != states)
         if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
             raise UnsupportedModelError(
                 "the loss or its gradients are not finite on rows recombined from the first batch, "
@@ -146,7 +150,8 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed)
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that :func:`seed_all` seeds, to be compared."""
     cuda: Any = torch.cuda
     devices = cuda.get_rng_state_all() if cuda.is_initialized() else []
     kind, words, *rest = np.random.get_state()
@@ -157,6 +162,19 @@ def _random_states() -> tuple[Any, ...]:
 def same_layers(one: Run, other: Run) -> bool:
     """Return whether both passes used the same layers in the same order."""
     return [record.unit for record in one.records] == [record.unit for record in other.records]
+
+
+def require_same_layers(one: Run, other: Run) -> None:
+    """Make sure that two passes of other rows can be compared layer by layer.
+
+    Raises:
+        UnsupportedModelError: They cannot.
+    """
+    if not same_layers(one, other):
+        raise UnsupportedModelError(
+            "the model runs through other layers when other rows are in the batch, so its rows "
+            f"cannot be trained together privately. {NO_STEP}"
+        )
 
 
 def row_differs(one: Run, other: Run, row: int, *, tolerance: float, floor: float = 1e-12) -> bool:
@@ -185,6 +203,28 @@ def differing(
         if _square(a[p] - b[p] for p in a) > tolerance**2 * scale + floor * largest:
             return before.unit.name
     return None
+
+
+def whole_difference(one: Run, other: Run, row: int) -> float:
+    """Return by how much a row's gradient is another one, relative to it, in any parameter.
+
+    Passes may have run through other layers, as recurrent ones do in longer rows. What is small
+    beside the whole gradient may be rounding, and counts as less.
+    """
+    wholes: list[dict[nn.Parameter, Tensor]] = [{}, {}]
+    for run, whole in zip((one, other), wholes, strict=True):
+        for record in run.records:
+            for parameter, gradient in _gradient(record, row).items():
+                accumulate(whole, parameter, gradient)
+    sizes = [{p: _square([item]) ** 0.5 for p, item in whole.items()} for whole in wholes]
+    floor = 1e-12 + 1e-3 * max(math.hypot(*size.values()) for size in sizes)
+    largest = 0.0
+    for parameter in {**wholes[0], **wholes[1]}:
+        there = [whole[parameter] for whole in wholes if parameter in whole]
+        apart = there[0] - there[1] if len(there) > 1 else there[0]
+        scale = max(floor, *(size.get(parameter, 0.0) for size in sizes))
+        largest = max(largest, _square([apart]) ** 0.5 / scale)
+    return largest
 
 
 def _same_evidence(before: Record, after: Record, row: int) -> bool:

@@ -24,12 +24,13 @@ from lightning_secure.errors import (
 from lightning_secure.privacy.banded.noise import BandedNoise
 from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_count
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
+from lightning_secure.privacy.collation import require_rows_kept_apart
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.metrics import metrics_kept_apart
 from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.preflight import preflight, require_rows_kept_apart
+from lightning_secure.privacy.preflight import preflight
 from lightning_secure.privacy.released.steps import (
     ReleasedMetric,
     StepMetrics,

@@ -13,12 +13,14 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
+from opacus.layers import DPLSTM
 from private_run import trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.collation import _require_alike
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.leftovers import copied, difference
 from lightning_secure.privacy.metrics import metrics_kept_apart
@@ -272,6 +274,86 @@ def test_a_number_that_mixes_by_chance_is_not_released(coin):
 
     with pytest.raises(UnsupportedModelError, match="when another row does"):
         require_rows_apart(["row_loss"], model, output, batch(), size=SIZE)
+
+
+# ---------------------------------------------------------------- padding to the longest row
+
+
+def in_lengths(samples):
+    """As most collate functions for texts do, with the lengths."""
+    x = nn.utils.rnn.pad_sequence([x for x, _ in samples], batch_first=True)
+    return x, torch.stack([y for _, y in samples]), torch.tensor([len(x) for x, _ in samples])
+
+
+def in_random_lengths(samples):
+    return in_lengths([(x[: random.randint(2, len(x))], y) for x, y in samples])
+
+
+def texts(collate_fn=in_lengths):
+    generator = torch.Generator().manual_seed(0)
+    lengths = range(
+        2, 34
+    )  # of rows that follow one another about the same, as where they are sorted
+    rows = [(torch.randn(n, 4, generator=generator), torch.tensor(n % 3)) for n in lengths]
+    return DataLoader(rows, batch_size=8, collate_fn=collate_fn)
+
+
+class Text(Module):
+    """Classifies what is left of a text once its time is gone."""
+
+    def __init__(self, pool, inner=nn.Identity):
+        super().__init__()
+        self.inner, self.pool = inner(), pool
+
+    def training_step(self, batch, batch_idx):
+        x, y, lengths = batch
+        mask = torch.arange(x.shape[1])[None] < lengths[:, None]
+        h = self.inner(x)
+        return F.cross_entropy(self.layer(self.pool(h[0] if isinstance(h, tuple) else h, mask)), y)
+
+
+def of_all(h, mask):
+    return h.relu().mean(1)
+
+
+def of_the_row(h, mask):
+    return (h.relu() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def last_of_all(h, mask):
+    return h[:, -1]
+
+
+def last_of_the_row(h, mask):
+    return h[torch.arange(len(h)), mask.sum(1) - 1]
+
+
+def memory():
+    return DPLSTM(4, 4, batch_first=True)
+
+
+@pytest.mark.parametrize(("pool", "inner"), [(of_all, nn.Dropout), (last_of_all, memory)])
+def test_a_row_that_padding_changes_is_refused(tmp_path, pool, inner):
+    with pytest.raises(UnsupportedModelError, match="padded to another length"):
+        trainer(tmp_path).fit(Text(pool, inner), texts())
+
+
+@pytest.mark.parametrize("collate", [in_lengths, in_random_lengths])
+@pytest.mark.parametrize("inner", [nn.Dropout, memory])
+def test_a_row_that_padding_does_not_change_is_fine(tmp_path, inner, collate):
+    pool = last_of_the_row if inner is memory else of_the_row
+    run = trainer(tmp_path)
+    run.fit(Text(pool, inner), texts(collate))
+    assert run.strategy.ledger.steps == 4
+
+
+def test_an_activation_that_rounding_moves_is_not_taken_for_padding():
+    weights = [torch.zeros(1)]
+    _require_alike([0.02, 1e-7, 1e-7], weights)
+    _require_alike([0.02, 0.01], [torch.zeros(1, dtype=torch.bfloat16)])
+    for found in ([0.02, 0.003], [0.06, 1e-7]):
+        with pytest.raises(UnsupportedModelError):
+            _require_alike(found, weights)
 
 
 # ---------------------------------------------------------------- what a checkpoint would hold

@@ -103,7 +103,7 @@ CATALOGUE = [
     ),
     Mutation(
         "collate functions toss one coin only",
-        "privacy/preflight.py",
+        "privacy/collation.py",
         "        seed_all(seed)  #",
         "        seed_all(0)  #",
         f"{ATTACKS} -k half_of_its_batches",
@@ -121,5 +121,19 @@ CATALOGUE = [
         "if places == 1 and",
         "if False and",
         f"{ATTACKS} -k class_is_rare",
+    ),
+    Mutation(
+        "padding to the longest row is not looked at",
+        "privacy/collation.py",
+        "[] if run.drew or changed.drew else",
+        "[] if True else",
+        f"{ATTACKS} -k padding_changes",
+    ),
+    Mutation(
+        "rows of one length stand for those of all",
+        "privacy/collation.py",
+        "_APART: Final = 1_000_003",
+        "_APART: Final = 0",
+        f"{ATTACKS} -k padding_changes",
     ),
 ]

@@ -81,7 +81,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the collate function mixes rows",
-        "privacy/preflight.py",
+        "privacy/collation.py",
         "            if row_differs(run, changed, kept, tolerance=_TOLERANCE):",
         "            if False:",
         f"{PRIVACY} -k mixed_by_the_collate",
