@@ -250,6 +250,9 @@ class SteppingStrategy(AccountedStrategy):
             expected_batch_size=ledger.public.expected_batch_size,
             combine=self._combine,
         )
+        for parameter in (p for group in groups for p in group["params"]):
+            if not parameter.requires_grad:  # thawed in training_step only, it has one of autograd
+                parameter.grad = None
         self._publish(ledger)
         return self.precision_plugin.post_backward(closure_loss, self._module)
 

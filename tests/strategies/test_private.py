@@ -532,6 +532,34 @@ def test_parameters_that_are_frozen_later_stay_as_they_are(tmp_path):
     assert not model.net[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("at_first", [False, True])
+def test_parameters_that_are_thawed_within_a_step_get_no_gradient(tmp_path, at_first):
+    """Autograd's own, without clipping and noise, stood in them where the optimizer found it."""
+
+    class Thawing(Model):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[0].requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            self.net[0].requires_grad_(True)
+            return super().training_step(batch, batch_idx)
+
+        def on_before_backward(self, loss):
+            self.net[0].requires_grad_(False)
+
+        def optimizer_zero_grad(self, *arguments):
+            pass
+
+        def on_train_batch_end(self, *arguments):
+            self.net[0].requires_grad_(False)
+
+    model = Thawing()
+    model.net[0].requires_grad_(at_first)
+    before = model.net[0].weight.detach().clone()
+    trainer(tmp_path).fit(model)
+    assert torch.equal(model.net[0].weight, before)
+
+
 def test_manual_optimisation_is_refused(tmp_path):
     class Manual(Model):
         def __init__(self):

@@ -57,6 +57,13 @@ CATALOGUE = [
         f"{RUNS} -k begins_later",
     ),
     Mutation(
+        "autograd's own gradient stays where the optimizer finds it",
+        "strategies/stepping.py",
+        "                parameter.grad = None\n",
+        "                pass\n",
+        "tests/strategies/test_private.py -k thawed_within",
+    ),
+    Mutation(
         "one row that is not finite ends the run",
         "strategies/options.py",
         "bool(options._detect_anomaly)",
