@@ -157,8 +157,10 @@ class Recorder:
                 "backward(retain_graph=True) run twice. Add the losses up and run backward once. "
                 "This step was not taken."
             )
-        inputs = handed.pop()
-        record = Record(unit, inputs, grads.detach().reshape(shape))
+        inputs, grads = handed.pop(), grads.detach()
+        if self._whole:  # to be compared with autograd's gradient, whatever hooks do to them
+            inputs, grads = inputs.clone(), grads.clone()
+        record = Record(unit, inputs, grads.reshape(shape))
         self._pending.append(record)
         batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
         if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:

@@ -150,6 +150,45 @@ def test_a_backward_of_ones_own_that_mixes_nothing_is_fine(tmp_path):
     assert run.strategy.ledger.steps == 4
 
 
+# ---------------------------------------------------------------- gradients changed in place
+
+
+class Hooked(Module):
+    """A hook changes the gradient of a layer's output in the tensor that the layer's record has."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.begun = change, None
+
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch[0])
+        if self.begun is None or self.global_step >= self.begun:
+            out.register_hook(self.change)
+        return F.cross_entropy(out, batch[1])
+
+
+def in_place(grad):
+    grad.mul_(100)
+
+
+def in_place_unseen(grad):
+    grad.data.mul_(100)
+
+
+@pytest.mark.parametrize("change", [in_place, in_place_unseen])
+def test_a_hook_cannot_lengthen_what_was_measured(tmp_path, change):
+    with pytest.raises(UnsupportedModelError, match="does not account for"):
+        trainer(tmp_path).fit(Hooked(change), loader())
+
+
+def test_a_hook_that_lengthens_it_later_is_refused_there(tmp_path):
+    module, run = Hooked(in_place), trainer(tmp_path)
+    module.begun = 2
+    with pytest.raises(UnsupportedModelError, match="changed in place in the backward pass"):
+        run.fit(module, loader())
+    assert run.strategy.ledger.steps == 2
+
+
 # ---------------------------------------------------------------- what depends on how many rows
 
 

@@ -209,10 +209,12 @@ class Record:
     _kept: list[tuple[slice, Gradients]] | None = None
     _squares: Tensor | None = None
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    _versions: list[int] | None = None
 
     def __post_init__(self) -> None:
         inputs, grads = self.evidence()
         self.shapes = tuple(inputs.shape), tuple(grads.shape)
+        self._versions = _versions(inputs, grads)
 
     def squares(self) -> Tensor:
         """Return the squared norm of each sample's own gradient, shape ``(batch,)``."""
@@ -291,10 +293,26 @@ class Record:
         return totals
 
     def evidence(self) -> tuple[Tensor, Tensor]:
-        """Return the input and the output's gradient, which must still be there."""
+        """Return the input and the output's gradient, which must still be there.
+
+        Raises:
+            UnsupportedModelError: One was changed in place since, maybe after norms were taken.
+        """
         assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
         assert self.grads is not None  # noqa: S101
+        if self._versions not in (None, _versions(self.inputs, self.grads)):
+            raise UnsupportedModelError(
+                f"the input of layer {self.unit.name!r}, or the gradient of its output, was "
+                "changed in place in the backward pass, as by a hook that calls grad.mul_(): what "
+                "is added up would not be what was measured. Scale gradients by a "
+                "torch.autograd.Function that returns a new tensor. This step was not taken."
+            )
         return self.inputs, self.grads
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """Return how often each tensor was changed in place, of those of which it is counted."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -136,4 +136,18 @@ CATALOGUE = [
         "_APART: Final = 0",
         f"{ATTACKS} -k padding_changes",
     ),
+    Mutation(
+        "a hook lengthens a gradient after it was measured",
+        "privacy/units/base.py",
+        "if self._versions not in (None, _versions(self.inputs, self.grads)):",
+        "if False:",
+        f"{ATTACKS} -k lengthens_it_later",
+    ),
+    Mutation(
+        "trial runs measure what hooks have made of a gradient",
+        "privacy/bookkeeping.py",
+        "inputs, grads = inputs.clone(), grads.clone()",
+        "pass",
+        f"{ATTACKS} -k cannot_lengthen",
+    ),
 ]
