@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Kept",
     "Stateful",
     "copied",
     "difference",
     "local_part",
     "preserved",
     "remembered_attributes",
+    "return_freed_memory",
 ]
 
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -39,9 +43,50 @@ class Stateful(Protocol):
         """Take that back."""
 
 
+class Kept:
+    """Copies of the tensors of a model and its optimizers.
+
+    What a checkpoint would hold are, mostly, the same tensors under other names. They take as much
+    memory as the model does, and are copied once.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor, for whoever asks for it later too."""
+        copy = _clone(tensor)
+        # Held, so that no other one comes to lie in its place.
+        self._copies[_place(tensor)] = tensor, copy
+        return copy
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the copy of a tensor that was added, and a new one of any other."""
+        known = self._copies.get(_place(tensor))
+        return _clone(tensor) if known is None else known[1]
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _place(tensor: Tensor) -> Any:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def return_freed_memory() -> None:
+    """Return to the system what was freed, of which glibc keeps most if it lies in between."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
 @contextlib.contextmanager
-def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[None]:
-    """Put back, after the block, what it changes.
+def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[Kept]:
+    """Put back, after the block, what it changes; inside, the copies that were made for that.
 
     Args:
         model: Its weights, buffers and gradients are put back, and of its modules' attributes
@@ -52,15 +97,16 @@ def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[N
 
     The global random states of Python, NumPy and torch are put back as well.
     """
-    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    kept = Kept()
+    tensors = [(t, kept.add(t)) for t in (*model.parameters(), *model.buffers())]
     restore_attributes = remembered_attributes(model.modules())
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    states = [(item, copied(item.state_dict())) for item in stateful]
+    states = [(item, copied(item.state_dict(), kept.add)) for item in stateful]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
-            yield
+            yield kept
         finally:
             random.setstate(python)
             np.random.set_state(legacy)
@@ -71,7 +117,7 @@ def preserved(model: nn.Module, stateful: Iterable[Stateful] = ()) -> Iterator[N
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for item, state in states:
-                if difference(state, copied(item.state_dict())) is not None:
+                if difference(state, copied(item.state_dict(), Tensor.detach)) is not None:
                     item.load_state_dict(state)
 
 
@@ -138,7 +184,7 @@ def _once(restore: Restore) -> Restore:
 
 def _restore_of(value: Any, memo: dict[int, Restore]) -> Restore:
     if isinstance(value, Tensor):
-        saved = value.detach().clone()
+        saved = _clone(value)
         return lambda: _recopied(value, saved)
     if isinstance(value, np.ndarray):
         array = value.copy()
@@ -190,11 +236,14 @@ def _recopied(value: Tensor, content: Tensor) -> Tensor:
     return value
 
 
-def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+def copied(
+    value: Any, tensor: Callable[[Tensor], Tensor] = _clone, memo: dict[int, Any] | None = None
+) -> Any:
     """Return a value in a form that later changes do not reach, for :func:`difference`.
 
     Args:
         value: Tensors, arrays, collections, and objects, of which the attributes are taken.
+        tensor: Copies a tensor. ``Tensor.detach`` will do for a value that is compared at once.
         memo: What was copied already, by id; a value may hold itself.
     """
     memo = {} if memo is None else memo
@@ -203,27 +252,27 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     if id(value) in memo:
         return memo[id(value)][0]
     memo[id(value)] = ("...", value)  # held, so that no other value takes over its id
-    result = _copied(value, memo)
+    result = _copied(value, tensor, memo)
     memo[id(value)] = (result, value)
     return result
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return tensor(value)
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, Mapping):
-        return {key: copied(item, memo) for key, item in value.items()}
+        return {key: copied(item, tensor, memo) for key, item in value.items()}
     if isinstance(value, list | tuple | deque):
-        return [copied(item, memo) for item in value]
+        return [copied(item, tensor, memo) for item in value]
     if isinstance(value, set | frozenset | bytearray):
         return value.copy()
     if isinstance(value, nn.Module):
-        return copied(dict(value.state_dict()), memo)
+        return copied(dict(value.state_dict()), tensor, memo)
     if isinstance(value, type | FunctionType | ModuleType) or not hasattr(value, "__dict__"):
         return value
-    return copied(dict(vars(value)), memo)
+    return copied(dict(vars(value)), tensor, memo)
 
 
 def difference(before: Any, after: Any, name: str = "") -> str | None:

@@ -31,7 +31,7 @@ from lightning_secure.privacy.trial import (
     same_layers,
     without_dropout,
 )
-from lightning_secure.privacy.units.base import Record, accumulate
+from lightning_secure.privacy.units.base import Record
 
 __all__ = ["preflight"]
 
@@ -81,8 +81,8 @@ def preflight(
             f"function return tensors, or tuples, lists and dicts of them. {NO_STEP}"
         )
     trial = Trial(engine, model, loss_of, backward)
-    with preserved(model, stateful), exact_arithmetic():
-        before = copied(_held(model, checkpoint))
+    with preserved(model, stateful) as kept, exact_arithmetic():
+        before = copied(_held(model, checkpoint), kept.of)
         _require_autograd_agrees(trial, batch, size)
         # Jitter is for batches whose rows are all alike; it could leave what the model can take.
         if not any(_independent(trial, batch, size, jitter) for jitter in range(3)):
@@ -90,7 +90,7 @@ def preflight(
                 "changing a row does not change its gradient, so nothing could be checked: the "
                 f"loss may not depend on the batch, or be constant. {NO_STEP}"
             )
-        _require_unchanged(before, copied(_held(model, checkpoint)))
+        _require_unchanged(before, copied(_held(model, checkpoint), Tensor.detach))
 
 
 def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -180,21 +180,25 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
     """Compare the unclipped sum of the records with the gradients of an ordinary backward."""
     batch, rows = recombined(batch, size, _ROWS, torch.Generator().manual_seed(0)), _ROWS
     run = trial.recorded(batch, rows=rows)
-    recorded: dict[nn.Parameter, Tensor] = {}
+    names = {parameter: name for name, parameter in trial.model.named_parameters()}
+    left: dict[nn.Parameter, Tensor] = {}
+    for parameter, gradient in zip(
+        trial.engine.parameters, trial.ordinary(batch, rows=rows), strict=True
+    ):
+        left[parameter] = (
+            torch.zeros_like(parameter, dtype=torch.float32)
+            if gradient is None
+            else gradient.float()
+        )
+    norms = {parameter: torch.linalg.vector_norm(whole) for parameter, whole in left.items()}
+    # Subtracted one by one: a sum of them would take as much memory as the weights.
     for record in run.records:
         weights = torch.full((rows,), 1 / rows, device=record.squares().device)
         for parameter, total in record.weighted_sum(weights).items():
-            accumulate(recorded, parameter, total)
-    names = {parameter: name for name, parameter in trial.model.named_parameters()}
-    gradients = trial.ordinary(batch, rows=rows)
-    for parameter, gradient in zip(trial.engine.parameters, gradients, strict=True):
-        zero = torch.zeros_like(parameter, dtype=torch.float32)
-        ours = recorded.get(parameter, zero)
-        theirs = zero if gradient is None else gradient
-        scale = torch.linalg.vector_norm(theirs) + torch.linalg.vector_norm(ours)
-        difference = torch.linalg.vector_norm(ours - theirs)
+            left[parameter] = left[parameter] - total
+    for parameter, norm in norms.items():
         tolerance = _TOLERANCE if parameter.dtype.itemsize >= 4 else _COARSE
-        if difference > tolerance * scale + 1e-7:
+        if torch.linalg.vector_norm(left[parameter]) > tolerance * 2 * norm + 1e-7:
             raise UnsupportedModelError(
                 f"parameter {names[parameter]!r} gets a gradient that its layer does not account "
                 "for: it is used outside of the layer's own call (as in F.linear(x, "

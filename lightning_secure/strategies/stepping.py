@@ -28,6 +28,7 @@ from lightning_secure.privacy.collation import require_rows_kept_apart
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.privacy.leftovers import return_freed_memory
 from lightning_secure.privacy.metrics import metrics_kept_apart
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.preflight import preflight
@@ -227,6 +228,8 @@ class SteppingStrategy(AccountedStrategy):
             require_rows_apart(entries, self._module, output, chunk.data, size=chunk.size)
         finally:
             results.muted = False
+        # What the first step takes would come on top of it.
+        return_freed_memory()
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any

@@ -60,9 +60,23 @@ CATALOGUE = [
     Mutation(
         "a checkpoint takes up rows",
         "privacy/preflight.py",
-        "        _require_unchanged(before, copied(_held(model, checkpoint)))\n",
+        "        _require_unchanged(before, copied(_held(model, checkpoint), Tensor.detach))\n",
         "",
         f"{PRIVACY} -k takes_up",
+    ),
+    Mutation(
+        "what a checkpoint would hold is compared with itself",
+        "privacy/leftovers.py",
+        "copy = _clone(tensor)",
+        "copy = tensor.detach()",
+        f"{PRIVACY} -k takes_up",
+    ),
+    Mutation(
+        "a part of a weight passes for all of it",
+        "privacy/leftovers.py",
+        "tensor.dtype, tensor.shape, tensor.stride()",
+        "tensor.device",
+        "tests/privacy/test_leftovers.py -k part",
     ),
     Mutation(
         "an embedding writes down which tokens it met",
