@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.finding import Finding
@@ -26,6 +26,8 @@ _EMAIL: Final = re.compile(
 )
 # Numbers of people are looked for where so many digits stand near each other.
 _DIGITS: Final = re.compile(r"\d(?:[ .()/+\-]{0,3}\d){6,}+", re.ASCII)
+# What has digits only, but telephone numbers: nine at least, with at most a sign between two.
+_NINE: Final = re.compile(r"(?<![\w.-])\d(?:[ .+-]?\d){8}", re.ASCII)
 _FRACTION: Final = re.compile(r"\d{1,2}\.\d+|\d+\.\d{1,2}", re.ASCII)
 _IPV4: Final = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\w)", re.ASCII)
 _IPV6: Final = re.compile(
@@ -152,11 +154,17 @@ LOOKS: Final = (_NUMBER, _LETTERS, _ADDRESS)
 
 
 @cache
-def _looks() -> tuple[Any, ...]:
+def _looks() -> Callable[[bytes], Sequence[int] | None]:
+    """Return what says which of ``LOOKS`` match, by their positions."""
     import re2
 
-    patterns = ("|".join(LOOKS), *LOOKS)
-    return tuple(re2.compile(pattern.encode()) for pattern in patterns)
+    # Where its memory is full, a set forgets states and goes on; with too little it is not made.
+    looks = re2.Set.SearchSet()
+    for pattern in LOOKS:
+        looks.Add(pattern.encode())
+    looks.Compile()
+    found: Callable[[bytes], Sequence[int] | None] = looks.Match
+    return found
 
 
 class PersonalDataDetector:
@@ -197,41 +205,27 @@ class PersonalDataDetector:
     def find(self, text: str) -> Iterator[Finding]:
         """Yield what is found."""
         yield from _emails(text)
-        data = text.encode("utf-8", "surrogatepass")
-        anything, number, letters, address = _looks()
-        if not anything.search(data):
-            return
-        if address.search(data):
+        looks = _looks()(text.encode("utf-8", "surrogatepass")) or ()
+        if LOOKS.index(_ADDRESS) in looks:
             for form, valid in ((_IPV4, _is_ipv4), (_IPV6, _is_ipv6)):
                 for match in form.finditer(text):
                     if valid(match[0]):
                         yield Finding("ip-address", *match.span())
-        if number.search(data):
+        if LOOKS.index(_NUMBER) in looks:
             for digits in _DIGITS.finditer(text):
                 if not _FRACTION.fullmatch(digits[0]):
                     yield from self._within(text, digits.start(), digits.end())
-        if letters.search(data):
+        if LOOKS.index(_LETTERS) in looks:
             yield from _lettered(text)
 
     def _within(self, text: str, start: int, end: int) -> Iterator[Finding]:
         """Yield what a run of digits holds."""
         after = min(len(text), end + 2)  # so that it is seen what follows
         known: list[tuple[int, int]] = []
-        digits = sum(map(str.isdigit, text[start:end]))
-        for match in _SSN.finditer(text, start, after):
-            known.append(match.span())
-            yield Finding("us-ssn", *match.span())
-        for match in _CARD.finditer(text, start, after):
-            if (stop := _card_end(match)) is not None:
-                known.append((match.start(), stop))
-                yield Finding("card", match.start(), stop)
-        for national in _OF_DIGITS:
-            if national.digits > digits:
-                continue
-            for match in national.form.finditer(text, start, after):
-                if _is_national(national, text, match):
-                    known.append(match.span())
-                    yield Finding(national.rule, *match.span())
+        if _NINE.search(text, start, after):
+            for rule, first, stop in _checked(text, start, after):
+                known.append((first, stop))
+                yield Finding(rule, first, stop)
         for match in _PHONE.finditer(text, max(0, start - 3), min(len(text), end + 14)):
             first, stop = match.span()
             taken = any(a < stop and first < b for a, b in known)
@@ -241,12 +235,12 @@ class PersonalDataDetector:
     def _is_phone(self, number: str, before: str) -> bool:
         if _DATE.match(number) or _DECIMAL.match(number):
             return False
+        if _NORTH_AMERICAN.fullmatch(number) and "US" in self._regions:
+            return True
         if _PHONE_WORD.search(before):
             return True
         if not _WRITTEN.fullmatch(number):
             return False
-        if _NORTH_AMERICAN.fullmatch(number) and "US" in self._regions:
-            return True
         import phonenumbers  # late, for it is large
 
         bare = number.lstrip("(")
@@ -264,6 +258,22 @@ class PersonalDataDetector:
             if known(parsed):
                 return True
         return False
+
+
+def _checked(text: str, start: int, end: int) -> Iterator[Finding]:
+    """Yield what a run of digits holds but for telephone numbers."""
+    digits = sum(map(str.isdigit, text[start:end]))
+    for match in _SSN.finditer(text, start, end):
+        yield Finding("us-ssn", *match.span())
+    for match in _CARD.finditer(text, start, end):
+        if (stop := _card_end(match)) is not None:
+            yield Finding("card", match.start(), stop)
+    for national in _OF_DIGITS:
+        if national.digits > digits:
+            continue
+        for match in national.form.finditer(text, start, end):
+            if _is_national(national, text, match):
+                yield Finding(national.rule, *match.span())
 
 
 def _emails(text: str) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
@@ -80,8 +81,33 @@ def test_a_number_has_the_digits_that_its_form_asks_for(national, data):
 @pytest.mark.parametrize("rule", LETTERED)
 def test_one_look_sees_every_form_that_has_letters(rule, data):
     text = data.draw(st.from_regex(LETTERED[rule]))
-    _, _, letters, _ = personal._looks()
-    assert letters.search(text.encode("utf-8", "surrogatepass"))
+    letters = personal.LOOKS.index(personal._LETTERS)
+    assert letters in personal._looks()(text.encode("utf-8", "surrogatepass"))
+
+
+OF_DIGITS = {
+    "ssn": personal._SSN,
+    "card": personal._CARD,
+    **{n.rule: n.form for n in personal._OF_DIGITS},
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("rule", OF_DIGITS)
+def test_one_look_sees_every_form_that_has_digits_only(rule, data):
+    form = OF_DIGITS[rule]
+    text = data.draw(st.from_regex(form))
+    assert all(personal._NINE.match(text, match.start()) for match in form.finditer(text))
+
+
+@pytest.mark.parametrize("value", ["212-555-2368", "10.0.3.17", "54362315K"])
+def test_no_noise_is_too_long_for_the_look_that_sees_all_forms_at_once(value):
+    letters = random.Random(1).choices("abcdefgh012345 -:", k=400_000)
+    looks = personal._looks()
+    assert looks(b"c. 3 d: e9 " * 40_000) is None
+    for noise in ("".join(letters), "c. 3 d: e9 " * 40_000):
+        assert set(looks(value.encode())) <= set(looks(f"{noise} {value}".encode()))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -68,6 +69,18 @@ PIECES = (
 @given(st.lists(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), max_size=5))
 def test_of_hostile_texts_nothing_is_lost(texts):
     assert lost(texts) == []
+
+
+def test_of_many_texts_that_several_threads_go_through_nothing_is_lost():
+    texts = [case.text for case in (*personal(3, 2), *secrets(3, 2))]
+    texts += [form.format("hunter2Kestrel") for form in ASSIGNMENTS]
+    texts += ["fine, " * 20] * (screening._LARGE // 120)
+    random.Random(2).shuffle(texts)
+    assert lost(texts) == []
+    many = screened(texts)
+    for position, text in enumerate(texts):
+        alone = screened([text]).get(0, 0)
+        assert many.get(position, 0) & alone == alone
 
 
 @given(st.integers(0, len(RULES) - 1), st.data())

@@ -120,7 +120,7 @@ class Look:
 
     def _texts(self, values: Sequence[str]) -> tuple[Mapping[int, str], Counter[str]]:
         """Return the changed ones by position, and how many each rule found something in."""
-        rules: Counter[str] = Counter()
+        taken: list[str] = []
         changed: dict[int, str] = {}
         if self._secret:
             changed = {i: REDACTED for i, text in enumerate(values) if text}
@@ -128,26 +128,26 @@ class Look:
         screen: Mapping[int, int] = screened(values)
         if self._extra:
             screen = {i: screen.get(i, 0) for i in range(len(values))}
-        for i, text in enumerate(values) if not _encodable(values) else ():
-            if _SURROGATE.search(text):
-                changed[i] = REDACTED
-                rules["encoding-failed"] += 1
         for i, kinds in screen.items():
             text = values[i]
-            if i in changed or text in self._clean:
+            if text in self._clean:
+                continue
+            if not text.isascii() and _SURROGATE.search(text):
+                changed[i] = REDACTED
+                taken.append("encoding-failed")
                 continue
             try:
                 found = self._find(text, kinds)
             except Exception:  # noqa: BLE001 # whatever it is, the text was not checked
                 changed[i] = REDACTED
-                rules["detector-failed"] += 1
+                taken.append("detector-failed")
                 continue
             if found:
-                changed[i], taken = without(text, found)
-                rules.update(set(taken))
+                changed[i], rules = without(text, found)
+                taken += set(rules)
             elif len(text) <= _SHORT and len(self._clean) < _REMEMBERED:
                 self._clean.add(text)
-        return changed, rules
+        return changed, Counter(taken)
 
     def _find(self, text: str, kinds: int) -> list[Finding]:
         found = [f for kind, detector in self._kinds if kinds & kind for f in detector.find(text)]
@@ -180,11 +180,3 @@ def _decoded(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _encodable(values: Sequence[str]) -> bool:
-    try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -53,6 +53,20 @@ CATALOGUE = [
         "tests/redaction/test_screening.py -k end_to_end",
     ),
     Mutation(
+        "a match that ends where its text does hides the next text",
+        "redaction/screening.py",
+        "data.find(mark, match.end())",
+        "data.find(mark, match.end() + 1)",
+        "tests/redaction/test_screening.py -k end_to_end",
+    ),
+    Mutation(
+        "a text with half of a surrogate pair is not looked at, and is sealed",
+        "redaction/screening.py",
+        "range(0x80, 0xD800), range(0xE000, 0x10000)",
+        "range(0x80, 0x10000)",
+        "tests/redaction/anonymize/test_findings.py -k cannot_be_checked",
+    ),
+    Mutation(
         "what lies behind the pixels of a PNG is sealed",
         "data/sources/metadata.py",
         "    return pixels[: len(pixels) - len(inflate.unused_data)]\n",

@@ -65,6 +65,13 @@ CATALOGUE = [
         f"{PERSONAL} -k 'one_look and es'",
     ),
     Mutation(
+        "numbers of nine digits are passed over by the short look at a run of digits",
+        "redaction/personal.py",
+        r"\d(?:[ .+-]?\d){8}",
+        r"\d(?:[ .+-]?\d){9}",
+        f"{PERSONAL} -k 'digits_only and bsn'",
+    ),
+    Mutation(
         "a number is passed over for having too few digits",
         "redaction/personal.py",
         'r"\\d{6}-\\d{4}"), 10, "dk.cpr"',

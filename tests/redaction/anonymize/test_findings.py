@@ -144,6 +144,8 @@ def test_what_cannot_be_checked_goes(monkeypatch):
     look = Look("note")
     clean, found = look.redacted(["half \ud800 jo@x.org", "fine"])
     assert (clean, found.rules) == (["REDACTED", "fine"], {"encoding-failed": 1})
+    halves = ["x\ud83d", "\ude00", "\udfff fine", "\U0001f600"]  # of which two follow each other
+    assert look.redacted(halves)[0] == ["REDACTED"] * 3 + halves[3:]
 
     class Broken:
         def find(self, text):
