@@ -20,9 +20,9 @@ help:
 	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
 	@echo "make peers redaction-peers   the libraries that benchmarks compare with, in environments of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
-	@echo "make bench-redaction ARGS=...   what the detectors find, and how fast, beside theirs"
-	@echo "make bench-anonymize ARGS=...   what anonymisation adds to a sealing"
-	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick; ARGS='--device cuda')"
+	@echo "make bench-redaction ARGS=...   what the detectors find, and how fast, beside theirs (ARGS=--quick: under a minute)"
+	@echo "make bench-anonymize ARGS=...   what anonymisation adds to a sealing (ARGS=--quick: under a minute)"
+	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick: under a minute; ARGS='--device cuda')"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -194,7 +194,9 @@ def main() -> int:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the rows")
+    parser.add_argument(
+        "--quick", action="store_true", help="an eighth of the rows, under a minute"
+    )
     parser.add_argument("--rows", type=int, help="rows of each kind")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()

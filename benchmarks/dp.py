@@ -81,8 +81,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bench = Bench(
         base,
         rounds=arguments.rounds,
-        turn_seconds=0.15 if arguments.quick else 1.0,
-        steps=2 if arguments.quick else 4,
+        turn_seconds=0.1 if arguments.quick else 1.0,
+        steps=1 if arguments.quick else 4,
         say=say,
     )
     about = bench.about()
@@ -146,7 +146,9 @@ def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description="What private training costs.")
-    parser.add_argument("--quick", action="store_true", help="small models, a minute or two")
+    parser.add_argument(
+        "--quick", action="store_true", help="small models and one batch size, under a minute"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))

@@ -310,7 +310,7 @@ def show(result: dict[str, Any]) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--quick", action="store_true", help="less of everything, in a minute")
+    parser.add_argument("--quick", action="store_true", help="less of everything, under a minute")
     parser.add_argument("--peers", type=Path, default=Path(".venv-redaction-peers"))
     arguments = parser.parse_args(given)
     result = measure(arguments.quick, arguments.peers)

@@ -247,9 +247,9 @@ TASKS: Mapping[str, Mapping[str, Task]] = {
     "quick": {
         "mlp": _perceptron(512),
         "wrn": _image(WideResNet, 16, widening=2),
-        "vit": _vit(image=96, patch=16, width=192, depth=2, heads=3),
-        "gpt2": _gpt(vocabulary=2048, length=32, width=192, depth=2, heads=3, tied=False),
-        "gpt2_tied": _gpt(vocabulary=2048, length=32, width=192, depth=2, heads=3, tied=True),
+        "vit": _vit(image=96, patch=16, width=192, depth=1, heads=3),
+        "gpt2": _gpt(vocabulary=1024, length=32, width=192, depth=1, heads=3, tied=False),
+        "gpt2_tied": _gpt(vocabulary=1024, length=32, width=192, depth=1, heads=3, tied=True),
     },
 }
 

@@ -19,6 +19,7 @@ from lightning_secure.data.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
+from lightning_secure.introductions import introduce
 
 __all__ = ["EncryptedDataModule"]
 
@@ -122,7 +123,14 @@ class EncryptedDataModule(pl.LightningDataModule):
         return None if dataset is None else dataset.manifest.digest
 
     def setup(self, stage: str) -> None:
-        """Verify the manifest and unwrap the keys of the splits that ``stage`` needs."""
+        """Verify the manifest and unwrap the keys of the splits that ``stage`` needs.
+
+        Raises:
+            ConfigError: The Trainer's strategy would write checkpoints past a CheckpointIO that
+                encrypts or redacts them, or the split is missing.
+        """
+        if self.trainer is not None:
+            introduce(self.trainer.strategy)
         needed, *optional = _STAGES[stage]
         self._dataset(needed)
         manifest = self._datasets[needed].manifest
@@ -185,6 +193,7 @@ class EncryptedDataModule(pl.LightningDataModule):
     def _loader(self, split: str, **options: Any) -> EncryptedLoader:
         place: dict[str, Any] = {}
         if self.trainer is not None:
+            introduce(self.trainer.strategy, loaded=bool(self.trainer.ckpt_path))  # by now
             place = {"device": self.trainer.strategy.root_device}
             processes = self.trainer.distributed_sampler_kwargs
             if processes is not None:
@@ -203,7 +212,13 @@ class EncryptedDataModule(pl.LightningDataModule):
                 self._datasets[split].close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the rows that were trained on, and where the epoch stands."""
+        """Return what identifies the rows that were trained on, and where the epoch stands.
+
+        Raises:
+            ConfigError: As for :meth:`setup`, also for a checkpoint that is written because of it.
+        """
+        if self.trainer is not None:
+            introduce(self.trainer.strategy, loaded=bool(self.trainer.ckpt_path))
         state: dict[str, Any] = {
             split: {
                 "dataset": dataset.manifest.dataset_id.hex(),

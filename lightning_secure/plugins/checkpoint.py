@@ -22,6 +22,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +37,7 @@ from lightning_secure.errors import (
     IntegrityError,
 )
 from lightning_secure.files import atomic_writer, open_regular
+from lightning_secure.plugins.asking import require_asked_to_read, require_asked_to_write
 from lightning_secure.plugins.compact import save_named
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 
@@ -63,9 +65,13 @@ class EncryptedCheckpointIO(CheckpointIO):
         cannot run code, whoever wrote it.
 
     It does not show that a checkpoint is the latest one of its run: an older one, put in its
-    place, opens. Strategies that write checkpoints themselves, as Lightning's
-    ModelParallelStrategy, DeepSpeedStrategy and sharded FSDPStrategy do, ask no CheckpointIO: with
-    them nothing is encrypted.
+    place, opens.
+
+    Strategies that write checkpoints themselves, as Lightning's ModelParallelStrategy,
+    DeepSpeedStrategy and sharded FSDPStrategy do, ask no CheckpointIO. They are refused when a run
+    is set up, if this package is installed or the run's datamodule is an ``EncryptedDataModule``;
+    so is every other with a ``save_checkpoint`` of its own whose class does not say
+    ``asks_checkpoint_io = True``.
 
     Attributes:
         announces: It tells of each checkpoint by itself.
@@ -82,6 +88,21 @@ class EncryptedCheckpointIO(CheckpointIO):
     def keys(self) -> KeyProvider:
         """Who guards the keys."""
         return self._keys
+
+    def meet(self, strategy: Strategy, *, loaded: bool) -> None:
+        """Get to know the strategy that it was given to.
+
+        Args:
+            strategy: The Trainer's.
+            loaded: Whether that has loaded a checkpoint.
+
+        Raises:
+            ConfigError: It would write checkpoints in the clear, or has loaded one that was not
+                authenticated. Nothing was written, nor trained or evaluated.
+        """
+        require_asked_to_write(strategy, self)
+        if loaded:
+            require_asked_to_read(strategy, self)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None

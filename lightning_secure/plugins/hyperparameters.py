@@ -15,8 +15,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from lightning_secure.plugins.asking import require_asked_to_write
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -47,8 +49,8 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
     ``load_from_checkpoint(path, db_password=...)``. A run is resumed without it.
 
     Only hyperparameters are redacted. What a module puts into a checkpoint by itself, weights, and
-    paths in the states of callbacks are written as they are; and so is everything by a strategy
-    that writes checkpoints itself, see :class:`EncryptedCheckpointIO`.
+    paths in the states of callbacks are written as they are. Strategies that write checkpoints
+    themselves are refused, see :class:`EncryptedCheckpointIO`.
 
     Guarantees:
         Numbers, tensors and arrays of them, types and functions stay what they are, and so do
@@ -67,6 +69,18 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
     def redactor(self) -> Redactor:
         """What takes things out; its ``counts`` say how often."""
         return self._redactor
+
+    def meet(self, strategy: Strategy, *, loaded: bool) -> None:
+        """Get to know the strategy that it was given to.
+
+        Args:
+            strategy: The Trainer's.
+            loaded: Whether that has loaded a checkpoint; nothing is redacted then.
+
+        Raises:
+            ConfigError: It would write checkpoints that are not redacted. Nothing was written.
+        """
+        require_asked_to_write(strategy, self)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None

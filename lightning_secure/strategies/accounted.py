@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
@@ -38,12 +38,17 @@ class AccountedStrategy(Strategy):
         journal: Directory of the run's journal; None for the default.
         options: For Lightning's own strategy, which comes after this one among the bases.
 
+    Attributes:
+        asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
+
     Raises:
         LedgerError: A checkpoint is resumed without its ledger.
 
     Guarantees:
         Every checkpoint holds the account of the weights in it, weights-only ones too.
     """
+
+    asks_checkpoint_io: ClassVar[bool] = True
 
     def __init__(
         self, config: DPConfig, *, journal: str | Path | None = None, **options: Any

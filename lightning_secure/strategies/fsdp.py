@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -46,7 +46,12 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         timeout: How long a process waits for the others.
         process_group_backend: As for Lightning's.
         options: For ``ParallelStrategy``.
+
+    Attributes:
+        asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
     """
+
+    asks_checkpoint_io: ClassVar[bool] = True
 
     def __init__(
         self, *, timeout: timedelta, process_group_backend: str | None, **options: Any

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -62,12 +62,17 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         process_group_backend: The same.
         timeout: How long a process waits for the others before it fails.
 
+    Attributes:
+        asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
+
     Guarantees:
         The noise is in the gradient exactly once: in every step the processes count who added it.
         If preparing or taking a step fails in one process, it fails in all, and nothing is
         released. One that fails elsewhere ends its connection, so that the others fail when they
         next wait for it.
     """
+
+    asks_checkpoint_io: ClassVar[bool] = True
 
     _shared_failure: BaseException | None = None
     _in_chunk = False

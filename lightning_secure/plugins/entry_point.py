@@ -1,0 +1,51 @@
+"""What Lightning adds to each Trainer, so that a CheckpointIO gets to know its strategy.
+
+Lightning asks for it by the entry point ``lightning.pytorch.callbacks_factory``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import lightning.pytorch as pl
+
+from lightning_secure.introductions import introduce
+
+__all__ = ["callbacks"]
+
+_OURS: Final = frozenset(
+    {"lightning_secure.plugins.checkpoint", "lightning_secure.plugins.hyperparameters"}
+)
+
+
+def callbacks() -> list[pl.Callback]:
+    """Return what is added to a Trainer: nothing, where no CheckpointIO of ours can have been made.
+
+    Without one, Trainers of this environment are what they were.
+    """
+    return [Introduction()] if _OURS & sys.modules.keys() else []
+
+
+class Introduction(pl.Callback):
+    """Introduces a Trainer's strategy before anything is written, and after something was read.
+
+    Lightning does not say beforehand that a checkpoint is going to be loaded. Callbacks that save
+    one whenever there is an exception do so when a run is refused, too.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a strategy that would write past its CheckpointIO."""
+        introduce(trainer.strategy)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a checkpoint that was read past it."""
+        introduce(trainer.strategy, loaded=bool(trainer.ckpt_path))
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint that would be written past it, or goes on from such a one."""
+        self.on_train_start(trainer, pl_module)
