@@ -33,8 +33,8 @@ CATALOGUE = [
     Mutation(
         "inputs are held until the graph goes",
         "privacy/bookkeeping.py",
-        "inputs = handed.pop()",
-        "inputs = handed[0]",
+        "inputs, grads = handed.pop(), grads.detach()",
+        "inputs, grads = handed[0], grads.detach()",
         f"{UNITS} -k 'let_go or second_backward'",
     ),
     Mutation(

@@ -75,7 +75,7 @@ CATALOGUE = [
     Mutation(
         "a run that goes on without noise is still called private",
         "loggers/run_tags.py",
-        "        if fitting and not isinstance(trainer.strategy, HasLedger):",
+        "        if fitting and not self._private:",
         "        if False:",
         f"{TAGS} -k without_privacy",
     ),
