@@ -260,6 +260,53 @@ def test_class_weights_are_seen_where_their_class_is_rare(size):
         check(Net(), lambda m, b: cross_entropy(m, b, weight=weights), (x, y), size=size)
 
 
+def weighted_ones(rows):
+    return torch.randn(rows, 6), torch.zeros(rows, dtype=torch.long)
+
+
+WEIGHTS = torch.tensor([1.0, 1.0, 50.0])
+
+
+def row_by_row(model, batch):
+    rows = zip(model(batch[0]), batch[1], strict=True)
+    losses = [F.cross_entropy(z.expand(4, 3), y.expand(4), WEIGHTS) for z, y in rows]
+    return torch.stack(losses).mean()
+
+
+def told(model, batch):
+    with torch.no_grad():
+        return cross_entropy(model, batch, weight=WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: cross_entropy(m, b, weight=WEIGHTS),
+        lambda m, b: F.nll_loss(F.log_softmax(m(b[0]), 1), b[1], WEIGHTS),
+        lambda m, b: nn.CrossEntropyLoss(WEIGHTS)(m(b[0]), b[1]),
+        lambda m, b: F.cross_entropy(m(b[0]).repeat(2, 1), b[1].repeat(2), WEIGHTS),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, SIZE])
+def test_class_weights_are_seen_where_their_class_is_not_in_the_first_batch(loss, rows):
+    with pytest.raises(UnsupportedModelError, match="class weights divides"):
+        check(Net(), loss, weighted_ones(rows), size=rows)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: cross_entropy(m, b, weight=WEIGHTS, reduction="none").mean(),
+        lambda m, b: cross_entropy(m, b, weight=torch.full((3,), 7.0)),
+        lambda m, b: F.cross_entropy(m(b[0]), F.one_hot(b[1], 3).float(), weight=WEIGHTS),
+        row_by_row,
+        lambda m, b: cross_entropy(m, b) + 0 * told(m, b),
+    ],
+)
+def test_class_weights_that_divide_by_nothing_of_other_rows_pass(loss):
+    check(Net(), loss, weighted_ones(SIZE))
+
+
 # ---------------------------------------------------------------- mixing by chance
 
 COINS = {

@@ -150,4 +150,18 @@ CATALOGUE = [
         "pass",
         f"{ATTACKS} -k cannot_lengthen",
     ),
+    Mutation(
+        "class weights are not seen in the call",
+        "privacy/preflight.py",
+        "if all_rows > divided():",
+        "if False:",
+        f"{ATTACKS} -k not_in_the_first_batch",
+    ),
+    Mutation(
+        "rows whose losses have class weights, each in a call of its own, are refused",
+        "privacy/preflight.py",
+        "if all_rows > divided():",
+        "if all_rows:",
+        f"{ATTACKS} -k divide_by_nothing",
+    ),
 ]
