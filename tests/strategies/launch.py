@@ -39,13 +39,13 @@ def launch(script: Path, folder: Path, *names: str, world: int = 2) -> dict[str,
 
 
 def _started(script, arguments, environment, folder, rank):
-    output = (folder / f"output{rank}").open("w")
-    process = subprocess.Popen(
-        [sys.executable, script, *arguments],
-        env={**os.environ, **environment},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-    )
+    with (folder / f"output{rank}").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     return lambda: process.wait(SECONDS)
 
 
