@@ -175,7 +175,7 @@ SCENARIOS = {
     # With a seed, so that it does draw rows in the step in which it is to fail.
     "fails_later": failing(FailsLater, config={"insecure_seed": 3}, max_epochs=3),
     "contrastive": failing(Contrastive, config={"insecure_seed": 3}),
-    "gathers": failing(Gathers),
+    "gathers": failing(Gathers, config={"insecure_seed": 3}),
     "uneven": failing(Uneven),
     "clipped": failing(Model, gradient_clip_val=1.0),
     "journal": in_the_way,
