@@ -154,9 +154,10 @@ def random_states() -> tuple[Any, ...]:
     """Return the states of the generators that :func:`seed_all` seeds, to be compared."""
     cuda: Any = torch.cuda
     devices = cuda.get_rng_state_all() if cuda.is_initialized() else []
-    kind, words, *rest = np.random.get_state()
+    numpys: Any = np.random.get_state()
+    kind, words, *rest = numpys
     torchs = [bytes(state.numpy()) for state in (torch.get_rng_state(), *devices)]
-    return (*torchs, random.getstate(), kind, bytes(words), *rest)  # type: ignore[arg-type]
+    return (*torchs, random.getstate(), kind, bytes(words), *rest)
 
 
 def same_layers(one: Run, other: Run) -> bool:
