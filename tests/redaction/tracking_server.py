@@ -8,7 +8,6 @@ import ipaddress
 import os
 import pwd
 import secrets
-import shutil
 import socket
 import ssl
 import subprocess
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from services import POSTGRESQL, postgresql_program
 
 
 class Server(NamedTuple):
@@ -59,12 +59,11 @@ class Server(NamedTuple):
 
 
 def program(name: str) -> str:
-    """Return where one of PostgreSQL's programs is; Debian keeps them apart by version."""
-    found = shutil.which(name)
-    places = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    if not found and not places:
-        pytest.skip("PostgreSQL is not installed: make services")
-    return found or str(places[-1])
+    """Return where one of PostgreSQL's programs is."""
+    found = postgresql_program(name)
+    if found is None:
+        pytest.skip(POSTGRESQL.remedy)
+    return found
 
 
 def free_port() -> int:

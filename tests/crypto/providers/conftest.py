@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from services import SOFTHSM, softhsm_library
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.providers import (
@@ -31,12 +32,6 @@ from lightning_secure.crypto.providers import (
     VaultTransitKeyProvider,
 )
 
-SOFTHSM_LIBRARIES = (
-    "/usr/lib/softhsm/libsofthsm2.so",
-    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
-    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
-    "/usr/local/lib/softhsm/libsofthsm2.so",
-)
 SECRETS = {
     "LSEC_TEST_PASSPHRASE": "correct horse battery staple",
     "LSEC_TEST_PIN": "4711-secret-pin",
@@ -94,23 +89,23 @@ class Token:
 @pytest.fixture(scope="package")
 def softhsm(tmp_path_factory, environment) -> Iterator[Token]:
     """A PKCS#11 token in software, with a PIN."""
-    tool = shutil.which("softhsm2-util")
-    module = next((path for path in SOFTHSM_LIBRARIES if Path(path).exists()), None)
-    if tool is None or module is None:
-        pytest.skip("softhsm2 is not installed; apt-get install softhsm2 (make services)")
+    module = softhsm_library()
+    if module is None:
+        pytest.skip(SOFTHSM.remedy)
     pytest.importorskip("pkcs11", reason="python-pkcs11 is not installed; pip install -e .[dev]")
     folder = tmp_path_factory.mktemp("softhsm")
     (folder / "tokens").mkdir()
     (folder / "softhsm2.conf").write_text(
         f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n"
     )
-    initialise = [tool, "--init-token", "--free", "--label", "lsec", "--so-pin", "12345678"]
+    initialise = ["softhsm2-util", "--init-token", "--free", "--label", "lsec"]
+    initialise += ["--so-pin", "12345678"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOFTHSM2_CONF", str(folder / "softhsm2.conf"))
         subprocess.run(
             [*initialise, "--pin", SECRETS["LSEC_TEST_PIN"]], check=True, capture_output=True
         )
-        yield Token(module, "lsec")
+        yield Token(str(module), "lsec")
 
 
 # ---------------------------------------------------------------- OpenBao
