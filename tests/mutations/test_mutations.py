@@ -43,8 +43,9 @@ def zygote() -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     for name in [name for name in environment if name.startswith(("COV_", "COVERAGE_", "PYTEST_"))]:
         del environment[name]
-    # Where they are set, pytest shows differences in full, and compares long bytes for minutes.
-    for name in ("CI", "BUILD_NUMBER"):
+    # Where CI is set, pytest shows differences in full, and compares long bytes for minutes. A test
+    # that is skipped must not look like a red one.
+    for name in ("CI", "BUILD_NUMBER", "LIGHTNING_SECURE_REQUIRE_SERVICES"):
         environment.pop(name, None)
     # -P: the current folder must not come before the copy on the path.
     with subprocess.Popen(
@@ -95,10 +96,17 @@ def noticed(code: int, output: str) -> bool:
     return bool(setup and re.search(r"^\S+:\d+: AssertionError$", error, re.MULTILINE))
 
 
+def skipped(code: int, output: str) -> bool:
+    """Whether no test ran, because all were skipped."""
+    return code == 0 and bool(re.search(r"^\d+ skipped\b(?!.*passed).* in [\d.]+s", output, re.M))
+
+
 @pytest.mark.parametrize("mutation", CATALOGUE, ids=lambda m: m.name)
 def test_a_weakness_turns_a_test_red(mutation, tmp_path, zygote):
     mutated(mutation, tmp_path)
     code, output = outcome(zygote, tmp_path, tmp_path, mutation.tests)
+    if skipped(code, output):
+        pytest.skip(f"a service is missing for {mutation.tests}: make services")
     assert noticed(code, output), output[-6000:]
 
 
@@ -126,6 +134,18 @@ def test_a_crash_is_no_red_test(tmp_path, zygote, fixture, test, red):
     file = tmp_path / "test_it.py"
     file.write_text(FIXTURE.format(fixture, test))
     assert noticed(*outcome(zygote, ROOT, tmp_path, str(file))) is red
+
+
+SKIPS = "@pytest.mark.skip(reason='service')\ndef test_one(): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "found"), [("", True), ("def test_two(): pass", False), ("def test_2(): 1/0", False)]
+)
+def test_only_skips_are_no_answer(tmp_path, zygote, more, found):
+    file = tmp_path / "test_it.py"
+    file.write_text(f"import pytest\n\n{SKIPS}\n{more}\n")
+    assert skipped(*outcome(zygote, ROOT, tmp_path, str(file))) is found
 
 
 def test_the_catalogue_names_each_weakness_once():
