@@ -115,8 +115,10 @@ def main() -> int:
     if not left:
         return 0
     names = " and ".join(left)
+    required = os.environ.get(REQUIRE_SERVICES)
+    effect = f"{REQUIRE_SERVICES} is set" if required else "the tests that need it are skipped"
     say(
-        f"{names} could not be installed ({problem}): the tests that need it are skipped. "
+        f"{names} could not be installed ({problem}): {effect}. "
         f"As root: apt-get update && apt-get install {' '.join(left)}"
     )
     return 1
