@@ -50,7 +50,6 @@ test: $(INSTALLED)
 
 wheel-check:
 	$(PYTHON) -m venv --clear $(WHEEL)
-	$(WHEEL)/bin/python -m pip uninstall --quiet --yes setuptools
 	$(WHEEL)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEEL) .
 	$(WHEEL)/bin/$(PIP) --no-compile -c constraints.txt $(WHEEL)/*.whl
 	$(WHEEL)/bin/python -I .ci/wheel_check.py
