@@ -195,19 +195,11 @@ class LogicalBatch:
     drawn, and is a step nevertheless.
 
     Attributes:
-        chunks: The rows.
-        spent: Whether a gradient of these rows was taken. A second one would be a second look at
-            the same draw, which no account of independent draws covers.
+        chunks: The rows. Their number is as private as they are.
     """
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
         self.chunks = tuple(chunks)
-        self.spent = False
-
-    @property
-    def size(self) -> int:
-        """Rows in all chunks. As private as the rows are: do not log it."""
-        return sum(chunk.size for chunk in self.chunks)
 
     def pin_memory(self) -> LogicalBatch:
         """Return the same with its tensors in page-locked memory; called by the DataLoader."""

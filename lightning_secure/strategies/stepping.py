@@ -42,6 +42,8 @@ from lightning_secure.privacy.sampling import Chunk, LogicalBatch
 from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
 from lightning_secure.strategies.banded import BandedFit
+from lightning_secure.strategies.expected import ExpectedBatch
+from lightning_secure.strategies.measurements import uncounted
 from lightning_secure.strategies.options import require_no_accumulation
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.steps import loss_of, required, withheld
@@ -108,6 +110,10 @@ class SteppingStrategy(AccountedStrategy):
         self._randomness = FreshRandomness(config.insecure_seed, stream=1)
         self._results: GuardedResults | None = None
         self._preflight_due = True
+        self._expected: ExpectedBatch | None = None
+        self._drawn: LogicalBatch | None = None
+        # Of the last step that drew a row; a step without one tells hooks the same.
+        self._told: Any = None
 
     @property
     def published_metrics(self) -> dict[str, bool]:
@@ -118,9 +124,13 @@ class SteppingStrategy(AccountedStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
-        """Leave a logical batch where it is; its chunks are moved one at a time."""
+        """Keep a logical batch, whose chunks are moved one at a time, and hand out a stand-in.
+
+        What this returns is what Lightning gives to hooks, callbacks and :meth:`training_step`.
+        """
         if isinstance(batch, LogicalBatch):
-            return batch
+            self._drawn = batch
+            return required(self._expected)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,18 +145,20 @@ class SteppingStrategy(AccountedStrategy):
             return self._sum_chunks(*args, **kwargs)
 
     def _sum_chunks(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
-        if not isinstance(batch, LogicalBatch):
+        if not isinstance(batch, ExpectedBatch):
             raise UnsupportedModelError(
                 "training_step does not get a batch of this strategy's own sampling: it takes a "
                 "dataloader_iter, or a hook exchanged the batch. No step was taken."
             )
-        if batch.spent:
+        # Gone once it is taken: a second gradient would be a second look at the same draw, which
+        # no account of independent draws covers.
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
             raise UnsupportedTrainerOptionError(
                 "the closure was evaluated twice on one batch, by the optimizer or by an "
                 "optimizer_step of the module's own, and each evaluation is a release of its own. "
                 "Use an optimizer that does so once. The second was not released."
             )
-        batch.spent = True
         ledger, engine = required(self._ledger), required(self._engine)
         if self._banded is not None:
             self._banded.require_turn()
@@ -155,28 +167,28 @@ class SteppingStrategy(AccountedStrategy):
         bound = clip_bound(self.config, ledger)
         engine.begin_step(bound)
         self._released.begin_step(bound)
-        with self._randomness.apart(self.root_device):
-            outputs = (self._chunk(chunk, rest, kwargs) for chunk in batch.chunks)
+        with self._randomness.apart(self.root_device), uncounted(self._module.trainer):
+            outputs = (self._chunk(chunk, rest, kwargs) for chunk in drawn.chunks)
             told = withheld(outputs, self.root_device, self._public_metrics)
-        if batch.chunks:
+        if drawn.chunks:
             required(self._results).again = False
+            self._told = told
         else:
             required(self._results).repeat()
-        return told
+        return told if self._told is None else self._told
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        engine, results = required(self._engine), required(self._results)
+        engine = required(self._engine)
         if self._preflight_due:
             self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
         with metrics_kept_apart(self._module):
             data = self._on_device(chunk.data)
-            results.batch, results.batch_size = data, None
             with engine.recording(rows=chunk.size):
                 output = super().training_step(data, *rest, **kwargs)
                 self._backward(engine.scaled(loss_of(output), chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
-        results.again = True
+        required(self._results).again = True
         return output
 
     def _require_affordable(self, ledger: Ledger) -> None:

@@ -56,7 +56,11 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
         last = output
     loss = torch.full((), float("nan"), device=device)
     entries = last.items() if isinstance(last, dict) else ()
-    told = {name: value for name, value in entries if name in public}
+    told = {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in entries
+        if name in public
+    }
     return {**told, "loss": loss} if told else loss
 
 

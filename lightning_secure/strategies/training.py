@@ -20,7 +20,12 @@ from lightning_secure.strategies.account import (
     settle_account,
 )
 from lightning_secure.strategies.banded import BandedFit
+from lightning_secure.strategies.expected import ExpectedBatch
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
+from lightning_secure.strategies.measurements import (
+    require_public_throughput,
+    stop_system_metrics,
+)
 from lightning_secure.strategies.options import (
     carry_ledger,
     fixed_scale,
@@ -54,6 +59,7 @@ class PrivateTraining(SteppingStrategy):
             with self._together():
                 self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
                 require_trainer_options(trainer, module, self.precision_plugin, self.config)
+                stop_system_metrics()
                 if self._ledger is not None:
                     require_same_weights(module, self._ledger)
                     self._ledger.release_beside(self._released.noise_multipliers)
@@ -101,12 +107,16 @@ class PrivateTraining(SteppingStrategy):
         public = required(self._ledger).public
         if self.config.mechanism == "banded":
             self._begin_banded(trainer, rows)
+        expected = -(-public.expected_batch_size // world_size)
+        self._expected = ExpectedBatch(expected)
+        with self._together():
+            require_public_throughput(trainer, self._expected)
         return PrivateDataLoader(
             loader,
             sample_rate=public.sample_rate,
             steps=public.steps_per_epoch,
             max_physical_batch_size=self.config.max_physical_batch_size
-            or _rarely_exceeded(-(-public.expected_batch_size // world_size)),
+            or _rarely_exceeded(expected),
             seed=self.config.insecure_seed,
             secure=self.config.secure_noise,
             rank=rank,
@@ -176,6 +186,7 @@ class PrivateTraining(SteppingStrategy):
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
         self._banded = None  # and the noise in it, which nobody may have
+        self._expected = self._drawn = self._told = None
         if fitted := self._engine is not None:
             required(self._engine).detach()
             self._engine = None

@@ -53,10 +53,11 @@ class Watch(Callback):
         self.first = weights(module)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        rows = trainer.strategy._drawn  # which hooks are not given
         if (trainer.global_step, trainer.global_rank) in self.empty:
-            batch.chunks = ()
-        self.chunks.append(len(batch.chunks))
-        self.drawn.append([int(row) for chunk in batch.chunks for row in chunk.data[2]])
+            rows.chunks = ()
+        self.chunks.append(len(rows.chunks))
+        self.drawn.append([int(row) for chunk in rows.chunks for row in chunk.data[2]])
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.grads.append(whole([p.grad for p in module.parameters()]))

@@ -24,7 +24,7 @@ from lightning_secure.errors import (
     UnsupportedTrainerOptionError,
 )
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.sampling import LogicalBatch
+from lightning_secure.strategies.expected import ExpectedBatch
 from lightning_secure.strategies.options import require_optimizers
 from lightning_secure.strategies.private import PrivateStrategy
 
@@ -126,7 +126,7 @@ def test_a_step_is_one_step_however_many_chunks_it_has(tmp_path):
 
     class Count(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            assert isinstance(batch, LogicalBatch)
+            assert isinstance(batch, ExpectedBatch)
             seen.append(batch_idx)
 
     model = Model()
@@ -180,7 +180,7 @@ def test_without_noise_it_is_dp_sgd_by_hand(tmp_path):
 def test_a_draw_of_nothing_is_a_step_of_pure_noise(tmp_path):
     class Empty(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            batch.chunks = ()
+            trainer.strategy._drawn.chunks = ()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             assert math.isnan(outputs["loss"])

@@ -13,8 +13,8 @@ CATALOGUE = [
     Mutation(
         "a step is taken with its first chunk only",
         "strategies/stepping.py",
-        "for chunk in batch.chunks)",
-        "for chunk in batch.chunks[:1])",
+        "for chunk in drawn.chunks)",
+        "for chunk in drawn.chunks[:1])",
         f"{STRATEGY} -k 'do_not_change_the_result and 2'",
     ),
     Mutation(

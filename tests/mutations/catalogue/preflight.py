@@ -52,9 +52,9 @@ CATALOGUE = [
     Mutation(
         "a transfer hook tells a metric of training rows",
         "strategies/stepping.py",
-        "            data = self._on_device(chunk.data)\n            results.batch",
+        "            data = self._on_device(chunk.data)\n            with engine",
         "            pass\n        data = self._on_device(chunk.data)\n"
-        "        with metrics_kept_apart(self._module):\n            results.batch",
+        "        with metrics_kept_apart(self._module):\n            with engine",
         f"{ATTACKS} -k hides_no_training_rows",
     ),
     Mutation(

@@ -117,8 +117,8 @@ CATALOGUE = [
     Mutation(
         "two releases are taken from one draw",
         "strategies/stepping.py",
-        "        batch.spent = True\n",
-        "",
+        "drawn, self._drawn = self._drawn, None",
+        "drawn = self._drawn",
         f"{PRIVACY} -k one_draw",
     ),
     Mutation(

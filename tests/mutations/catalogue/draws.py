@@ -1,0 +1,63 @@
+"""How many rows a step drew, and rows that count several times."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+EXPECTED = "tests/strategies/test_expected.py"
+
+CATALOGUE = [
+    Mutation(
+        "hooks are given the rows of a step",
+        "strategies/stepping.py",
+        "            return required(self._expected)\n",
+        "            return batch\n",
+        f"{EXPECTED} -k looks_the_same",
+        more=(
+            ("if not isinstance(batch, ExpectedBatch):", "if not isinstance(batch, LogicalBatch):"),
+        ),
+    ),
+    Mutation(
+        "the last chunk stays where self.log finds it",
+        "strategies/stepping.py",
+        "            data = self._on_device(chunk.data)\n",
+        "            data = self._on_device(chunk.data)\n"
+        "            required(self._results).batch = data\n",
+        f"{EXPECTED} -k looks_the_same",
+    ),
+    Mutation(
+        "the number of dimensions of a row is told",
+        "strategies/expected.py",
+        '        _withhold(self._rows, "the number of dimensions")',
+        "        return 1",
+        f"{EXPECTED} -k looks_the_same",
+    ),
+    Mutation(
+        "a throughput that cannot be computed fails after a charged step",
+        "strategies/training.py",
+        "            require_public_throughput(trainer, self._expected)\n",
+        "            pass\n",
+        f"{EXPECTED} -k throughput_that_would_fail",
+    ),
+    Mutation(
+        "the profiler counts chunks",
+        "strategies/stepping.py",
+        ", uncounted(self._module.trainer):",
+        ":",
+        f"{EXPECTED} -k profiler_counts",
+    ),
+    Mutation(
+        "a step without rows returns something else",
+        "strategies/stepping.py",
+        "            self._told = told\n",
+        "            pass\n",
+        f"{EXPECTED} -k without_rows",
+    ),
+    Mutation(
+        "MLflow's system metrics go on during a private fit",
+        "strategies/training.py",
+        "                stop_system_metrics()\n",
+        "",
+        f"{EXPECTED} -k system_metrics",
+    ),
+]
