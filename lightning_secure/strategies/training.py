@@ -13,6 +13,7 @@ from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.promise import begin_ledger, require_same_promise
+from lightning_secure.privacy.repeats import require_distinct_rows
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
@@ -99,6 +100,7 @@ class PrivateTraining(SteppingStrategy):
             return dataloader
         with self._together():
             loader = require_plain_loader(dataloader)
+            require_distinct_rows(loader.dataset)
         rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
         rank, world_size = self._part(rows)
         if self._ledger is None:
