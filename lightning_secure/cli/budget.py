@@ -64,7 +64,9 @@ _checkpoint = click.argument("checkpoint", type=click.Path(path_type=Path, dir_o
 def budget() -> None:
     """Plan a privacy budget, and read the account of a checkpoint.
 
-    The unit is one row, added or removed; rows are drawn by Poisson sampling.
+    The unit is one row; rows are drawn by Poisson sampling. Epsilon is for one row added or
+    removed while the declared size of the dataset stays. If the size was counted instead, epsilon
+    is for one row that has no gradient; show names which of the two holds, as adjacency.
     """
 
 
@@ -208,6 +210,7 @@ def show(
             "expected_batch_size": ledger.public.expected_batch_size,
             "dataset_size": ledger.public.dataset_size,
             "dataset_size_declared": ledger.public.dataset_size_declared,
+            "adjacency": ledger.adjacency,
             "insecure": list(ledger.insecure),
             "secure_noise": ledger.secure_noise,
             "run_id": ledger.run_id,

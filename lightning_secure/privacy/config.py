@@ -45,9 +45,10 @@ class DPConfig:
         expected_batch_size: Rows that a step draws on average; each row is drawn by itself with
             probability ``expected_batch_size / dataset size``. By default the DataLoader's
             ``batch_size``.
-        public_dataset_size: Number of rows, if it is public. Otherwise it is read off the
-            dataset once, recorded, and from then on treated as public: the guarantee covers what
-            is in a row, and which rows there are, but not how many.
+        public_dataset_size: A public number of rows, which need not be the exact one. Epsilon
+            then holds for one row added or removed. Without it the rows are counted once, and the
+            number is treated as public: epsilon then holds for what is in a row, but not for how
+            many rows there are.
         planned_epochs: Epochs that the budget must last for, if the run is to be continued later.
             By default those of the Trainer.
         accountant: By which epsilon is reported and the budget kept: ``pld``, the tightest, or
@@ -80,7 +81,12 @@ class DPConfig:
     Raises:
         ConfigError: A value is out of range, or neither budget nor noise is given.
 
-    The unit of protection is one row; neighbouring datasets differ by one row added or removed.
+    The unit of protection is one row. With ``public_dataset_size``, neighbouring datasets differ
+    by one row added or removed, under the same declared number. Without it they have the same
+    number of rows, and one row has no gradient in one of them: the sampling rate is
+    ``expected_batch_size`` over the number of rows, so one row more changes the rate of all. Who
+    compares datasets of different sizes can then see more than epsilon. No row may be listed under
+    two indices.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, with Poisson sampling.

@@ -105,6 +105,18 @@ class Ledger:
         noise = joint_noise(self.noise_multiplier, *self.beside)
         return Release(noise, self.public.sample_rate if self.mechanism == "poisson" else 1.0, 1)
 
+    @property
+    def adjacency(self) -> str:
+        """Between which datasets epsilon holds.
+
+        ``add-or-remove-one-row``: one has a row more, and both were trained with the same declared
+        ``public_dataset_size``. ``zero-out-one-row``: both have the same number of rows, and one
+        row has no gradient in one of them. That is what holds if the rows were counted, because
+        the sampling rate of all rows follows their number, and for ``banded``.
+        """
+        declared = self.mechanism == "poisson" and self.public.dataset_size_declared
+        return "add-or-remove-one-row" if declared else "zero-out-one-row"
+
     def plan(self, steps: int) -> None:
         """Let the next ``steps`` steps be one release, which is charged at the first of them."""
         self._planned = Planned(steps)

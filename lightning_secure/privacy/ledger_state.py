@@ -23,15 +23,11 @@ L = TypeVar("L", bound="Ledger")
 # mechanisms other than Poisson sampling, which a reader that knows only 2 would go on with as such.
 _VERSION: Final = 2
 _VERSION_OF_OTHERS: Final = 3
-_ADJACENCY: Final = {
-    "poisson": ("poisson", "add-or-remove-one-row"),
-    "banded": ("fixed-order", "zero-out-one-row"),
-}
+_SAMPLING: Final = {"poisson": "poisson", "banded": "fixed-order"}
 
 
 def state_of(ledger: Ledger) -> dict[str, Any]:
     """Return plain numbers, strings, lists and dicts."""
-    sampling, adjacency = _ADJACENCY[ledger.mechanism]
     return {
         "version": _VERSION if ledger.mechanism == "poisson" else _VERSION_OF_OTHERS,
         "run_id": ledger.run_id,
@@ -49,8 +45,8 @@ def state_of(ledger: Ledger) -> dict[str, Any]:
         "journaled": ledger.journaled,
         "journal_key": ledger.journal_key().hex(),
         **({} if ledger.mechanism == "poisson" else {"mechanism": ledger.mechanism}),
-        "sampling": sampling,
-        "adjacency": adjacency,
+        "sampling": _SAMPLING[ledger.mechanism],
+        "adjacency": ledger.adjacency,
     }
 
 
@@ -79,7 +75,7 @@ def parsed(kind: type[L], state: Any) -> L | None:
     if state["version"] == _VERSION_OF_OTHERS:
         mechanism = state["mechanism"]
         promised = state["sampling"], state["adjacency"]
-        if mechanism == "poisson" or promised != _ADJACENCY[mechanism]:
+        if mechanism == "poisson" or promised != (_SAMPLING[mechanism], "zero-out-one-row"):
             return None
     require_accountant(state["accountant"], bound=True)
     ledger = kind(

@@ -49,6 +49,14 @@ def begin_ledger(
         expected_batch_size=expected,
         steps_per_epoch=-(-dataset_size // expected),
     )
+    if not (public.dataset_size_declared or config.mechanism == "banded" or config.insecure):
+        log.warning(
+            "DPConfig(public_dataset_size=) declares no number of rows, so the sampling rate "
+            "follows the %d rows that were counted. Epsilon then compares datasets of equally many "
+            "rows, of which one has no gradient (zero-out-one-row), and says nothing of how many "
+            "rows there are. Declare a number that is public; it may be a round one.",
+            dataset_size,
+        )
     if config.delta > 1 / dataset_size:
         log.warning(
             "delta=%g is larger than one in the number of rows; such a promise allows publishing "

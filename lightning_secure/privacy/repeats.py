@@ -100,7 +100,7 @@ class _Places:
 
     def _numbered(self, source: Hashable, rows: Ints) -> Ints:
         number = self._sources.setdefault(source, len(self._sources))
-        return -(number * _SPAN + rows[:, None]) - 1  # below zero: apart from addresses
+        return rows[:, None] - (number + 1) * _SPAN  # below zero: apart from addresses
 
 
 def _wrapped(dataset: Any) -> tuple[Any, Ints | None]:
@@ -183,10 +183,11 @@ def _key(item: Any) -> Hashable:
 def _distinct(places: Ints) -> tuple[int, int]:
     """Return how many rows differ, and how often the commonest occurs."""
     rows = len(places)
-    steps = np.diff(places[:, 0])
-    if (steps > 0).all() or (steps < 0).all():
-        return rows, 1
-    # What differs from all others in one column is settled, mostly by the first.
+    for column in places.T:
+        steps = np.diff(column)  # mostly they are in order
+        if (steps > 0).all() or (np.diff(np.sort(column)) > 0).all():
+            return rows, 1
+    # What differs from all others in one column is settled.
     for column in range(places.shape[1]):
         _, inverse, counts = np.unique(places[:, column], return_inverse=True, return_counts=True)
         places = places[counts[inverse] > 1]

@@ -140,6 +140,30 @@ def test_declared_numbers_come_first():
     assert (public.expected_batch_size, public.steps_per_epoch) == (50, 40)
 
 
+def test_the_ledger_says_which_promise_holds(caplog):
+    """One row more changes the rate of every row, unless the number of rows was declared."""
+    with caplog.at_level(logging.WARNING, "lightning_secure"):
+        counted = begin(rows=1000)
+    assert "declares no number of rows" in caplog.text
+    assert "zero-out-one-row" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lightning_secure"):
+        declared = begin(rows=1000, public_dataset_size=1000)
+        begin(noise_multiplier=None, insecure_noise_off=True)
+    assert not caplog.records
+    assert begin(rows=1001).public.sample_rate != counted.public.sample_rate
+    same = begin(rows=1001, public_dataset_size=1000).public
+    assert same == declared.public
+    for account, adjacency in (
+        (counted, "zero-out-one-row"), (declared, "add-or-remove-one-row")
+    ):  # fmt: skip
+        state = account.state_dict()
+        assert account.adjacency == state["adjacency"] == adjacency
+        # As ledgers say that were written before, whatever the number was.
+        old = {**state, "adjacency": "add-or-remove-one-row"}
+        assert Ledger.from_state_dict(old).adjacency == adjacency
+
+
 @pytest.mark.parametrize("rows", [1, 2, 93, 186, 1999])
 def test_an_epoch_has_no_step_too_few(rows):
     """``int(1 / (1 / n))`` is wrong for 141 of the numbers below 2000, 93 among them."""

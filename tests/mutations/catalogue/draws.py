@@ -96,4 +96,18 @@ CATALOGUE = [
         "        if (tensors := _dense(dataset)) and False:\n",
         f"{REPEATS} -k 'refused and tensors'",
     ),
+    Mutation(
+        "a counted number of rows passes for a declared one",
+        "privacy/ledger.py",
+        'self.mechanism == "poisson" and self.public.dataset_size_declared',
+        'self.mechanism == "poisson"',
+        "tests/privacy/test_ledger.py -k which_promise",
+    ),
+    Mutation(
+        "a fit begins on a counted number of rows without a word",
+        "privacy/promise.py",
+        "if not (public.dataset_size_declared or ",
+        "if not (True or ",
+        "tests/privacy/test_ledger.py -k which_promise",
+    ),
 ]
