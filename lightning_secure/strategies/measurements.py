@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ThroughputMonitor
@@ -19,6 +19,8 @@ from lightning_secure.validate import whole_number
 __all__ = ["require_public_throughput", "stop_system_metrics", "uncounted"]
 
 log = logging.getLogger(__name__)
+
+_SILENT: Final = PassThroughProfiler()
 
 
 def require_public_throughput(trainer: pl.Trainer, batch: ExpectedBatch) -> None:
@@ -64,7 +66,7 @@ def uncounted(trainer: pl.Trainer) -> Iterator[None]:
     many rows they drew.
     """
     options: Any = trainer  # its profiler is set without being declared
-    profiler, options.profiler = options.profiler, PassThroughProfiler()
+    profiler, options.profiler = options.profiler, _SILENT
     try:
         yield
     finally:
