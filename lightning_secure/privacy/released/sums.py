@@ -156,7 +156,7 @@ class PrivateSum:
         """
         if values.ndim != 1:
             raise ConfigError(
-                f"values must be one number a row, shape (rows,), not {tuple(values.shape)}."
+                f"values must be one number a row, shape (rows,), not of {values.ndim} dimensions."
             )
         total = centred(values, self.bounds).sum()
         return total, total.new_tensor(float(len(values)))
