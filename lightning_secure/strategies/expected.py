@@ -61,6 +61,8 @@ class ExpectedBatch:
         _withhold(self._rows, "what it contains")
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # of Python's own protocols, as copying, also of a half-made copy
+            raise AttributeError(name)
         _withhold(self._rows, f"attribute {name!r}")
 
     def __repr__(self) -> str:

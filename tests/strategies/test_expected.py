@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
+import pickle
 import shutil
 from pathlib import Path
 
@@ -142,6 +144,8 @@ def test_what_is_asked_of_an_expected_batch():
             question()
     with pytest.raises(AttributeError):
         batch.chunks = ()
+    for copied in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert len(copied[0]) == 7
 
 
 def test_a_hook_that_reads_rows_fails_before_anything_is_spent(tmp_path):

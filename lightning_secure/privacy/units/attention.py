@@ -163,7 +163,8 @@ class AttentionUnit(Unit):
         if query.ndim != 3:
             raise UnsupportedModelError(
                 f"layer {self.name!r} (MultiheadAttention) is given an input of {query.ndim} "
-                "dimensions, without a batch dimension, so samples cannot be told apart. Pass (batch, time, features). This step was not taken."
+                "dimensions, without a batch dimension, so samples cannot be told apart. Pass "
+                "(batch, time, features). This step was not taken."
             )
         projected = self._project(watch, query, key, value)
         q, k, v = (self._heads(item) for item in projected)
