@@ -125,7 +125,9 @@ def _wrapped(dataset: Any) -> tuple[Any, Ints | None]:
 
 def _chosen(indices: Any, rows: int | None) -> Ints | None:
     """Return numbers of rows, from 0; None for anything else."""
-    found = np.asarray(indices)
+    found = np.empty((0, 0))
+    with contextlib.suppress(TypeError, ValueError):  # pairs of unlike lengths, for example
+        found = np.asarray(indices)
     if found.ndim != 1 or (found.dtype.kind not in "iub" and len(found)):
         return None
     chosen = found.astype(np.int64)

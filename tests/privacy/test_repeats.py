@@ -147,6 +147,7 @@ DISTINCT = {
     "on no device": lambda: TensorDataset(torch.empty(3, 2, device="meta")),
     "sparse": lambda: TensorDataset(torch.eye(3).to_sparse()),
     "nothing in it": lambda: Subset(PLAIN, []),
+    "places of other kinds": lambda: Chosen(PLAIN, [(0, 1), (0,), "x"]),
     "by name": lambda: Subset({"a": 1, "b": 2}, ["a", "b"]),
 }
 

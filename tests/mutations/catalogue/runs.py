@@ -10,8 +10,8 @@ CATALOGUE = [
     Mutation(
         "masks follow from the user's seed",
         "strategies/stepping.py",
-        "        with self._randomness.apart(self.root_device):\n",
-        "        if True:\n",
+        "with self._randomness.apart(self.root_device), uncounted(",
+        "with uncounted(",
         f"{RUNS} -k dropout",
     ),
     Mutation(
