@@ -13,7 +13,7 @@ from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.promise import begin_ledger, require_same_promise
-from lightning_secure.privacy.repeats import require_distinct_rows
+from lightning_secure.privacy.repeated_rows import require_distinct_rows
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,

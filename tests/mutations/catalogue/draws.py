@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 EXPECTED = "tests/strategies/test_expected.py"
-REPEATS = "tests/privacy/test_repeats.py"
+REPEATS = "tests/privacy/test_repeated_rows.py"
 
 CATALOGUE = [
     Mutation(
@@ -70,28 +70,28 @@ CATALOGUE = [
     ),
     Mutation(
         "a row in two parts of a concatenation is two rows",
-        "privacy/repeats.py",
+        "privacy/repeated_rows.py",
         "return id(dataset)\n",
         "return object()\n",
         f"{REPEATS} -k 'refused and concatenated'",
     ),
     Mutation(
         "a wrapper hides repeats",
-        "privacy/repeats.py",
+        "privacy/repeated_rows.py",
         "if inner is None or id(inner)",
         "if not isinstance(dataset, Subset) or id(inner)",
         f"{REPEATS} -k 'refused and augmented'",
     ),
     Mutation(
         "an index from the end is another row",
-        "privacy/repeats.py",
+        "privacy/repeated_rows.py",
         "chosen + rows, chosen)",
         "chosen + 2 * rows, chosen)",
         f"{REPEATS} -k 'refused and end'",
     ),
     Mutation(
         "views of one tensor are different rows",
-        "privacy/repeats.py",
+        "privacy/repeated_rows.py",
         "        if tensors := _dense(dataset):\n",
         "        if (tensors := _dense(dataset)) and False:\n",
         f"{REPEATS} -k 'refused and tensors'",
