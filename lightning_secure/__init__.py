@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     )
     from lightning_secure.plugins.hyperparameters import RedactingCheckpointIO
     from lightning_secure.privacy.audit.one_run import OneRunAudit
+    from lightning_secure.privacy.carrying import declare_public_weights
     from lightning_secure.privacy.clipping.rules import AdaptiveClipping, PerLayerClipping
     from lightning_secure.privacy.config import DPConfig
     from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
@@ -152,6 +153,7 @@ __all__ = [
     "__version__",
     "add_recipient",
     "collect_garbage",
+    "declare_public_weights",
     "decrypt_artifacts",
     "enforce_mlflow_redaction",
     "erase_shard",
@@ -234,6 +236,7 @@ _HOMES = {
     "WriteWatch": "redaction.canary",
     "add_recipient": "data.rotation",
     "collect_garbage": "data.leftovers",
+    "declare_public_weights": "privacy.carrying",
     "decrypt_artifacts": "redaction.encrypted",
     "enforce_mlflow_redaction": "redaction.mlflow_store.enforce",
     "erase_shard": "data.erasure",

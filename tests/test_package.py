@@ -83,6 +83,7 @@ PUBLIC = [
     "__version__",
     "add_recipient",
     "collect_garbage",
+    "declare_public_weights",
     "decrypt_artifacts",
     "enforce_mlflow_redaction",
     "erase_shard",

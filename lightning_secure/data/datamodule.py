@@ -20,6 +20,7 @@ from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 from lightning_secure.introductions import introduce
+from lightning_secure.privacy.ledger import bring_ledger_with_weights
 
 __all__ = ["EncryptedDataModule"]
 
@@ -131,6 +132,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         """
         if self.trainer is not None:
             introduce(self.trainer.strategy)
+            bring_ledger_with_weights(self.trainer.strategy)
         needed, *optional = _STAGES[stage]
         self._dataset(needed)
         manifest = self._datasets[needed].manifest

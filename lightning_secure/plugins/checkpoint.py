@@ -40,6 +40,7 @@ from lightning_secure.files import atomic_writer, open_regular
 from lightning_secure.plugins.asking import require_asked_to_read, require_asked_to_write
 from lightning_secure.plugins.compact import save_named
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.weights import noted_weights
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
 
@@ -249,6 +250,7 @@ def load_encrypted_checkpoint(
             **kwargs,
         )
     if ledger is not None:
+        ledger.weights = noted_weights(module)
         keep_ledger(module, ledger)
     events.announce("checkpoint.load", {"path": str(path)})
     return module

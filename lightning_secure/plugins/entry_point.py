@@ -1,4 +1,4 @@
-"""What Lightning adds to each Trainer, so that a CheckpointIO gets to know its strategy.
+"""What Lightning adds to each Trainer: a CheckpointIO meets its strategy, a module gets its ledger.
 
 Lightning asks for it by the entry point ``lightning.pytorch.callbacks_factory``.
 """
@@ -15,14 +15,18 @@ from lightning_secure.introductions import introduce
 __all__ = ["callbacks"]
 
 _OURS: Final = frozenset(
-    {"lightning_secure.plugins.checkpoint", "lightning_secure.plugins.hyperparameters"}
+    {
+        "lightning_secure.plugins.checkpoint",
+        "lightning_secure.plugins.hyperparameters",
+        "lightning_secure.privacy.ledger",
+    }
 )
 
 
 def callbacks() -> list[pl.Callback]:
-    """Return what is added to a Trainer: nothing, where no CheckpointIO of ours can have been made.
+    """Return what is added to a Trainer: nothing, where no part of ours can have been made.
 
-    Without one, Trainers of this environment are what they were.
+    Without a CheckpointIO or a ledger, Trainers of this environment are what they were.
     """
     return [Introduction()] if _OURS & sys.modules.keys() else []
 
@@ -35,8 +39,11 @@ class Introduction(pl.Callback):
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a strategy that would write past its CheckpointIO."""
+        """Refuse a strategy that would write past its CheckpointIO; have others bring ledgers."""
+        from lightning_secure.privacy.ledger import bring_ledger_with_weights
+
         introduce(trainer.strategy)
+        bring_ledger_with_weights(trainer.strategy)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a checkpoint that was read past it."""

@@ -7,8 +7,11 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+from torch.nn import Module
 
 from lightning_secure.errors import BudgetExhaustedError, LedgerError
 from lightning_secure.privacy.accounting import (
@@ -19,8 +22,15 @@ from lightning_secure.privacy.accounting import (
     joint_noise,
 )
 from lightning_secure.privacy.banded.planned import Planned
+from lightning_secure.privacy.carrying import (
+    CHECKPOINT_KEY,
+    drop_ledger,
+    keep_ledger,
+    ledger_of,
+)
 from lightning_secure.privacy.ledger_state import parsed, state_of
 from lightning_secure.privacy.public import PublicNumbers
+from lightning_secure.privacy.weights import WeightNote, noted_weights
 
 if TYPE_CHECKING:
     from lightning_secure.privacy.journal import Journal
@@ -32,14 +42,12 @@ __all__ = [
     "Ledger",
     "PublicNumbers",
     "bring_ledger",
+    "bring_ledger_with_weights",
     "drop_ledger",
     "keep_ledger",
     "ledger_of",
     "require_account",
 ]
-
-CHECKPOINT_KEY: Final = "lightning_secure"
-_ATTRIBUTE: Final = "_lightning_secure_ledger"
 
 
 @dataclass(kw_only=True)
@@ -68,8 +76,9 @@ class Ledger:
             the checkpoint that it was resumed from had not.
         journaled: Whether the run has a journal, without which it cannot be resumed.
         journal_directory: Where the journal lay when it was last open in this process.
-        weights: What the weights of the account were at the end of the last fit in this process,
-            by name, in the strategy's own form.
+        declared_public: How often changes of the weights were declared to depend on no row.
+        weights: What the weights were when the ledger was last complete in this process, by name;
+            None while a private fit changes them.
     """
 
     delta: float
@@ -88,7 +97,8 @@ class Ledger:
     abandoned: int = 0
     journaled: bool = False
     journal_directory: Path | None = None
-    weights: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+    declared_public: int = 0
+    weights: dict[str, WeightNote] | None = field(default=None, repr=False, compare=False)
     _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
     _planned: Planned = field(default_factory=Planned, repr=False, compare=False)
@@ -323,31 +333,31 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
     return ledger
 
 
-def keep_ledger(module: object, ledger: Ledger) -> None:
-    """Let a module carry the account of its weights, for whoever trains it next."""
-    setattr(module, _ATTRIBUTE, ledger)
-
-
-def drop_ledger(module: object) -> None:
-    """Let a module forget an account, because its weights have none."""
-    vars(module).pop(_ATTRIBUTE, None)
-
-
-def bring_ledger(module: object, checkpoint: Mapping[str, Any]) -> None:
-    """Let a module that takes over a checkpoint's weights carry their account, if they have one.
+def bring_ledger(module: Module, checkpoint: Mapping[str, Any]) -> None:
+    """Let a module that takes over a checkpoint's weights carry their ledger, if they have one.
 
     Raises:
         LedgerError: They have one that cannot be read.
     """
     ledger = Ledger.from_checkpoint(checkpoint)
     if ledger is not None:
+        ledger.weights = noted_weights(module, checkpoint.get("state_dict"))
         keep_ledger(module, ledger)
 
 
-def ledger_of(module: object) -> Ledger | None:
-    """Return the account that a module carries; None if it was never trained privately."""
-    ledger: Ledger | None = getattr(module, _ATTRIBUTE, None)
-    return ledger
+def bring_ledger_with_weights(strategy: Any) -> None:
+    """Let a strategy of Lightning's bring the ledger of a checkpoint whose weights it loads.
+
+    Args:
+        strategy: A Trainer's. One that keeps a ledger itself is left alone.
+    """
+    if not isinstance(strategy, HasLedger):
+        vars(strategy)["load_model_state_dict"] = partial(_load_weights, strategy)
+
+
+def _load_weights(strategy: Any, checkpoint: Mapping[str, Any], *args: Any, **options: Any) -> None:
+    bring_ledger(strategy.lightning_module, checkpoint)
+    type(strategy).load_model_state_dict(strategy, checkpoint, *args, **options)
 
 
 @runtime_checkable

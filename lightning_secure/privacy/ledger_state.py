@@ -42,6 +42,7 @@ def state_of(ledger: Ledger) -> dict[str, Any]:
         "beside": list(ledger.beside),
         "clip_bound": ledger.clip_bound,
         "abandoned": ledger.abandoned,
+        "declared_public": ledger.declared_public,
         "journaled": ledger.journaled,
         "journal_key": ledger.journal_key().hex(),
         **({} if ledger.mechanism == "poisson" else {"mechanism": ledger.mechanism}),
@@ -93,6 +94,7 @@ def parsed(kind: type[L], state: Any) -> L | None:
         clip_bound=state.get("clip_bound"),  # since it may follow
         mechanism=mechanism,
         abandoned=int(state["abandoned"]),
+        declared_public=int(state.get("declared_public", 0)),  # since changes can be declared
         journaled=bool(state["journaled"]),
         _journal_key=state["journal_key"],
     )

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
 from torch.nn import Module
 
 from lightning_secure import events
 from lightning_secure.errors import LedgerError, PrivacyError
 from lightning_secure.privacy.accounting import Release
 from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
-from lightning_secure.privacy.leftovers import local_part
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
+from lightning_secure.privacy.weights import noted_weights
 
 __all__ = [
     "RunAccount",
     "account_of",
     "announce_plain",
     "lend_account",
-    "note_weights",
-    "require_same_weights",
     "settle_account",
 ]
-
-_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def account_of(module: Module) -> Ledger | None:
@@ -102,38 +95,7 @@ def settle_account(module: Module, ledger: Ledger, *, fitted: bool) -> None:
     if not ledger.releases and ledger_of(module) is ledger:
         drop_ledger(module)
     elif fitted:
-        note_weights(module, ledger)
-
-
-def note_weights(module: Module, ledger: Ledger) -> None:
-    """Note what the trainable weights are when the account is complete."""
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    ledger.weights = {name: _digest(weight) for name, weight in trainable.items()}
-
-
-def require_same_weights(module: Module, ledger: Ledger) -> None:
-    """Make sure that nothing else has trained a module since its account was last complete.
-
-    Weights that were added, removed, or given another shape or type since are not compared. What
-    was noted does not travel in checkpoints. It shows mistakes, and is no cryptographic digest.
-
-    Raises:
-        LedgerError: Weights have changed. They may have been trained without noise.
-    """
-    noted = ledger.weights or {}
-    now = {n: _digest(p) for n, p in module.named_parameters() if n in noted}
-    changed = [
-        name
-        for name, (bits, *form) in now.items()
-        if form == list(noted[name][1:]) and bits != noted[name][0]
-    ]
-    if changed:
-        raise LedgerError(
-            f"{len(changed)} weights, {changed[0]!r} first, have changed since the module was last "
-            "trained privately, and nobody knows by what: if rows were used, its account is too "
-            "small. To go on with a checkpoint of the run, pass it as ckpt_path; to start from "
-            "public weights, load them into a new module. No step was taken."
-        )
+        ledger.weights = noted_weights(module)
 
 
 def announce_plain(checkpoint_io: CheckpointIO, path: str, step: int) -> None:
@@ -145,13 +107,3 @@ def announce_plain(checkpoint_io: CheckpointIO, path: str, step: int) -> None:
         checkpoint_io = inner  # of AsyncCheckpointIO and its like
     if not getattr(checkpoint_io, "announces", False):
         events.announce("checkpoint.save", {"path": path, "step": step, "encrypted": "no"})
-
-
-def _digest(weight: Tensor) -> tuple[int, str, torch.Size]:
-    """Return the sum over the bits that are held here, the same on every device, and their form."""
-    weight = local_part(weight.detach())
-    integer = _INTEGERS.get(weight.dtype.itemsize)
-    bits = 0
-    if integer is not None and weight.device.type != "meta":
-        bits = int(weight.view(integer).sum(dtype=torch.int64))
-    return bits, str(weight.dtype), weight.shape

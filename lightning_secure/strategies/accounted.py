@@ -13,14 +13,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_secure.privacy.accounting import Release
+from lightning_secure.privacy.carrying import CHECKPOINT_KEY, write_ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import (
-    CHECKPOINT_KEY,
-    Ledger,
-    bring_ledger,
-    ledger_of,
-    require_account,
-)
+from lightning_secure.privacy.ledger import Ledger, bring_ledger, require_account
 from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum
 
@@ -77,9 +72,8 @@ class AccountedStrategy(Strategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
         """Write the account into every checkpoint, weights-only ones too."""
-        ledger = ledger_of(self._module)
-        if ledger is not None:
-            checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
+        if CHECKPOINT_KEY not in checkpoint:  # the module's own hook does it, unless exchanged
+            write_ledger(self._module, checkpoint)
         if self.is_global_zero:  # which alone writes it
             step = int(checkpoint.get("global_step", 0))
             announce_plain(self.checkpoint_io, str(filepath), step)

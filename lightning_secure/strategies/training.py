@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.carrying import require_same_weights
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.promise import begin_ledger, require_same_promise
@@ -17,7 +18,6 @@ from lightning_secure.privacy.repeated_rows import require_distinct_rows
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
-    require_same_weights,
     settle_account,
 )
 from lightning_secure.strategies.banded import BandedFit
@@ -61,6 +61,7 @@ class PrivateTraining(SteppingStrategy):
                 self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
                 require_trainer_options(trainer, module, self.precision_plugin, self.config)
                 stop_system_metrics()
+            with self._together():  # apart: sharded weights are gathered
                 if self._ledger is not None:
                     require_same_weights(module, self._ledger)
                     self._ledger.release_beside(self._released.noise_multipliers)
@@ -82,6 +83,8 @@ class PrivateTraining(SteppingStrategy):
                 homes=self._homes(),
             )
             self._engine.attach()
+            if self._ledger is not None:
+                self._ledger.weights = None
         self._preflight_due = True
         self._results = GuardedResults(self._public_metrics, self._released.metrics)
         trainer.fit_loop.epoch_loop._results = self._results

@@ -1,0 +1,523 @@
+"""Ways to part weights from their ledger, or to train them past it; each succeeded once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from private_run import trainer
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_secure import (
+    EncryptedCheckpointIO,
+    EncryptedDataModule,
+    RedactingCheckpointIO,
+    declare_public_weights,
+    events,
+    load_encrypted_checkpoint,
+    seal,
+)
+from lightning_secure.errors import LedgerError
+from lightning_secure.plugins import entry_point
+from lightning_secure.privacy.ledger import Ledger, ledger_of
+
+STEPS = 8
+
+
+class Model(L.LightningModule):
+    """A frozen part, a trainable one, and buffers of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.back = nn.Linear(4, 6).requires_grad_(False)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("scale", torch.ones(6))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.head(self.scale * self.back(x)), y)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+def loader(classes=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=generator)
+    y = torch.randint(0, classes, (64,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+def plain(tmp_path, *plugins, **options):
+    return trainer(
+        tmp_path, **{"strategy": SingleDeviceStrategy("cpu"), **options}, plugins=[*plugins]
+    )
+
+
+def trained(tmp_path, module=None, **options):
+    module = Model() if module is None else module
+    run = trainer(tmp_path, **options)
+    run.fit(module, loader())
+    return module, run
+
+
+def in_file(path, keys=None):
+    """Return the ledger of a checkpoint, encrypted or not."""
+    if keys is None:
+        return Ledger.from_checkpoint(torch.load(path, weights_only=True))
+    return Ledger.from_checkpoint(EncryptedCheckpointIO(keys).load_checkpoint(path))
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning sets them, for each Trainer anew
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- saving
+
+
+PLUGINS = {
+    "encrypted": EncryptedCheckpointIO,
+    "redacted": lambda keys: RedactingCheckpointIO(EncryptedCheckpointIO(keys)),
+    "in the background": lambda keys: AsyncCheckpointIO(EncryptedCheckpointIO(keys)),
+    "redacted in the background": lambda keys: RedactingCheckpointIO(
+        AsyncCheckpointIO(EncryptedCheckpointIO(keys))
+    ),
+    "in the clear": lambda keys: TorchCheckpointIO(),
+}
+
+
+@pytest.mark.parametrize("kind", PLUGINS)
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_plain_trainer_saves_the_ledger_too(tmp_path, keys, kind, strategy, weights_only):
+    module, _ = trained(tmp_path)
+    plugin, path = PLUGINS[kind](keys), tmp_path / "a.ckpt"
+    options = {"strategy": strategy() if strategy is DDPStrategy else strategy("cpu")}
+    run = plain(tmp_path, plugin, **options)
+    run.validate(module, loader(), verbose=False)
+    run.save_checkpoint(path, weights_only=weights_only)
+    while plugin is not None:
+        if isinstance(plugin, AsyncCheckpointIO):
+            plugin.teardown()
+        plugin = getattr(plugin, "checkpoint_io", None)
+    ledger = in_file(path, None if kind == "in the clear" else keys)
+    assert (ledger.steps, ledger.private) == (STEPS, True)
+    assert ledger.run_id == ledger_of(module).run_id
+
+
+class Saves(Model):
+    """Has hooks of its own, which go on being called, and one that empties the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def on_save_checkpoint(self, checkpoint):
+        self.called.append("save")
+        checkpoint.pop("lightning_secure", None)
+
+    def on_fit_start(self):
+        self.called.append("start")
+
+    def on_fit_end(self):
+        self.called.append("end")
+
+
+def test_hooks_of_the_modules_own_are_still_called(tmp_path):
+    module, _ = trained(tmp_path, Saves())
+    module.called.clear()
+    own = vars(module)["on_fit_end"] = lambda: module.called.append("its instance's end")
+    trained(tmp_path, module)
+    run = plain(tmp_path, max_epochs=0)
+    run.fit(module, loader())
+    assert module.called == ["start", "its instance's end", "start"]
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert module.called[3:] == ["save"]
+    assert in_file(tmp_path / "a.ckpt").steps == 2 * STEPS
+    assert own is not None
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch"])
+def test_a_copy_carries_its_own_ledger(tmp_path, how):
+    module, _ = trained(tmp_path)
+    if how == "deepcopy":
+        other = copy.deepcopy(module)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(module))
+    else:
+        torch.save(module, buffer := io.BytesIO())
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    run = plain(tmp_path)
+    run.fit(other, loader())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    assert not in_file(tmp_path / "other.ckpt").private
+    assert ledger_of(module).private, "the copy's training is not the original's"
+    run = plain(tmp_path)
+    run.validate(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    assert in_file(tmp_path / "own.ckpt").private
+
+
+def test_a_checkpoint_says_what_was_trained_without_noise(tmp_path, keys):
+    """Saved while and after a plain fit, loaded, and trained on privately."""
+    module, _ = trained(tmp_path)
+    best = ModelCheckpoint(tmp_path / "c", every_n_train_steps=4, save_top_k=-1)
+    run = plain(tmp_path, EncryptedCheckpointIO(keys), callbacks=[best], enable_checkpointing=True)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "c/after.ckpt", weights_only=True)
+    paths = sorted((tmp_path / "c").glob("*.ckpt"))
+    assert len(paths) == 3
+    for path in paths:
+        ledger = in_file(path, keys)
+        assert ledger.insecure == ("weights_changed_without_noise",)
+        assert ledger.epsilon() == float("inf")
+        loaded = load_encrypted_checkpoint(Model, path, keys=keys)
+        with pytest.raises(LedgerError, match="weights have changed"):
+            trainer(tmp_path).fit(loaded, loader())
+    resumed = trainer(tmp_path, max_epochs=3, plugins=[EncryptedCheckpointIO(keys)])
+    with pytest.raises(LedgerError, match="weights have changed"):
+        resumed.fit(Model(), loader(), ckpt_path=paths[1])
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("kind", PLUGINS)
+@pytest.mark.parametrize("way", ["fit", "validate", "test", "predict"])
+def test_every_ckpt_path_brings_the_ledger(tmp_path, keys, kind, way):
+    _, run = trained(tmp_path, plugins=[PLUGINS[kind](keys)])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run.strategy.teardown()  # of what writes in the background
+    run.strategy.checkpoint_io.teardown()
+    module = Model()
+    again = plain(tmp_path, PLUGINS[kind](keys), max_epochs=1)
+    options = {} if way in ("fit", "predict") else {"verbose": False}
+    getattr(again, way)(
+        module, loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, **options
+    )
+    assert ledger_of(module).steps == STEPS
+    trained(tmp_path, module)  # and nothing has changed
+    assert ledger_of(module).steps == 2 * STEPS
+
+
+def test_a_datamodule_of_ours_brings_it_where_no_callback_does(tmp_path, keys, monkeypatch):
+    monkeypatch.setattr(entry_point, "_OURS", frozenset())
+    _, run = trained(tmp_path)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    rows = [{"x": torch.randn(4).numpy(), "y": i % 3} for i in range(64)]
+    seal(rows, tmp_path / "d", keys=keys, split="val")
+    module, data = Model(), EncryptedDataModule(tmp_path / "d", keys=keys, batch_size=8)
+    again = plain(tmp_path)
+    again.validate(
+        module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
+    )
+    assert ledger_of(module).steps == STEPS
+
+
+class Wider(Model):
+    """A subclass with a part that its checkpoint does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict_loading = False
+        self.extra = nn.Linear(6, 3)
+
+
+def test_a_subclass_gets_the_ledger_and_may_add_to_it(tmp_path, keys):
+    _, run = trained(tmp_path, plugins=[EncryptedCheckpointIO(keys)])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for module in (load_encrypted_checkpoint(Wider, tmp_path / "a.ckpt", keys=keys), Wider()):
+        if ledger_of(module) is None:
+            again = plain(tmp_path, EncryptedCheckpointIO(keys))
+            again.validate(module, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        module.extra.requires_grad_(False)
+        module.other = nn.Linear(4, 4).requires_grad_(False)
+        trained(tmp_path, module)
+        assert ledger_of(module).steps == 2 * STEPS
+
+
+# ---------------------------------------------------------------- training past the ledger
+
+
+def _thaw(module):
+    module.back.requires_grad_(True)
+    module.head.requires_grad_(False)
+
+
+def _freeze(module):
+    module.back.requires_grad_(False)
+    module.head.requires_grad_(True)
+
+
+def _plainly(tmp_path, module, **options):
+    plain(tmp_path, **options).fit(module, loader())
+
+
+def _by_hand(module):
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)
+    for batch in loader():
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+
+def _only_head(tmp_path, module):
+    _plainly(tmp_path, module)
+
+
+def _only_frozen(tmp_path, module):
+    _thaw(module)
+    _plainly(tmp_path, module)
+    _freeze(module)
+
+
+def _frozen_by_hand(tmp_path, module):
+    _thaw(module)
+    _by_hand(module)
+    _freeze(module)
+
+
+def _in_another_type(tmp_path, module):
+    module.to(torch.float64)
+    plain(tmp_path, precision="64-true").fit(module, loader())
+
+
+def _in_another_type_and_back(tmp_path, module):
+    _in_another_type(tmp_path, module)
+    module.to(torch.float32)
+
+
+def _in_half(tmp_path, module):
+    plain(tmp_path, precision="bf16-true").fit(module, loader())
+    module.to(torch.float32)
+
+
+def _renamed_before(tmp_path, module):
+    module.top, module.head = module.head, nn.Identity()
+    module.training_step = lambda batch, _: F.cross_entropy(
+        module.top(module.back(batch[0])), batch[1]
+    )
+    _plainly(tmp_path, module)
+    del module.training_step
+    module.head = nn.Sequential(module.top)
+    del module.top
+
+
+def _renamed_after(tmp_path, module):
+    _by_hand(module)
+    module.head = nn.Sequential(module.head)
+
+
+def _another_shape_after(tmp_path, module):
+    """Ten classes more than there were, beside what was trained."""
+    _plainly(tmp_path, module)
+    old, module.head = module.head, nn.Linear(6, 13)
+    with torch.no_grad():
+        module.head.weight[:3].copy_(old.weight)
+        module.head.bias[:3].copy_(old.bias)
+
+
+def _a_new_head(tmp_path, module):
+    module.head = nn.Linear(6, 5)
+    _plainly(tmp_path, module)
+
+
+def _an_adapter(tmp_path, module):
+    module.back = nn.Sequential(module.back, adapter := nn.Linear(6, 6))
+    module.head.requires_grad_(False)
+    _plainly(tmp_path, module)
+    module.head.requires_grad_(True)
+    adapter.requires_grad_(False)
+
+
+def _permuted(tmp_path, module):
+    with torch.no_grad():
+        module.head.weight.copy_(module.head.weight.flip(0).clone())
+
+
+def _a_buffer(tmp_path, module):
+    module.scale.mul_(torch.randn(6))
+
+
+def _a_buffer_of_no_checkpoint(tmp_path, module):
+    module.cache.add_(1)
+
+
+PAST = [
+    _only_head, _only_frozen, _frozen_by_hand, _in_another_type, _in_another_type_and_back, _in_half,
+    _renamed_before, _renamed_after, _another_shape_after, _a_new_head, _an_adapter, _permuted,
+    _a_buffer, _a_buffer_of_no_checkpoint,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("past", PAST)
+@pytest.mark.parametrize("how", ["fitted", "loaded", "validated", "copied"])
+def test_training_past_the_ledger_is_refused(tmp_path, keys, past, how):
+    module, run = trained(tmp_path, plugins=[EncryptedCheckpointIO(keys)])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    if how == "loaded":
+        module = load_encrypted_checkpoint(Model, tmp_path / "a.ckpt", keys=keys)
+        _freeze(module)
+    elif how == "validated":
+        module = Model()
+        again = plain(tmp_path, EncryptedCheckpointIO(keys))
+        again.validate(module, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    elif how == "copied":
+        module = copy.deepcopy(module)
+    past(tmp_path, module)
+    for _ in range(2):  # the refusal does not settle it
+        with pytest.raises(LedgerError, match="have changed since"):
+            trainer(tmp_path).fit(module, loader())
+    again = plain(tmp_path)
+    again.validate(module, loader(), verbose=False)
+    again.save_checkpoint(tmp_path / "b.ckpt")
+    assert not in_file(tmp_path / "b.ckpt").private
+
+
+# ---------------------------------------------------------------- what is no training
+
+
+def _nothing(tmp_path, module):
+    pass
+
+
+def _no_epoch(tmp_path, module):
+    plain(tmp_path, max_epochs=0).fit(module, loader())
+
+
+def _validated(tmp_path, module):
+    plain(tmp_path).validate(module, loader(), verbose=False)
+
+
+def _rounded(tmp_path, module):
+    module.to(torch.bfloat16).to(torch.float32)
+
+
+def _widened(tmp_path, module):
+    module.to(torch.float64).to(torch.float32)
+
+
+def _halved(tmp_path, module):
+    module.half().float()
+
+
+def _wrapped(tmp_path, module):
+    module.head = nn.Sequential(module.head)
+
+
+def _compiled(tmp_path, module):
+    module.head = torch.compile(module.head, backend="eager")
+
+
+def _extended(tmp_path, module):
+    module.more = nn.Linear(6, 3).requires_grad_(False)
+
+
+def _with_a_fresh_head(tmp_path, module):
+    module.head = nn.Linear(6, 5)
+
+
+def _with_a_longer_cache(tmp_path, module):
+    module.cache = torch.arange(9.0)
+
+
+def _tied(tmp_path, module):
+    module.again = module.head
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _nothing, _no_epoch, _validated, _rounded, _widened, _halved, _wrapped, _compiled,
+        _extended, _with_a_fresh_head, _with_a_longer_cache, _tied,
+    ],
+)  # fmt: skip
+def test_what_is_no_training_is_not_taken_for_it(tmp_path, keys, change):
+    module, run = trained(tmp_path, plugins=[EncryptedCheckpointIO(keys)])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for module in (module, load_encrypted_checkpoint(Model, tmp_path / "a.ckpt", keys=keys)):
+        _freeze(module)
+        change(tmp_path, module)
+        again = plain(tmp_path)
+        again.validate(module, loader(), verbose=False)
+        again.save_checkpoint(tmp_path / "b.ckpt")
+        assert in_file(tmp_path / "b.ckpt").private
+        trained(tmp_path, module)
+        assert ledger_of(module).private
+
+
+@pytest.mark.parametrize("average", [EMAWeightAveraging, StochasticWeightAveraging])
+def test_averaged_weights_of_a_private_fit_are_its_own(tmp_path, average):
+    options = {"swa_lrs": 0.1} if average is StochasticWeightAveraging else {}
+    best = ModelCheckpoint(tmp_path / "c", save_last=True)
+    module, run = trained(
+        tmp_path,
+        callbacks=[average(**options), best],
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    assert in_file(best.last_model_path).private
+    trained(tmp_path, module)
+    tested = Model()
+    run.test(tested, loader(), ckpt_path="last", weights_only=True, verbose=False)
+    trained(tmp_path, tested)
+    assert ledger_of(tested).private
+
+
+def test_changes_that_are_declared_public_are_accepted_and_counted(tmp_path, keys):
+    with pytest.raises(LedgerError, match="carries no privacy ledger"):
+        declare_public_weights(Model())
+    module, _ = trained(tmp_path)
+    plain(tmp_path).fit(module, loader())
+    told = []
+    events.subscribe("declared", told.append)
+    declare_public_weights(module)
+    events.unsubscribe("declared")
+    assert [event.action for event in told] == ["privacy.declare"]
+    assert told[0].details["changed_weights"] == 2
+    _, run = trained(tmp_path, module, plugins=[EncryptedCheckpointIO(keys)])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    ledger = in_file(tmp_path / "a.ckpt", keys)
+    assert (ledger.steps, ledger.private, ledger.declared_public) == (2 * STEPS, True, 1)
+    _only_head(tmp_path, module)  # a declaration is about what was, not about what comes
+    with pytest.raises(LedgerError, match="have changed since"):
+        trainer(tmp_path).fit(module, loader())
+
+
+def test_a_ledger_without_a_release_leaves_nothing_on_the_module(tmp_path):
+    class Bad(Model):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("before the first step")
+
+    module = Bad()
+    before = set(vars(module))
+    with pytest.raises(ValueError, match="first step"):
+        trainer(tmp_path).fit(module, loader())
+    assert ledger_of(module) is None
+    assert not {"on_save_checkpoint", "on_fit_start", "on_fit_end"} & (set(vars(module)) - before)
