@@ -341,7 +341,9 @@ def bring_ledger(module: Module, checkpoint: Mapping[str, Any]) -> None:
     """
     ledger = Ledger.from_checkpoint(checkpoint)
     if ledger is not None:
-        ledger.weights = noted_weights(module, checkpoint.get("state_dict"))
+        # Of the second, Lightning's WeightAveraging makes the module's weights in some cases.
+        taken_over = (checkpoint.get(key, {}) for key in ("state_dict", "current_model_state"))
+        ledger.weights = noted_weights(module, *taken_over)
         keep_ledger(module, ledger)
 
 

@@ -24,6 +24,8 @@ _ROW: Final = 1 << 16  # elements; fits into a core's cache, with their products
 _ROWS_AT_ONCE: Final = 128  # on other devices than the CPU
 _ODD: Final = 6364136223846793005
 
+_Digests = dict[torch.dtype, frozenset[int]]
+
 
 @dataclass(frozen=True)
 class WeightNote:
@@ -33,36 +35,37 @@ class WeightNote:
         shape: That of all of it, or of the part that this process held.
         part: Whether this process held a part only.
         persistent: Whether checkpoints hold it.
-        digests: A digest of its elements in their order, by the type that they are rounded to.
+        digests: Of its elements in their order, by the type that they are rounded to. There are
+            several if it may have been one of several weights.
     """
 
     shape: torch.Size
     part: bool
     persistent: bool
-    digests: dict[torch.dtype, int]
+    digests: _Digests
 
 
-def noted_weights(
-    module: nn.Module, state_dict: Mapping[str, Any] | None = None
-) -> dict[str, WeightNote]:
+def noted_weights(module: nn.Module, *taken_over: Mapping[str, Any]) -> dict[str, WeightNote]:
     """Note all parameters and buffers of a module, frozen ones too, by name.
 
     Args:
         module: Its weights are noted as they are.
-        state_dict: What the module is about to take over; noted in the place of its own.
+        taken_over: State dicts of which the module is about to take over one; their weights are
+            noted in the place of its own.
 
     A digest is no cryptographic one: it shows mistakes. Elements that moved change it. Weights
     without memory (lazy ones, ``meta``), sparse ones, and those of types that hide their memory are
-    not noted. One pass over 100 million float32 weights takes 0.16 s on one core, a note 0.9 s.
+    not noted. For 100 million float32 weights a digest takes 0.2 s on one core, and a note 1.0 s.
     """
-    given = state_dict or {}
     notes = {}
     for name, (own, persistent) in _weights(module).items():
-        value = given.get(name)
-        weight = value.detach() if isinstance(value, Tensor) else own
-        held = local_part(weight)
-        if (digests := _digests(held)) is not None:
-            notes[name] = WeightNote(held.shape, held is not weight, persistent, digests)
+        given = [state[name] for state in taken_over if isinstance(state.get(name), Tensor)]
+        for weight in given or [own]:
+            held = local_part(weight.detach())
+            digests = _digests(held, notes[name].digests if name in notes else {})
+            if digests:
+                part = held.shape != weight.shape
+                notes[name] = WeightNote(held.shape, part, persistent, digests)
     return notes
 
 
@@ -117,13 +120,13 @@ class _Weight:
             self._held = self.own = self.own.full_tensor()  # type: ignore[attr-defined] # DTensor's
         now = self._held.dtype
         own = self._digest()
-        if own is None or note.digests.get(now) == own:
+        if own is None or own in note.digests.get(now, ()):
             return True
         if not now.is_floating_point:
             return False
         # Elements that a narrower type holds exactly may have been rounded to it in between.
         return any(
-            self._digest(narrower, now) == own and self._digest(narrower) == known
+            self._digest(narrower, now) == own and self._digest(narrower) in known
             for narrower, known in note.digests.items()
             if narrower != now and narrower.is_floating_point
         )
@@ -153,15 +156,13 @@ def _own_weights(part: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield name, buffer, name not in part._non_persistent_buffers_set
 
 
-def _digests(weight: Tensor) -> dict[torch.dtype, int] | None:
-    own = _digest(weight)
-    if own is None:
-        return None
-    digests = {weight.dtype: own}
-    for narrower in _NARROWER.get(weight.dtype, ()):
-        rounded = _digest(weight, narrower)
-        if rounded is not None:
-            digests[narrower] = rounded
+def _digests(weight: Tensor, others: _Digests) -> _Digests:
+    """Return a weight's digests beside those of others that are as good."""
+    digests = dict(others)
+    for kind in (weight.dtype, *_NARROWER.get(weight.dtype, ())):
+        digest = _digest(weight) if kind == weight.dtype else _digest(weight, kind)
+        if digest is not None:
+            digests[kind] = digests.get(kind, frozenset()) | {digest}
     return digests
 
 
