@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,8 @@ __all__ = [
     "require_same_weights",
     "write_ledger",
 ]
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY: Final = "lightning_secure"
 _ATTRIBUTE: Final = "_lightning_secure_ledger"
@@ -49,7 +52,7 @@ def drop_ledger(module: Any) -> None:
         wrapped = vars(module).get(name)
         if getattr(wrapped, "func", None) is hook:
             del vars(module)[name]
-            if (own := wrapped.args[1]) is not None:  # type: ignore[union-attr] # a partial
+            if (own := wrapped.args[1]) is not None:
                 vars(module)[name] = own
 
 
@@ -67,8 +70,8 @@ def write_ledger(module: Any, checkpoint: dict[str, Any]) -> None:
     """
     ledger = ledger_of(module)
     if ledger is not None:
-        if ledger.weights is not None and changed_weights(module, ledger.weights):
-            ledger = _marked(ledger)
+        if changed := changed_weights(module, ledger.weights or {}):
+            ledger = _marked(ledger, changed)
         checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}
 
 
@@ -119,11 +122,18 @@ def declare_public_weights(module: Any) -> None:
     keep_ledger(module, ledger)
 
 
-def _marked(ledger: Ledger) -> Ledger:
-    """Return a copy of a ledger that claims nothing for the weights it is written with."""
+def _marked(ledger: Ledger, changed: list[str]) -> Ledger:
+    """Return a copy of a ledger that claims nothing for the weights it is about."""
     marked = copy.deepcopy(ledger)
     if _CHANGED not in marked.insecure:
         marked.insecure = (*marked.insecure, _CHANGED)
+        log.warning(
+            "%d weights, %r first, have changed since the last private fit: the ledger says so, "
+            "and its epsilon is infinite. If no training row was used, call "
+            "declare_public_weights(module).",
+            len(changed),
+            changed[0],
+        )
     return marked
 
 
@@ -153,8 +163,8 @@ def _compare(module: Any) -> None:
     ledger = ledger_of(module)
     if ledger is None or _fits_privately(module):
         return
-    if changed_weights(module, ledger.weights or {}):
-        keep_ledger(module, _marked(ledger))
+    if changed := changed_weights(module, ledger.weights or {}):
+        keep_ledger(module, _marked(ledger, changed))
     else:
         ledger.weights = noted_weights(module)
 

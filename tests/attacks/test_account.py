@@ -210,6 +210,17 @@ def test_a_checkpoint_says_what_was_trained_without_noise(tmp_path, keys):
         resumed.fit(Model(), loader(), ckpt_path=paths[1])
 
 
+def test_checkpoints_within_a_later_private_fit_are_private(tmp_path, caplog):
+    module, _ = trained(tmp_path)
+    best = ModelCheckpoint(tmp_path / "c", every_n_train_steps=4, save_top_k=-1)
+    trained(tmp_path, module, callbacks=[best], enable_checkpointing=True)
+    ledgers = [in_file(path) for path in sorted((tmp_path / "c").glob("*.ckpt"))]
+    assert [(ledger.steps, ledger.private) for ledger in ledgers] == [(12, True), (16, True)]
+    assert "have changed since" not in caplog.text
+    plain(tmp_path).fit(module, loader())
+    assert "2 weights, 'head.weight' first, have changed since" in caplog.text
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -391,7 +402,7 @@ PAST = [
     [(past, "fitted") for past in PAST]
     + [
         (past, how)
-        for past in (_only_head, _only_frozen, _a_new_head)
+        for past in (_only_head, _frozen_by_hand, _a_new_head)
         for how in ("loaded", "validated", "copied")
     ],
 )

@@ -45,7 +45,7 @@ CATALOGUE = [
     Mutation(
         "training without noise in between is not noticed",
         "strategies/training.py",
-        "                require_same_weights(module, self._ledger)\n",
+        "                    require_same_weights(module, self._ledger)\n",
         "",
         f"{RUNS} -k in_between",
     ),
