@@ -166,6 +166,13 @@ def test_hooks_of_the_modules_own_are_still_called(tmp_path):
     assert in_file(tmp_path / "a.ckpt").steps == 2 * STEPS
 
 
+def test_a_private_strategy_writes_the_ledger_where_the_hook_is_exchanged(tmp_path):
+    module, run = trained(tmp_path)
+    module.on_save_checkpoint = lambda checkpoint: None
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert in_file(tmp_path / "a.ckpt").steps == STEPS
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch"])
 def test_a_copy_carries_its_own_ledger(tmp_path, how):
     module, _ = trained(tmp_path)

@@ -24,6 +24,13 @@ CATALOGUE = [
         f"{ACCOUNT} -k hooks_of_the_modules_own",
     ),
     Mutation(
+        "a private strategy relies on the module's hook for the ledger",
+        "strategies/accounted.py",
+        "            write_ledger(self._module, checkpoint)\n",
+        "            pass\n",
+        f"{ACCOUNT} -k hook_is_exchanged",
+    ),
+    Mutation(
         "a checkpoint claims weights that were trained without noise",
         "privacy/carrying.py",
         "            ledger = _marked(ledger, changed)\n",

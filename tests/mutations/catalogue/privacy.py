@@ -151,9 +151,9 @@ CATALOGUE = [
     ),
     Mutation(
         "checkpoints have no account",
-        "strategies/accounted.py",
-        "        if ledger is not None:\n            checkpoint[",
-        "        if False:\n            checkpoint[",
+        "privacy/carrying.py",
+        '        checkpoint[CHECKPOINT_KEY] = {"privacy": ledger.state_dict()}\n',
+        "        pass\n",
         f"{STRATEGY} -k every_checkpoint",
     ),
     Mutation(
