@@ -85,9 +85,16 @@ def trained(tmp_path, module=None, **options):
 
 def in_file(path, keys=None):
     """Return the ledger of a checkpoint, encrypted or not."""
-    if keys is None:
-        return Ledger.from_checkpoint(torch.load(path, weights_only=True))
-    return Ledger.from_checkpoint(EncryptedCheckpointIO(keys).load_checkpoint(path))
+    io = TorchCheckpointIO() if keys is None else EncryptedCheckpointIO(keys)
+    ledger = Ledger.from_checkpoint(io.load_checkpoint(path, weights_only=True))
+    assert ledger is not None, "the checkpoint has no ledger"
+    return ledger
+
+
+def carried(module):
+    """Return the ledger of a module."""
+    assert (ledger := ledger_of(module)) is not None, "the module has no ledger"
+    return ledger
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +139,7 @@ def test_a_plain_trainer_saves_the_ledger_too(tmp_path, keys, kind, strategy, we
         plugin = getattr(plugin, "checkpoint_io", None)
     ledger = in_file(path, None if kind == "in the clear" else keys)
     assert (ledger.steps, ledger.private) == (STEPS, True)
-    assert ledger.run_id == ledger_of(module).run_id
+    assert ledger.run_id == carried(module).run_id
 
 
 class Saves(Model):
@@ -188,7 +195,7 @@ def test_a_copy_carries_its_own_ledger(tmp_path, how):
     run.fit(other, loader())
     run.save_checkpoint(tmp_path / "other.ckpt")
     assert not in_file(tmp_path / "other.ckpt").private
-    assert ledger_of(module).private, "the copy's training is not the original's"
+    assert carried(module).private, "the copy's training is not the original's"
     run = plain(tmp_path)
     run.validate(module, loader(), verbose=False)
     run.save_checkpoint(tmp_path / "own.ckpt")
@@ -247,9 +254,9 @@ def test_every_ckpt_path_brings_the_ledger(tmp_path, keys, kind, way):
     getattr(again, way)(
         module, loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, **options
     )
-    assert ledger_of(module).steps == STEPS
+    assert carried(module).steps == STEPS
     trained(tmp_path, module)  # and nothing has changed
-    assert ledger_of(module).steps == 2 * STEPS
+    assert carried(module).steps == 2 * STEPS
 
 
 def test_a_datamodule_of_ours_brings_it_where_no_callback_does(tmp_path, keys, monkeypatch):
@@ -263,7 +270,7 @@ def test_a_datamodule_of_ours_brings_it_where_no_callback_does(tmp_path, keys, m
     again.validate(
         module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
     )
-    assert ledger_of(module).steps == STEPS
+    assert carried(module).steps == STEPS
 
 
 class Wider(Model):
@@ -285,9 +292,9 @@ def test_a_subclass_gets_the_ledger_and_may_add_to_it(tmp_path, keys):
             again.validate(module, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
         module.extra.requires_grad_(False)
         module.other = nn.Linear(4, 4).requires_grad_(False)
-        steps = ledger_of(module).steps
+        steps = carried(module).steps
         trained(tmp_path, module)
-        assert ledger_of(module).steps > steps == STEPS
+        assert carried(module).steps > steps == STEPS
 
 
 # ---------------------------------------------------------------- training past the ledger
@@ -500,7 +507,7 @@ def test_what_is_no_training_is_not_taken_for_it(tmp_path, keys, change):
         again.save_checkpoint(tmp_path / "b.ckpt")
         assert in_file(tmp_path / "b.ckpt").private
         trained(tmp_path, module)
-        assert ledger_of(module).private
+        assert carried(module).private
 
 
 @pytest.mark.parametrize("average", [EMAWeightAveraging, StochasticWeightAveraging])
@@ -518,7 +525,7 @@ def test_averaged_weights_of_a_private_fit_are_its_own(tmp_path, average):
     tested = Model()
     run.test(tested, loader(), ckpt_path="last", weights_only=True, verbose=False)
     trained(tmp_path, tested)
-    assert ledger_of(tested).private
+    assert carried(tested).private
 
 
 def test_changes_that_are_declared_public_are_accepted_and_counted(tmp_path, keys):
