@@ -93,7 +93,8 @@ def in_file(path, keys=None):
 
 def carried(module):
     """Return the ledger of a module."""
-    assert (ledger := ledger_of(module)) is not None, "the module has no ledger"
+    ledger = ledger_of(module)
+    assert ledger is not None, "the module has no ledger"
     return ledger
 
 
