@@ -349,6 +349,11 @@ def _in_another_type_and_back(tmp_path, module):
     module.to(torch.float32)
 
 
+def _by_hand_and_cast(tmp_path, module):
+    _by_hand(module)
+    module.to(torch.float64)
+
+
 def _in_half(tmp_path, module):
     plain(tmp_path, precision="bf16-true").fit(module, loader())
     module.to(torch.float32)
@@ -407,8 +412,8 @@ def _a_buffer_of_no_checkpoint(tmp_path, module):
 
 PAST = [
     _only_head, _only_frozen, _frozen_by_hand, _in_another_type, _in_another_type_and_back,
-    _in_half, _renamed_before, _renamed_after, _another_shape_after, _a_new_head, _an_adapter,
-    _permuted, _a_buffer, _a_buffer_of_no_checkpoint,
+    _by_hand_and_cast, _in_half, _renamed_before, _renamed_after, _another_shape_after,
+    _a_new_head, _an_adapter, _permuted, _a_buffer, _a_buffer_of_no_checkpoint,
 ]  # fmt: skip
 
 

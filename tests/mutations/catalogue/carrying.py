@@ -98,7 +98,7 @@ CATALOGUE = [
         "privacy/weights.py",
         "        if own is None or own in note.digests.get(now, ()):\n",
         "        if own is None or own in note.digests.get(now, (own,)):\n",
-        f"{ACCOUNT} -k 'past_the_ledger and in_another_type-'",
+        f"{ACCOUNT} -k 'past_the_ledger and by_hand_and_cast'",
     ),
     Mutation(
         "a renamed weight is taken for a new one",
