@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import distributed
 from torch.utils.data import DataLoader
 
+from lightning_secure.agreement import Statement, compared, gathered
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
@@ -43,7 +46,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         output: ``tuple`` or ``dict``, see :class:`EncryptedShardDataset`.
         columns: Which columns a sample has, in which order. All by default.
         seed: Of the order of the training rows, from 0 to 2**64 - 1. By default what
-            ``seed_everything`` was given, or 0.
+            ``seed_everything`` was given, or 0; in several processes, in the first.
         drop_last: Whether training rows that fill no whole batch in each process are left out.
         transform: Applied to each batch, after it is on the device; or one for some of the splits,
             by name.
@@ -113,6 +116,7 @@ class EncryptedDataModule(pl.LightningDataModule):
             "manifest_digest": manifest_digest,
         }
         self._datasets: dict[str, EncryptedShardDataset] = {}
+        self._shared_seed: int | None = None
 
     @property
     def manifest_digest(self) -> str | None:
@@ -126,13 +130,20 @@ class EncryptedDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Verify the manifest and unwrap the keys of the splits that ``stage`` needs.
 
+        Where several processes train or evaluate together, they agree on what they read.
+
         Raises:
             ConfigError: The Trainer's strategy would write checkpoints past a CheckpointIO that
-                encrypts or redacts them, or the split is missing.
+                encrypts or redacts them, or the split is missing. Or the processes read different
+                rows or read them differently, or another process failed here.
         """
-        if self.trainer is not None:
-            introduce(self.trainer.strategy)
-            bring_ledger_with_weights(self.trainer.strategy)
+        with self._agreeing(stage):
+            if self.trainer is not None:
+                introduce(self.trainer.strategy)
+                bring_ledger_with_weights(self.trainer.strategy)
+            self._open(stage)
+
+    def _open(self, stage: str) -> None:
         needed, *optional = _STAGES[stage]
         self._dataset(needed)
         manifest = self._datasets[needed].manifest
@@ -142,6 +153,52 @@ class EncryptedDataModule(pl.LightningDataModule):
             else:
                 # The hook that does nothing is how Lightning knows that there is no loader.
                 vars(self)["val_dataloader"] = super().val_dataloader
+
+    @contextlib.contextmanager
+    def _agreeing(self, stage: str) -> Iterator[None]:
+        """Go on in all processes of a run, or in none: a loader would wait for the others in vain.
+
+        Raises:
+            ConfigError: if the processes do not agree, or one of them has failed or gone.
+        """
+        trainer = self.trainer
+        # Not where the hook is called by hand, which other processes need not do.
+        together = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        if not together or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            yield
+            return
+        try:
+            yield
+            statement = self._statement(stage)
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # who has gone already need not be told
+                compared(None)
+            raise
+        found: list[str] = ["another process has gone or did not answer in time"]
+        with contextlib.suppress(RuntimeError):  # its text names machines
+            found = compared(statement)
+            if not found:
+                self._shared_seed = gathered(_global_seed())[0]
+        if found:
+            raise ConfigError(
+                f"the processes of this run do not read the same data: {'; '.join(found)}. Open "
+                "the same dataset with the same arguments in every process. Nothing was read."
+            )
+
+    def _statement(self, stage: str) -> Statement:
+        """Return what the batches of a stage follow from, in all processes together."""
+        stated: dict[str, str | bytes] = {
+            "batch_size": str(self.batch_size),
+            "seed": str(self._seed),
+            "drop_last": str(self._drop_last),
+            "window_bytes": str(self._loading["window_bytes"]),
+        }
+        for split in _STAGES[stage]:
+            dataset = self._datasets.get(split)
+            stated[f"the split {split!r}"] = "absent" if dataset is None else "present"
+            if dataset is not None:
+                stated |= {f"{k} of {split!r}": v for k, v in dataset.rows_statement().items()}
+        return stated
 
     def _dataset(self, split: str) -> EncryptedShardDataset:
         if split not in self._datasets:
@@ -165,7 +222,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         loader = self._loader(
             "train",
             shuffle=not getattr(trainer, "overfit_batches", False),
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed,
+            seed=self._order_seed(),
             drop_last=self._drop_last,
             trained_batches=partial(_trained_batches, trainer) if trainer is not None else None,
         )
@@ -176,6 +233,12 @@ class EncryptedDataModule(pl.LightningDataModule):
                 _count_from(trainer, loader.batches_done)
         self._train_loader = loader
         return loader
+
+    def _order_seed(self) -> int:
+        if self._seed is not None:
+            return self._seed
+        # Of the first process: a seed of each one's own would give each another order of the rows.
+        return _global_seed() if self._shared_seed is None else self._shared_seed
 
     def val_dataloader(self) -> EncryptedLoader:
         """Return batches of ``val`` in order."""
@@ -257,6 +320,10 @@ class EncryptedDataModule(pl.LightningDataModule):
                 "Nothing was read."
             )
         self._resume = saved.get("position")
+
+
+def _global_seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _trained_batches(trainer: pl.Trainer) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_secure import events
+from lightning_secure.agreement import Statement
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, SplitEntry, read_manifest
 from lightning_secure.data.buffers import Buffers, Ints, Rows
@@ -190,6 +191,19 @@ class EncryptedShardDataset(Dataset[Any]):
     def output(self) -> Output:
         """Whether a sample is a tuple or a dict."""
         return self._output
+
+    def rows_statement(self) -> Statement:
+        """Return what the rows, their order and the form of a sample follow from."""
+        manifest = self._manifest
+        return {
+            "the dataset's id": manifest.dataset_id.hex(),
+            "the generation": str(manifest.generation),
+            "the split": self._split,
+            "the rows": self.entry.content_digest,
+            "the manifest's digest": manifest.digest,
+            "the columns": ", ".join(self._names),
+            "output=": self._output,
+        }
 
     def __len__(self) -> int:
         return self._shards.rows

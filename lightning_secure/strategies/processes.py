@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,8 +20,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_secure.agreement import Statement, compared, gathered, ranks
 from lightning_secure.errors import (
     LightningSecureError,
     PrivacyError,
@@ -33,13 +36,28 @@ from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import Chunk, seed_of_rank
 from lightning_secure.privacy.units.base import widened
 from lightning_secure.strategies.randomness import FreshRandomness
-from lightning_secure.strategies.reduction import add_over_processes
+from lightning_secure.strategies.reduction import add_over_processes, answered
+from lightning_secure.strategies.same_rows import (
+    describe_rows,
+    different_rows,
+    read_rows,
+    rows_apart,
+    split_by_rank,
+)
+from lightning_secure.strategies.statements import (
+    loader_statement,
+    model_statement,
+    optimizer_statement,
+    run_statement,
+)
 from lightning_secure.strategies.steps import required
 from lightning_secure.strategies.training import PrivateTraining
 
 __all__ = ["SeveralProcesses"]
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class SeveralProcesses(PrivateTraining, ParallelStrategy):
@@ -118,19 +136,72 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             # Otherwise Lightning puts a sampler of its own in the place of the user's, and nobody
             # can tell any more whether that drew all rows alike.
             vars(connector)["_prepare_dataloader"] = partial(_as_it_is, connector)
+        # Before weights are sent around, which takes the same shapes in every process.
+        self._agree(lambda: model_statement(self._module))
         super().setup(trainer)
 
-    def _part(self, rows: int) -> tuple[int, int]:
-        counts = [0] * self.world_size
-        counts[self.global_rank] = rows
-        if len(set(self._added(counts))) > 1:
+    def setup_environment(self) -> None:
+        """Connect the processes, and make sure that they are about to do the same.
+
+        Raises:
+            UnsupportedTrainerOptionError: if they are not.
+        """
+        super().setup_environment()
+        self._agree(lambda: run_statement(self._module.trainer, self.config, self._public_metrics))
+
+    def _part(self, loader: DataLoader[Any]) -> tuple[int, int]:
+        if self.world_size > 1:
+            self._require_same_rows(loader)
+        return self.global_rank, self.world_size
+
+    def _require_same_optimizer(self) -> None:
+        self._agree(
+            lambda: optimizer_statement(self.optimizers, self.lr_scheduler_configs, self._module)
+        )
+
+    def _require_same_rows(self, loader: DataLoader[Any]) -> None:
+        rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
+        begins = self._ledger is None
+        self._agree(lambda: loader_statement(loader, begins=begins, config=self.config))
+        with self._together():
+            described = describe_rows(loader.dataset)
+        found = answered(lambda: compared(described.statement))
+        if described.complete and not found:
+            return
+        with self._together():
+            read = read_rows(loader)
+        everyone = answered(lambda: gathered((described.indices, read, rows)))
+        indices, reads, counts = zip(*everyone, strict=True)
+        if not found:
+            apart, places = rows_apart(reads)
+            if apart:
+                found = [f"rows of the training dataset ({ranks(apart)} read others than rank 0)"]
+            elif not places:
+                log.warning(
+                    "no row of the training dataset could be read twice alike, so the processes "
+                    "could not compare their rows. The epsilon holds only if each process has the "
+                    "same rows in the same order."
+                )
+        if found:
+            self._fail_together(different_rows(found, split_by_rank(indices, reads, counts)))
+
+    def _agree(self, statement: Callable[[], Statement]) -> None:
+        """Compare a statement over all processes.
+
+        Raises:
+            UnsupportedTrainerOptionError: if they differ.
+        """
+        if self.world_size == 1:
+            return
+        with self._together():
+            own = statement()
+        if found := answered(lambda: compared(own)):
             self._fail_together(
                 UnsupportedTrainerOptionError(
-                    "the training datasets of the processes have different numbers of rows. Give "
-                    "each process the whole dataset; it draws from its own part. No step was taken."
+                    f"the processes of this run were not given the same: {'; '.join(found)}. Run "
+                    "the same script with the same settings in every process. No step was taken."
                 )
             )
-        return self.global_rank, self.world_size
 
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
@@ -258,22 +329,22 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning's; not within a training step."""
         self._require_no_chunk()
-        return super().reduce(*args, **kwargs)  # type: ignore[safe-super]
+        return answered(partial(super().reduce, *args, **kwargs))  # type: ignore[safe-super]
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Lightning's; not within a training step."""
         self._require_no_chunk()
-        return super().all_gather(*args, **kwargs)
+        return answered(partial(super().all_gather, *args, **kwargs))
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """As Lightning's; not within a training step."""
         self._require_no_chunk()
-        return super().broadcast(obj, src)  # type: ignore[safe-super]
+        return answered(partial(super().broadcast, obj, src))  # type: ignore[safe-super]
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; not within a training step."""
         self._require_no_chunk()
-        super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+        answered(partial(super().barrier, *args, **kwargs))  # type: ignore[safe-super]
 
     def _require_no_chunk(self) -> None:
         if self._in_chunk:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.carrying import require_same_weights
@@ -74,6 +76,7 @@ class PrivateTraining(SteppingStrategy):
             return
         with self._together():
             require_optimizers(self.optimizers)
+        self._require_same_optimizer()
         with self._whole(), self._together():
             self._engine = GradientEngine(
                 module,
@@ -104,8 +107,8 @@ class PrivateTraining(SteppingStrategy):
         with self._together():
             loader = require_plain_loader(dataloader)
             require_distinct_rows(loader.dataset)
+        rank, world_size = self._part(loader)
         rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
-        rank, world_size = self._part(rows)
         if self._ledger is None:
             batch_size = (loader.batch_size or 1) * world_size
             self._carry(partial(self._begun, rows, batch_size))
@@ -184,9 +187,12 @@ class PrivateTraining(SteppingStrategy):
             with self._together():
                 require_same_promise(self.config, ledger)
 
-    def _part(self, rows: int) -> tuple[int, int]:
-        """Return which part of how many parts of the rows this process draws from."""
+    def _part(self, loader: DataLoader[Any]) -> tuple[int, int]:
+        """Return which part of how many parts of a loader's rows this process draws from."""
         return 0, 1
+
+    def _require_same_optimizer(self) -> None:
+        """Make sure that all processes that train together have set up the same optimizer."""
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
