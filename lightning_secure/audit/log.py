@@ -21,12 +21,15 @@ from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
 from lightning_secure.files import release_lock
 from lightning_secure.forks import ForkLock
+from lightning_secure.ranks import host_name, job_id, rank_of_process
 
 __all__ = ["AuditLog", "AuditSummary"]
 
 _GENESIS: Final = "0" * 64
-_VERSION: Final = 1
-_FIELDS: Final = {"version", "seq", "time", "action", "outcome", "pid", "details", "prev"}
+_VERSION: Final = 2
+_FIRST: Final = {"version", "seq", "time", "action", "outcome", "pid", "details", "prev"}
+#: By version. A log that an older version began is gone on with.
+_FIELDS: Final = {1: _FIRST, 2: _FIRST | {"host", "rank", "job"}}
 _BLOCK: Final = 65536
 
 
@@ -66,8 +69,10 @@ class AuditLog:
         path: The file. It is made, with mode 0600, by the first record.
 
     A record is one line of canonical JSON: ``version``, ``seq`` (from 0), ``time`` (UTC, RFC
-    3339), ``action``, ``outcome``, ``pid``, ``details``, and ``prev``, the SHA-256 of the line
-    before it without its newline.
+    3339), ``action``, ``outcome``, ``pid``, ``host``, ``rank`` of the process in its run (0 if it
+    is alone), ``job``, which is the scheduler's or launcher's id of it or empty, ``details``, and
+    ``prev``, the SHA-256 of the line before it without its newline. Records of version 1, by older
+    versions of this package, have no host, rank and job.
 
     Several threads and processes may write to one log; each record is on disk before
     :meth:`append` returns. An object that has written or read a record writes no other unless that
@@ -141,6 +146,9 @@ class AuditLog:
                 "action": action,
                 "outcome": outcome,
                 "pid": owner,
+                "host": host_name(),
+                "rank": rank_of_process(),
+                "job": job_id(),
                 "details": details,
                 "prev": head,
             }
@@ -274,6 +282,8 @@ class AuditLog:
 
 def _parse(line: bytes) -> dict[str, Any]:
     record = parse_json_object(line, what="a record", canonical=True)
-    if record.keys() != _FIELDS or type(record["seq"]) is not int:
+    version = record.get("version")
+    known = type(version) is int and record.keys() == _FIELDS.get(version)
+    if not known or type(record["seq"]) is not int:
         raise IntegrityError("not a record")
     return record

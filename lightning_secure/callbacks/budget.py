@@ -102,9 +102,11 @@ class PrivacyBudget(Callback):
         if not last and (trainer.current_epoch + 1) % self._every_n_epochs:
             return
         ledger = _ledger(trainer)
-        pl_module.log("privacy/epsilon", ledger.epsilon(), prog_bar=True, on_epoch=True)
-        pl_module.log("privacy/delta", ledger.delta, on_epoch=True)
-        pl_module.log("privacy/steps", float(ledger.steps), on_epoch=True)
+        # The same in every process. Their maximum is it, to the bit, which their mean need not be.
+        alike: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "reduce_fx": "max"}
+        pl_module.log("privacy/epsilon", ledger.epsilon(), prog_bar=True, **alike)
+        pl_module.log("privacy/delta", ledger.delta, **alike)
+        pl_module.log("privacy/steps", float(ledger.steps), **alike)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was spent."""

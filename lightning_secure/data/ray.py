@@ -9,7 +9,7 @@ import dataclasses
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -24,7 +24,7 @@ from lightning_secure.data.pins import Pins
 from lightning_secure.data.resume import SealingState
 from lightning_secure.data.room import require_free
 from lightning_secure.data.shard import ShardReader
-from lightning_secure.data.sources.arrow import NullRule, Stack
+from lightning_secure.data.sources.arrow import NullRule, Stack, require_rules
 from lightning_secure.data.sources.tables import table_source
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
@@ -130,6 +130,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "stack": stack,
             "nulls": nulls,
         }
+        require_rules(types or {}, nulls or {})
         self._pins = Pins(min_generation, manifest_digest)
         # A writer knows which arguments are wrong; this one seals nothing.
         EncryptedShardWriter(
@@ -217,10 +218,11 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
                 f"the dataset has no rows for split {self._split!r}, and an empty split is most "
                 "often a mistake upstream. The dataset was left as it was."
             )
-        if any(part["schema"] != parts[0]["schema"] for part in parts):
+        if different := _different(part["schema"] for part in parts):
             raise DataError(
-                "the tasks found columns of different types in their rows; pass schema=. The "
-                "dataset was left as it was."
+                f"the tasks found different columns in their rows: {'; '.join(different)}. Convert "
+                "them before they are written, or pass schema= or types=. The dataset was left as "
+                "it was."
             )
         numbers = [entry.number for entry in shards]
         sealed = sum(entry.records for entry in shards)
@@ -241,6 +243,22 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             ).close()
         return partition
 
+    def _types_of_nulls(self, table: pa.Table) -> dict[str, str]:
+        """Return the schema's types for the columns of a block that hold nulls only."""
+        schema, rules = self._writing["schema"], self._reading["nulls"] or {}
+        if schema is None:
+            return {}
+        scalar = {
+            column.name: column.dtype if column.kind == "tensor" else column.kind
+            for column in schema.columns
+            if not column.shape and column.kind != "ragged" and column.dtype != "bfloat16"
+        }
+        return {
+            field.name: scalar[field.name]
+            for field in table.schema
+            if str(field.type) == "null" and field.name in rules and field.name in scalar
+        }
+
     def _columns(self, blocks: Iterable[Any], part: _Part) -> Iterator[dict[str, Any]]:
         from ray.data.block import BlockAccessor
 
@@ -249,11 +267,36 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             if table.num_rows == 0:
                 continue
             options = {name: value for name, value in self._reading.items() if value is not None}
+            # Of a block in which a column holds nulls only, Arrow knows no type.
+            options["types"] = {**self._types_of_nulls(table), **options.get("types", {})}
             source = table_source(table, **options)
             source.planned(self._writing["anonymize"])
             part.remarks = {**source.remarks, **part.remarks}
             yield from source.batches()
             part.dropped += source.dropped
+
+
+def _different(schemas: Iterable[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Return the columns in which schemas differ, and in what."""
+    tables = [{str(column["name"]): column for column in schema} for schema in schemas]
+    found = []
+    for name in dict.fromkeys(name for table in tables for name in table):
+        forms = dict.fromkeys(_form(table.get(name)) for table in tables)
+        if len(forms) > 1:
+            found.append(f"column {name!r} is {', '.join(f'{form} in some' for form in forms)}")
+    if not found and len({tuple(table) for table in tables}) > 1:
+        found.append("the columns stand in another order in some")
+    return found
+
+
+def _form(column: Mapping[str, Any] | None) -> str:
+    if column is None:
+        return "missing"
+    if column["kind"] in ("bytes", "string"):
+        return str(column["kind"])
+    shape = f" of shape {tuple(column['shape'])}" if column["shape"] else ""
+    ragged = "ragged " if column["kind"] == "ragged" else ""
+    return f"{ragged}{column['dtype']}{shape}"
 
 
 class _Part(EncryptedShardWriter):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
@@ -18,8 +20,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_secure.errors import ConfigError, MissingExtraError
+from lightning_secure.files import exclusive_lock
 from lightning_secure.loggers.client import RedactingClient
 from lightning_secure.loggers.run_tags import RunTags
+from lightning_secure.ranks import rank_of_process
 from lightning_secure.redaction import tally
 from lightning_secure.redaction.mlflow_store.enforce import (
     enforce_mlflow_redaction,
@@ -34,6 +38,8 @@ __all__ = ["RedactingMLFlowLogger"]
 
 _FIRST_URI: Final = os.environ.get("MLFLOW_TRACKING_URI")
 _OWN_URIS: Final[set[str]] = set()
+#: Answers never, and a client of it opens no store.
+_NOWHERE: Final = "https://opened-by-the-first-process.invalid"
 _MOST_TAGS: Final = 100  # that MLflow takes at once
 
 
@@ -100,9 +106,12 @@ class RedactingMLFlowLogger(MLFlowLogger):
     ) -> None:
         switch_telemetry_off()
         uri = tracking_uri or _environments_uri()
+        # Of several processes the first alone logs, and the others must not touch its store.
+        first = rank_of_process() == 0 and not getattr(rank_zero_only, "rank", 0)
         if not uri:
             folder = Path(save_dir).absolute()
-            folder.mkdir(parents=True, exist_ok=True)
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{folder / 'mlflow.db'}"
             artifact_location = artifact_location or (folder / "artifacts").as_uri()
         if uri != os.environ.get("MLFLOW_TRACKING_URI"):
@@ -121,7 +130,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,
-            tracking_uri=uri,
+            tracking_uri=_NOWHERE,  # Lightning opens the store at once
             tags=tags,
             save_dir=str(save_dir),
             log_model=log_model,
@@ -134,10 +143,26 @@ class RedactingMLFlowLogger(MLFlowLogger):
         self._tags_written: dict[str, str] = {}
         self._last_step = 0
         self._redactor = redactor or Redactor()
+        self._policy = policy
         self._strict = policy is not None and policy.strict
-        self._mlflow_client: Any = RedactingClient(
-            self._mlflow_client, self._redactor, policy=policy
-        )
+        self._tracking_uri = uri
+        self._mlflow_client: Any = self._connected() if first else None
+
+    def _connected(self) -> RedactingClient:
+        """Open the store, and make its tables if there are none."""
+        from mlflow.tracking import MlflowClient
+
+        with _alone(self._tracking_uri):
+            client = MlflowClient(self._tracking_uri)
+        return RedactingClient(client, self._redactor, policy=self._policy)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The redacting client of the run; in all processes but the first, one without effect."""
+        if self._mlflow_client is None:  # the environment did not show that this is the first
+            self._mlflow_client = self._connected()
+        return super().experiment
 
     @property
     def redactor(self) -> Redactor:
@@ -157,10 +182,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log metrics with redacted names; text is dropped, for Lightning would print it."""
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-        tags, beside = self._run_tags.release(numbers)
+        tags, numbers = self._run_tags.release(numbers, step)
         self._tag(tags)  # first: what is visible must not have cost more than the tags say
         self._last_step = max(self._last_step, step or 0)
-        numbers = {**numbers, **beside}
         # A container that is written out in a name is looked into here, for Lightning takes its
         # brackets away, and so it would pass for words in the store.
         if not (self._redactor.remembers(numbers) and all(n[:1].isalpha() for n in numbers)):
@@ -168,7 +192,8 @@ class RedactingMLFlowLogger(MLFlowLogger):
                 names = Policy(self._redactor).argument(dict.fromkeys(numbers))
             tally.announce()
             numbers = dict(zip(names, numbers.values(), strict=True))
-        super().log_metrics(numbers, step)
+        if numbers or not metrics:
+            super().log_metrics(numbers, step)
 
     @rank_zero_only
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
@@ -187,7 +212,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
     def finalize(self, status: str = "success") -> None:
         """Tag the run with what it has come to, and end it."""
         if self._initialized:
-            tags, beside = self._run_tags.end(whole=status != "failed")
+            tags, beside = self._run_tags.end(self._last_step, whole=status != "failed")
             self._tag(tags)
             if beside:
                 super().log_metrics(beside, self._last_step)
@@ -204,6 +229,17 @@ class RedactingMLFlowLogger(MLFlowLogger):
             part = entities[start : start + _MOST_TAGS]
             self.experiment.log_batch(self.run_id, tags=part, **self._log_batch_kwargs)
         self._tags_written |= new
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let no other process open an SQLite store meanwhile: MLflow makes its tables then."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    with contextlib.ExitStack() as stack:
+        if path != uri and path and not path.startswith((":memory:", "file:")):
+            with contextlib.suppress(OSError):  # MLflow says what is wrong with the place
+                stack.enter_context(exclusive_lock(Path(f"{path}.lock")))
+        yield
 
 
 def _environments_uri() -> str | None:

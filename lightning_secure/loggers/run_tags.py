@@ -52,6 +52,7 @@ class RunTags:
         self._private = False  # asking a Protocol takes as long as looking through the metrics
         self._counted: tuple[Any, ...] = ()
         self._epsilon = 0.0
+        self._logged: tuple[int | None, float] | None = None
         self._saved: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,24 +73,37 @@ class RunTags:
             tags |= {"private": "false", "epsilon": "inf"}
         return _named({**tags, **self._account()})
 
-    def release(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, float]]:
-        """Return tags, and metrics to be logged beside, for metrics that are about to be logged."""
+    def release(
+        self, metrics: Mapping[str, Any], step: int | None
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return tags, and what to log, for metrics that are about to be logged.
+
+        Epsilon is logged once a step, however often metrics are logged in it.
+        """
+        tags, told = self._released(metrics)
+        logged = {name: value for name, value in metrics.items() if name != _EPSILON or not told}
+        if told and self._logged != (step, self._epsilon):
+            self._logged = (step, self._epsilon)
+            logged[_EPSILON] = self._epsilon
+        return tags, logged
+
+    def _released(self, names: Collection[str]) -> tuple[dict[str, str], bool]:
+        """Return tags for metrics, and whether epsilon belongs beside them."""
         if self._ledger() is None:
-            return {}, {}
+            return {}, False
         guard = _strategy(self._trainer)
         published = guard.published_metrics if isinstance(guard, GuardsMetrics) else {}
         noised = {name: _looked_up(published, name) for name in names if name not in _NO_RELEASE}
         tags = {f"metric.{name}": "public" for name, noise in noised.items() if noise is False}
         told = _EPSILON in names  # by PrivacyBudget, and rounded by Lightning
         if not told and all(noise is False for noise in noised.values()):
-            return _named(tags), {}
+            return _named(tags), False
         before = self._counted
         tags |= self._account()
         for name, noise in noised.items():
             if noise:
                 tags[f"metric.{name}"] = str(self._epsilon)
-        further = {_EPSILON: self._epsilon} if told or self._counted != before else {}
-        return _named(tags), further
+        return _named(tags), told or self._counted != before
 
     def saved(self, checkpoint_callback: Any) -> dict[str, str]:
         """Return tags when a callback has saved a checkpoint."""
@@ -98,15 +112,17 @@ class RunTags:
         later = _written_later(getattr(strategy, "checkpoint_io", None))
         return _named({**self._account(), **({} if later else self._digests())})
 
-    def end(self, *, whole: bool) -> tuple[dict[str, str], dict[str, float]]:
+    def end(self, step: int, *, whole: bool) -> tuple[dict[str, str], dict[str, float]]:
         """Return tags and metrics at the end.
 
         Args:
+            step: The last one.
             whole: Whether checkpoints that were written in the background are complete.
         """
         before = self._counted
         tags = {**self._account(), **(self._digests() if whole else {})}
-        return _named(tags), {} if self._counted == before else {_EPSILON: self._epsilon}
+        known = self._counted == before or self._logged == (step, self._epsilon)
+        return _named(tags), {} if known else {_EPSILON: self._epsilon}
 
     def _ledger(self) -> Ledger | None:
         strategy: Any = _strategy(self._trainer) if self._private else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +20,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
@@ -25,6 +28,7 @@ from torchmetrics import Metric
 
 from lightning_secure.agreement import Statement, compared, gathered, ranks
 from lightning_secure.errors import (
+    ConfigError,
     LightningSecureError,
     PrivacyError,
     UnsupportedModelError,
@@ -59,6 +63,29 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_NO_WRAPPER: Final = "the private strategy adds up clipped sums itself and wraps no torch DDP."
+#: Arguments that users know from other strategies, and why these have none.
+_NOT_TAKEN: Final = {
+    "released_metrics": "metrics of each step are released in one process only, PrivateStrategy.",
+    "start_method": "processes are started as scripts only.",
+    "save_distributed_checkpoint": "checkpoints are whole, in one file.",
+    "tensor_parallel_size": "all processes shard the model, and none of them a layer.",
+    "data_parallel_size": "all processes shard the model, and none of them a layer.",
+    **dict.fromkeys(
+        (
+            "bucket_cap_mb",
+            "ddp_comm_hook",
+            "ddp_comm_state",
+            "ddp_comm_wrapper",
+            "find_unused_parameters",
+            "gradient_as_bucket_view",
+            "model_averaging_period",
+            "static_graph",
+        ),
+        _NO_WRAPPER,
+    ),
+}
+
 
 class SeveralProcesses(PrivateTraining, ParallelStrategy):
     """What private training takes where several processes share a step.
@@ -79,6 +106,10 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         precision_plugin: The same.
         process_group_backend: The same.
         timeout: How long a process waits for the others before it fails.
+        unknown: Refused.
+
+    Raises:
+        ConfigError: if an argument is unknown.
 
     Attributes:
         asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
@@ -108,7 +139,10 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise unknown_arguments(type(self).__name__, unknown)
         # Processes are started as scripts only: a process that was forked or spawned would hand
         # its weights back to this one, and their account would stay behind.
         super().__init__(
@@ -136,6 +170,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             # Otherwise Lightning puts a sampler of its own in the place of the user's, and nobody
             # can tell any more whether that drew all rows alike.
             vars(connector)["_prepare_dataloader"] = partial(_as_it_is, connector)
+            signals = trainer._signal_connector
+            vars(signals)["_sigterm_notifier_fn"] = partial(_note_sigterm, signals)
         # Before weights are sent around, which takes the same shapes in every process.
         self._agree(lambda: model_statement(self._module))
         super().setup(trainer)
@@ -144,9 +180,19 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Connect the processes, and make sure that they are about to do the same.
 
         Raises:
-            UnsupportedTrainerOptionError: if they are not.
+            PrivacyError: if another process does not start in time.
+            UnsupportedTrainerOptionError: if they are about to do different things.
         """
-        super().setup_environment()
+        started = True
+        try:
+            super().setup_environment()
+        except distributed.DistError:
+            started = False
+        if not started:  # raised out here: the text of the other one names machines
+            raise PrivacyError(
+                f"not all {self.world_size} processes of this run started in time. No step was "
+                "taken. Start the script in every process, and see what the others say."
+            )
         self._agree(lambda: run_statement(self._module.trainer, self.config, self._public_metrics))
 
     def _part(self, loader: DataLoader[Any]) -> tuple[int, int]:
@@ -359,8 +405,19 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Take everything off again."""
         if self._lightning_module is not None and self._module._trainer is not None:
             vars(self._module._trainer._data_connector).pop("_prepare_dataloader", None)
+            vars(self._module._trainer._signal_connector).pop("_sigterm_notifier_fn", None)
         super().teardown()
         self._shared_failure = None
+
+
+def unknown_arguments(strategy: str, names: Iterable[str]) -> ConfigError:
+    """Return the error for arguments that a strategy does not have."""
+    found = sorted(names)
+    reasons = [f"{name}: {_NOT_TAKEN[name]}" for name in found if name in _NOT_TAKEN]
+    return ConfigError(
+        f"{strategy} has no argument {', '.join(map(repr, found))}. "
+        f"{''.join(f'{reason} ' for reason in reasons)}Leave it out. Nothing was started."
+    )
 
 
 def _failed_elsewhere() -> PrivacyError:
@@ -377,6 +434,17 @@ def _as_it_is(
     if mode == RunningStage.TRAINING:
         return dataloader
     return _DataConnector._prepare_dataloader(connector, dataloader, shuffle, mode)
+
+
+def _note_sigterm(signals: _SignalConnector, number: int, frame: FrameType | None) -> None:
+    """Note that the process is to end after its step, and exchange nothing about it.
+
+    Lightning's own handler waits for a broadcast, in the middle of whatever is exchanged just then.
+    """
+    launcher = signals.trainer.strategy.launcher
+    if not signals.received_sigterm and launcher is not None:
+        launcher.kill(signal.Signals(number))
+    signals.received_sigterm = True
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ A null is refused, or treated by a declared rule; it never turns into a NaN. Wha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -28,7 +29,7 @@ from lightning_secure.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Fill", "NullRule", "Stack", "arrow_type", "convert_batch"]
+__all__ = ["Fill", "NullRule", "Stack", "arrow_type", "convert_batch", "require_rules"]
 
 _LEFT: Final = "Nothing of the split was put into the dataset."
 
@@ -83,6 +84,28 @@ def arrow_type(name: str) -> pa.DataType:
     return result
 
 
+def require_rules(types: Mapping[str, str], nulls: Mapping[str, NullRule]) -> None:
+    """Refuse types and rules for nulls that do not exist.
+
+    Raises:
+        ConfigError: if a type or a rule is unknown; the message names the column.
+    """
+    for name, kind in types.items():
+        try:
+            arrow_type(kind)
+        except ConfigError as error:
+            reason = str(error)
+        else:
+            continue
+        raise ConfigError(f"types: column {name!r} has no such type: {reason}")
+    for name, rule in nulls.items():
+        if rule != "drop" and not isinstance(rule, Fill):
+            raise ConfigError(
+                f"the rule for nulls of {name!r} is a {type(rule).__name__}, and neither 'drop' "
+                "nor Fill(value)."
+            )
+
+
 def convert_batch(
     batch: pa.RecordBatch,
     *,
@@ -115,6 +138,8 @@ def convert_batch(
             array = array.dictionary_decode()
         if wanted is not None:
             array = _cast(name, array, arrow_type(wanted))
+        if pa.types.is_null(array.type) and name in nulls:
+            array = array.cast(_type_of_nothing(nulls[name]))
         if array.null_count:
             rule = nulls.get(name)
             missing = array.is_null()
@@ -187,6 +212,16 @@ def _dates(name: str, array: pa.Array, dates: Mapping[str, bool] | None) -> Any:
     if pa.types.is_date32(array.type):
         array = array.cast(pa.int32())
     return array.cast(pa.int64()).to_numpy()
+
+
+def _type_of_nothing(rule: NullRule) -> pa.DataType:
+    """Return a type for a column that holds nulls only, which has none of its own."""
+    pa = extra("pyarrow", "tables", what="a table")
+    kind: Any = pa.int8()  # of rows that are all left out
+    if isinstance(rule, Fill):
+        with contextlib.suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
+            kind = pa.scalar(rule.value).type
+    return kind
 
 
 def _cast(name: str, array: pa.Array, wanted: pa.DataType) -> pa.Array:

@@ -68,8 +68,7 @@ class TableSource(Source):
         self._stack = dict(stack or {})
         self._nulls = dict(nulls or {})
         self._typed = dict(types or {})
-        for kind in self._typed.values():
-            arrow_type(kind)
+        require_rules(self._typed, self._nulls)
         stacked = [name for group in self._stack.values() for name in group.columns]
         chosen = dict.fromkeys([*(fields if columns is None else columns), *stacked])
         self._types = {name: self._typed.get(name) for name in chosen}
@@ -81,9 +80,6 @@ class TableSource(Source):
         self._check()
 
     def _check(self) -> None:
-        for name, rule in self._nulls.items():
-            if rule != "drop" and not isinstance(rule, Fill):
-                raise ConfigError(f"the rule for nulls of {name!r} is neither 'drop' nor Fill().")
         unknown = [
             name for name in [*self._types, *self._typed, *self._nulls] if name not in self._fields
         ]
