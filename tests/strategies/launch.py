@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ import torch
 SECONDS = 30
 
 
-def launch(script: Path, folder: Path, *names: str, world: int = 2) -> dict[str, list]:
+def launch(
+    script: Path, folder: Path, *names: str, world: int = 2, seconds: float = SECONDS
+) -> dict[str, list]:
     """Run a script's scenarios in several processes; return what each process saw, by their names.
 
     They are forked, because the imports take longer than the tests; where torch has more than one
@@ -31,7 +34,8 @@ def launch(script: Path, folder: Path, *names: str, world: int = 2) -> dict[str,
         start(script, [str(folder), *names], {**common, "LOCAL_RANK": str(rank)}, folder, rank)
         for rank in range(world)
     ]
-    codes = [wait() for wait in waits]
+    until = time.monotonic() + seconds
+    codes = [wait(until) for wait in waits]
     outputs = [(folder / f"output{rank}").read_text()[-6000:] for rank in range(world)]
     assert codes == [0] * world, "\n".join(outputs)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
@@ -46,7 +50,7 @@ def _started(script, arguments, environment, folder, rank):
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    return lambda: process.wait(SECONDS)
+    return lambda until: process.wait(max(0, until - time.monotonic()))
 
 
 def _forked(script, arguments, environment, folder, rank):
@@ -54,7 +58,7 @@ def _forked(script, arguments, environment, folder, rank):
     sys.stderr.flush()
     pid = os.fork()
     if pid:
-        return lambda: _ended(pid)
+        return partial(_ended, pid)
     code = 1
     try:
         fd = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT)
@@ -81,8 +85,7 @@ def _save_coverage():
         running.save()
 
 
-def _ended(pid):
-    until = time.monotonic() + SECONDS
+def _ended(pid, until):
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
