@@ -11,7 +11,7 @@ __all__ = ["host_name", "job_id", "rank_of_process"]
 
 #: Of all processes: set by torchrun, Open MPI, MPICH, and jsrun.
 _GLOBAL: Final = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
-#: Slurm, torchrun, LSF, PBS, Grid Engine, AWS Batch, Kubeflow; in the order in which they are asked.
+#: Slurm, torchrun, LSF, PBS, Grid Engine, AWS Batch, in the order in which they are asked.
 _JOBS: Final = (
     "SLURM_JOB_ID",
     "TORCHELASTIC_RUN_ID",
@@ -19,7 +19,6 @@ _JOBS: Final = (
     "PBS_JOBID",
     "JOB_ID",
     "AWS_BATCH_JOB_ID",
-    "PET_RDZV_ID",
 )
 #: What torchrun calls a job that was given no id.
 _UNNAMED: Final = frozenset({"", "none"})
@@ -51,7 +50,7 @@ def host_name() -> str:
 
 
 def job_id() -> str:
-    """Return the id that the cluster's scheduler or launcher gave the job; empty if it gave none."""
+    """Return the id that the scheduler or launcher gave the job; empty if it gave none."""
     found = (os.environ.get(name, "") for name in _JOBS)
     return next((_printable(job) for job in found if job.lower() not in _UNNAMED), "")
 

@@ -55,8 +55,8 @@ class Description(NamedTuple):
     Attributes:
         statement: To be compared.
         complete: Whether the rows and their order follow from it.
-        indices: A sample of the row numbers that a ``Subset`` holds, drawn by the numbers alone; None
-            if there is no ``Subset``.
+        indices: A sample of the row numbers that a ``Subset`` holds, drawn by the numbers alone;
+            None if there is no ``Subset``.
     """
 
     statement: Statement
@@ -306,16 +306,12 @@ def _steady_parts(rows: Sequence[tuple[Part | None, ...] | None]) -> Iterator[bo
             yield None not in parts
 
 
-def _differ(
-    one: tuple[Part | None, ...] | None, other: tuple[Part | None, ...] | None
-) -> bool:
+def _differ(one: tuple[Part | None, ...] | None, other: tuple[Part | None, ...] | None) -> bool:
     if one is None or other is None:
         return False
     if len(one) != len(other):
         return None not in one and None not in other
-    return not all(
-        a is None or b is None or _alike(a, b) for a, b in zip(one, other, strict=True)
-    )
+    return not all(a is None or b is None or _alike(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _alike(one: Part, other: Part) -> bool:

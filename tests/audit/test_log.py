@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import resource
+import socket
 import stat
 import threading
 
@@ -89,6 +91,46 @@ def test_processes_do_not_break_the_chain(log):
     for process in processes:
         process.join()
     assert log.verify().records == 45
+
+
+def test_a_record_names_rank_host_and_job(log, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    log.append("run.start")
+    (record,) = log.records()
+    assert (record["rank"], record["job"]) == (3, "4711")
+    assert record["host"] == socket.gethostname()
+
+
+def test_a_log_of_an_older_version_is_read_and_gone_on_with(log):
+    prev = "0" * 64
+    log.path.parent.mkdir()
+    for seq in range(2):
+        old = {"version": 1, "seq": seq, "time": "2025-01-01T00:00:00.000+00:00", "action": "a",
+               "outcome": "success", "pid": 1, "details": {}, "prev": prev}  # fmt: skip
+        line = json.dumps(old, sort_keys=True, separators=(",", ":")).encode()
+        prev = hashlib.sha256(line).hexdigest()
+        with log.path.open("ab") as file:
+            file.write(line + b"\n")
+    log.append("b")
+    assert log.verify(expected_head=prev).records == 3
+    assert [record["version"] for record in log.records()] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record.update(version=1),
+        lambda record: record.update(version=3),
+        lambda record: record.update(version=True),
+        lambda record: record.pop("host"),
+    ],
+)
+def test_a_record_has_the_fields_of_its_version(log, edit):
+    filled(log)
+    change(log, 0, edit)
+    with pytest.raises(AuditChainError, match="record 0: it is not a record"):
+        log.verify()
 
 
 # ---------------------------------------------------------------- tampering

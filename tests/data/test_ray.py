@@ -12,8 +12,10 @@ import pytest
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data import ray as ray_module
 from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.format import Column, Schema
 from lightning_secure.data.ray import EncryptedShardDatasink
 from lightning_secure.data.rotation import rotate_partition
+from lightning_secure.data.sources.arrow import Fill
 from lightning_secure.errors import (
     ConfigError,
     DataError,
@@ -164,7 +166,10 @@ def test_what_a_dead_task_left_is_removed(tmp_path, keys):
         ([*PARTS, PARTS[0]], None, IntegrityError, "missing or doubled"),
         ([], None, DataError, "no rows"),
         ([(0, [table(0, 0)])], None, DataError, "no rows"),
-        ([(0, [pa.table({"y": [1]})]), (1, [pa.table({"y": [1.5]})])], None, DataError, "schema="),
+        (
+            [(0, [pa.table({"y": [1], "x": [1]})]), (1, [pa.table({"y": [1.5]})])], None, DataError,
+            "column 'y' is int64 in some, float64 in some; column 'x' is int64 in some, missing",
+        ),
         ([(0, [pa.table({"y": [1, None]})])], None, DataError, "null in row 1"),
         ([(2**20, [table(0, 1)])], None, DataError, "write tasks"),
     ],
@@ -250,6 +255,32 @@ def test_a_task_of_which_nothing_is_left_counts(tmp_path, keys):
     parts = [(0, [nothing]), (1, [pa.table({"y": [5]})])]
     write(sink(tmp_path, keys, nulls={"y": "drop"}), parts)
     assert len(EncryptedShardDataset(tmp_path, split="train", keys=keys)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows"), [(Fill(0.0), [1.5, 0.0, 0.0]), ("drop", [1.5])], ids=["fill", "drop"]
+)
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_block_of_nulls_only_is_treated_by_the_rule(tmp_path, keys, rule, rows, declared):
+    """Arrow knows no type for it, and another task's rows have one."""
+    schema = Schema((Column("y", "tensor", "float64"),)) if declared else None
+    parts = [(0, [pa.table({"y": [1.5]})]), (1, [pa.table({"y": pa.nulls(2)})])]
+    write(sink(tmp_path, keys, nulls={"y": rule}, schema=schema), parts)
+    data = EncryptedShardDataset(tmp_path, split="train", keys=keys)
+    assert [data[row][0].item() for row in range(len(data))] == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"types": {"v": "double"}}, "column 'v' has no such type: column type 'double' is none"),
+        ({"nulls": {"v": 0.0}}, "the rule for nulls of 'v' is a float, and neither 'drop'"),
+        ({"nulls": {"v": {"fill": 0.0}}}, "the rule for nulls of 'v' is a dict"),
+    ],
+)
+def test_rules_that_do_not_exist_are_refused_on_the_driver(tmp_path, keys, options, words):
+    with pytest.raises(ConfigError, match=words):
+        sink(tmp_path, keys, **options)
 
 
 def test_the_split_may_be_taken_meanwhile_and_then_stands(tmp_path, keys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
 from lightning_secure.errors import ConfigError, MissingExtraError, RedactionError
+from lightning_secure.files import exclusive_lock
 from lightning_secure.loggers.client import RedactingClient
 from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
@@ -408,3 +410,33 @@ def test_sqlite_files_are_where_they_were_asked_for(tmp_path):
     logger = RedactingMLFlowLogger("experiment", save_dir=tmp_path / "deep" / "runs")
     assert logger.run_id
     assert Path(tmp_path / "deep" / "runs" / "mlflow.db").exists()
+
+
+def test_of_several_processes_the_first_alone_touches_the_store(tmp_path, monkeypatch):
+    """Before there is a process group, the launcher's environment says which one this is."""
+    monkeypatch.setenv("RANK", "1")
+    other = RedactingMLFlowLogger(save_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    # What was left in the environment does not keep a process from logging that is the first.
+    monkeypatch.delenv("RANK")
+    (tmp_path / "runs").mkdir()
+    other.log_metrics({"loss": 1.0}, 0)
+    run = other.experiment.get_run(other.run_id)
+    assert run.data.metrics == {"loss": 1.0}
+    assert isinstance(other.experiment, RedactingClient)
+
+
+def test_two_jobs_open_a_new_store_one_after_the_other(tmp_path):
+    opened = threading.Event()
+
+    def opens():
+        RedactingMLFlowLogger(save_dir=tmp_path)
+        opened.set()
+
+    thread = threading.Thread(target=opens)
+    with exclusive_lock(tmp_path / "mlflow.db.lock"):  # as another job holds it meanwhile
+        thread.start()
+        assert not opened.wait(3)
+        assert not (tmp_path / "mlflow.db").exists()
+    assert opened.wait(60)
+    thread.join()

@@ -6,7 +6,6 @@ import os
 import random
 import sys
 from datetime import timedelta
-from functools import partial
 
 import lightning as L
 import numpy as np

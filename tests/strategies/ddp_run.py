@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from functools import partial
 
 import lightning as L
@@ -137,6 +139,22 @@ class FailsLater(Model):
         return super().training_step(batch, batch_idx)
 
 
+class Terminated(Model):
+    def training_step(self, batch, batch_idx):
+        if RANK == 1 and self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def terminated(folder):
+    run, start, raised = trainer(folder, max_epochs=3, config={"insecure_seed": 3}), time.monotonic(), None
+    try:
+        run.fit(Terminated())
+    except BaseException as error:  # noqa: BLE001 # SystemExit among them
+        raised = (type(error).__name__, str(error))
+    return {"raised": raised, "seconds": time.monotonic() - start}
+
+
 class Contrastive(Model):
     def training_step(self, batch, batch_idx):
         x, _, _ = batch
@@ -181,6 +199,7 @@ SCENARIOS = {
     "journal": in_the_way,
     "promises": promises,
     "budget": failing(Model, config={"target_epsilon": 4.0}, max_epochs=50),
+    "terminated": terminated,
     "fails_outside": failing(Model, FailsOutside(), max_epochs=3),  # last: it ends the connection
 }
 

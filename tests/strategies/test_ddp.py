@@ -21,6 +21,7 @@ from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
+from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
 from lightning_secure.strategies.reduction import answered
 from lightning_secure.strategies.registry import register_strategies
@@ -191,10 +192,10 @@ ELSEWHERE = ("PrivacyError", "another process of this run has failed")
         ("fails_outside", ("PrivacyError", "has gone"), ("ValueError", "outside of the step")),
         ("contrastive", *[("UnsupportedModelError", "rows are mixed in the loss")] * 2),
         ("gathers", *[("UnsupportedModelError", "exchanges something with other")] * 2),
-        ("uneven", *[("UnsupportedTrainerOptionError", "different numbers of rows")] * 2),
+        ("uneven", *[("UnsupportedTrainerOptionError", "is 33 on rank 0, 34 on rank 1")] * 2),
         ("clipped", *[("UnsupportedTrainerOptionError", "gradient_clip_val")] * 2),
         ("journal", ("LedgerError", "cannot be begun"), ELSEWHERE),
-        ("promises", ELSEWHERE, ("LedgerError", "max_grad_norm was 0.3 and is 1.3")),
+        ("promises", *[("UnsupportedTrainerOptionError", "DPConfig(max_grad_norm=) is 0.3")] * 2),
     ],
 )
 def test_what_fails_in_one_process_fails_in_all(tmp_path, name, first, second):
@@ -205,6 +206,14 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path, name, first, second):
         assert text in rank["raised"][1]
         assert rank["seconds"] < 20
         assert rank["steps"] == (2 if name.startswith("fails") else 0)
+
+
+def test_where_one_process_is_terminated_all_end_at_once(tmp_path):
+    """Its scheduler ends one machine; nobody waits for a timeout, which is 15 seconds here."""
+    first, second = results(tmp_path, "terminated")["terminated"]
+    assert first["raised"][0] == "PrivacyError"
+    assert second["raised"][0] == "SIGTERMException"
+    assert max(first["seconds"], second["seconds"]) < 14
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_process_that_has_gone():
@@ -269,6 +278,19 @@ def test_a_name_needs_a_promise_and_then_stands_for_it():
         assert type(strategy) is kind
         assert strategy.config is CONFIG
         assert "lr" in strategy._public_metrics
+
+
+@pytest.mark.parametrize("kind", [PrivateDDPStrategy, PrivateFSDPStrategy])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"find_unused_parameters": True}, "'find_unused_parameters'. .*wraps no torch DDP"),
+        ({"released_metrics": {}, "what": 1}, "'released_metrics', 'what'. .*PrivateStrategy"),
+    ],
+)
+def test_an_argument_that_is_not_known_is_named(kind, options, words):
+    with pytest.raises(ConfigError, match=words):
+        kind(CONFIG, **options)
 
 
 @pytest.mark.parametrize("options", [{"clipping": "adaptive"}, {"mechanism": "banded", "bands": 2}])

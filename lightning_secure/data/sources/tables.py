@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lightning_secure.data.sources.arrow import Fill, NullRule, Stack, arrow_type, convert_batch
+from lightning_secure.data.sources.arrow import (
+    NullRule,
+    Stack,
+    arrow_type,
+    convert_batch,
+    require_rules,
+)
 from lightning_secure.data.sources.base import (
     BATCH_BYTES,
     Batch,
