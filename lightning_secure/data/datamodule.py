@@ -176,9 +176,10 @@ class EncryptedDataModule(pl.LightningDataModule):
             raise
         found: list[str] = ["another process has gone or did not answer in time"]
         with contextlib.suppress(RuntimeError):  # its text names machines
-            found = compared(statement)
-            if not found:
+            differing = compared(statement)
+            if not differing:
                 self._shared_seed = gathered(_global_seed())[0]
+            found = differing
         if found:
             raise ConfigError(
                 f"the processes of this run do not read the same data: {'; '.join(found)}. Open "

@@ -234,9 +234,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Let no other process open an SQLite store meanwhile: MLflow makes its tables then."""
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    database = plain(uri)
+    path = database.removeprefix("sqlite:///").partition("?")[0]
     with contextlib.ExitStack() as stack:
-        if path != uri and path and not path.startswith((":memory:", "file:")):
+        if path != database and path and not path.startswith((":memory:", "file:")):
             with contextlib.suppress(OSError):  # MLflow says what is wrong with the place
                 stack.enter_context(exclusive_lock(Path(f"{path}.lock")))
         yield

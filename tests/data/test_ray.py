@@ -167,7 +167,9 @@ def test_what_a_dead_task_left_is_removed(tmp_path, keys):
         ([], None, DataError, "no rows"),
         ([(0, [table(0, 0)])], None, DataError, "no rows"),
         (
-            [(0, [pa.table({"y": [1], "x": [1]})]), (1, [pa.table({"y": [1.5]})])], None, DataError,
+            [(0, [pa.table({"y": [1], "x": [1]})]), (1, [pa.table({"y": [1.5]})])],
+            None,
+            DataError,
             "column 'y' is int64 in some, float64 in some; column 'x' is int64 in some, missing",
         ),
         ([(0, [pa.table({"y": [1, None]})])], None, DataError, "null in row 1"),

@@ -147,7 +147,11 @@ class Terminated(Model):
 
 
 def terminated(folder):
-    run, start, raised = trainer(folder, max_epochs=3, config={"insecure_seed": 3}), time.monotonic(), None
+    run, start, raised = (
+        trainer(folder, max_epochs=3, config={"insecure_seed": 3}),
+        time.monotonic(),
+        None,
+    )
     try:
         run.fit(Terminated())
     except BaseException as error:  # noqa: BLE001 # SystemExit among them

@@ -121,9 +121,10 @@ def test_rows_that_cannot_be_read_are_left_out_and_soon_given_up():
 
 
 def test_reading_takes_seconds_whatever_a_row_takes(monkeypatch):
-    monkeypatch.setattr(same_rows, "_SECONDS", 0.05)
-    data = Listed(list(range(500)), lambda item: time.sleep(0.02) or item)
-    assert 2 <= len(read(data)) < 20
+    monkeypatch.setattr(same_rows, "_SECONDS", (0.0, 0.5))
+    assert 64 <= len(read(Listed(list(range(500))))) < 500
+    slow = Listed(list(range(500)), lambda item: time.sleep(0.1) or item)
+    assert 2 <= len(read(slow)) < 10
 
 
 def test_workers_read_where_there_are_workers(tmp_path):

@@ -81,8 +81,8 @@ CATALOGUE = [
     Mutation(
         "a plain strategy reads whatever each process has opened",
         "data/datamodule.py",
-        "            found = compared(statement)\n",
-        "            found = []\n",
+        "            differing = compared(statement)\n",
+        "            differing = []\n",
         f"{AGREE} -k other_generation",
     ),
     Mutation(
