@@ -53,8 +53,8 @@ CATALOGUE = [
     Mutation(
         "models are compared after weights were sent around",
         "strategies/processes.py",
-        "        self._agree(lambda: model_statement(self._module))\n        super().setup(trainer)\n",
-        "        super().setup(trainer)\n",
+        "        self._agree(lambda: model_statement(self._module))\n",
+        "",
         f"{AGREE} -k 'named and extra_layer'",
     ),
     Mutation(
