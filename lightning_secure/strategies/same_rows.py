@@ -233,7 +233,7 @@ def _of_tensors(tensors: Sequence[Tensor]) -> bytes | None:
             return None
         sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        sha.update(plain.reshape(-1).view(torch.uint8).numpy())
+        sha.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
     return sha.digest()
 
 
@@ -366,7 +366,7 @@ def _values(value: Any, depth: int = 8) -> Iterator[Part]:
 
 
 def _of_array(array: npt.NDArray[Any], *, coarse: bool = False) -> Part:
-    form = (str(array.dtype), array.shape)
+    form: tuple[Any, ...] = (str(array.dtype), array.shape)
     picture = array.dtype == np.uint8 and array.size >= _PICTURE
     if array.dtype.kind not in "fc" and not picture:
         exact = array.tobytes() if array.dtype.kind in "biuSUmM" else b""

@@ -157,7 +157,7 @@ def _form(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {dtype}{sharded}"
 
 
-def _sums_of(metric: nn.Module) -> str:
+def _sums_of(metric: object) -> str:
     sums = [value for value in vars(metric).values() if isinstance(value, PrivateSum)]
     return "; ".join(
         f"noise_multiplier {item.noise_multiplier}, bounds {item.bounds}, "
@@ -178,8 +178,10 @@ def _plain(value: Any) -> str:
         if value.numel() > _MOST_NUMBERS or isinstance(value, DTensor) or is_lazy(value):
             return _form(value)
         return str(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, set | frozenset):  # in an order of its own in each process
+        return f"{{{', '.join(sorted(map(_plain, value)))}}}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_plain(item)}' for key, item in value.items())}}}"
     if isinstance(value, torch.dtype | torch.device):
