@@ -233,7 +233,7 @@ def _of_tensors(tensors: Sequence[Tensor]) -> bytes | None:
             return None
         sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        sha.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return sha.digest()
 
 
