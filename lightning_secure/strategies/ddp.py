@@ -40,8 +40,10 @@ class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
     Raises:
         UnsupportedModelError: As for one device, and if a training step exchanges something with
             other processes.
-        UnsupportedTrainerOptionError: As for one device, and if the processes have training
-            datasets of different lengths.
+        UnsupportedTrainerOptionError: As for one device, and if the processes were given other
+            rows, another order of rows, model, optimizer, options or promise. The message names
+            what differs, and on which ranks.
+        ConfigError: if an argument is unknown.
         PrivacyError: Another process has failed, or the noise is not in the sum exactly once.
 
     Guarantees:
