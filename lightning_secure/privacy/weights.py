@@ -64,8 +64,7 @@ def noted_weights(module: nn.Module, *taken_over: Mapping[str, Any]) -> dict[str
             held = local_part(weight.detach())
             digests = _digests(held, notes[name].digests if name in notes else {})
             if digests:
-                part = held.shape != weight.shape
-                notes[name] = WeightNote(held.shape, part, persistent, digests)
+                notes[name] = WeightNote(held.shape, _is_sharded(weight), persistent, digests)
     return notes
 
 
@@ -84,7 +83,12 @@ def changed_weights(module: nn.Module, noted: Mapping[str, WeightNote]) -> list[
     Weights that are sharded now and were noted as a whole are gathered: all processes must call
     this at once.
     """
-    now = {name: (_Weight(own), persistent) for name, (own, persistent) in _weights(module).items()}
+    # Asked of every process alike: what one of them holds may have any shape.
+    whole = {note.shape.numel() for note in noted.values() if not note.part}
+    now = {
+        name: (_Weight(own, gather=own.numel() in whole), persistent)
+        for name, (own, persistent) in _weights(module).items()
+    }
     kept = {name for name, note in noted.items() if name in now and now[name][0].fits(note)}
     changed = [name for name in noted if name in kept and not now[name][0].is_as(noted[name])]
     gone = {
@@ -102,10 +106,14 @@ def changed_weights(module: nn.Module, noted: Mapping[str, WeightNote]) -> list[
 class _Weight:
     """A weight as it is now; each of its digests is computed once."""
 
-    def __init__(self, own: Tensor) -> None:
+    def __init__(self, own: Tensor, *, gather: bool) -> None:
         self.own = own
-        self._held = local_part(own)
-        self._known: dict[tuple[torch.dtype, ...], int | None] = {}
+        held, sharded = local_part(own), _is_sharded(own)
+        self._part = held if sharded else None
+        self._whole = None if sharded else held
+        if gather and sharded:
+            self._whole = own.full_tensor()  # type: ignore[attr-defined] # DTensor's
+        self._known: dict[tuple[Any, ...], int | None] = {}
 
     def fits(self, note: WeightNote) -> bool:
         """Return whether it has a note's shape."""
@@ -113,28 +121,33 @@ class _Weight:
 
     def is_as(self, note: WeightNote) -> bool:
         """Return whether it is the noted one; True where that cannot be told."""
-        if note.part:
-            if self._held is self.own or self._held.shape != note.shape:
-                return True
-        elif self._held is not self.own:
-            self._held = self.own = self.own.full_tensor()  # type: ignore[attr-defined] # DTensor's
-        now = self._held.dtype
-        own = self._digest()
+        held = self._part if note.part else self._whole
+        if held is None or (note.part and held.shape != note.shape):
+            return True
+        now = held.dtype
+        own = self._digest(held)
         if own is None or own in note.digests.get(now, ()):
             return True
         if not now.is_floating_point:
             return False
         # Elements that a narrower type holds exactly may have been rounded to it in between.
         return any(
-            self._digest(narrower, now) == own and self._digest(narrower) in known
+            self._digest(held, narrower, now) == own and self._digest(held, narrower) in known
             for narrower, known in note.digests.items()
             if narrower != now and narrower.is_floating_point
         )
 
-    def _digest(self, *types: torch.dtype) -> int | None:
-        if types not in self._known:
-            self._known[types] = _digest(self._held, *types)
-        return self._known[types]
+    def _digest(self, held: Tensor, *types: torch.dtype) -> int | None:
+        known = (held is self._part, *types)
+        if known not in self._known:
+            self._known[known] = _digest(held, *types)
+        return self._known[known]
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Return whether each process holds a part of a weight, if only one of all or of nothing."""
+    placements = getattr(weight, "placements", ())
+    return not all(placement.is_replicate() for placement in placements)
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:

@@ -135,4 +135,11 @@ CATALOGUE = [
         "            if False\n",
         f"{ACCOUNT} -k 'no_training and rounded'",
     ),
+    Mutation(
+        "a weight of which one process holds all counts as whole there",
+        "privacy/weights.py",
+        "WeightNote(held.shape, _is_sharded(weight), persistent, digests)",
+        "WeightNote(held.shape, held.shape != weight.shape, persistent, digests)",
+        "tests/strategies/test_fsdp.py -k failed_midway",
+    ),
 ]
