@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Event", "announce", "subscribe", "unsubscribe"]
+__all__ = ["Event", "announce", "follow", "following", "subscribe", "unsubscribe"]
 
 Listener = Callable[["Event"], None]
 
@@ -34,9 +34,10 @@ class Event:
 #: Each use is one operation of the dict, which needs no lock: one that another thread held during a
 #: fork would stop the child at its first event.
 _listeners: dict[str, Listener] = {}
+_following: set[str] = set()
 
 
-def subscribe(name: str, listener: Listener) -> None:
+def subscribe(name: str, listener: Listener, *, follows_keys: bool = False) -> None:
     """Call ``listener`` for every event of this process from now on.
 
     Args:
@@ -44,13 +45,29 @@ def subscribe(name: str, listener: Listener) -> None:
             that one log is never told the same event twice.
         listener: Called in the thread in which the event happens. If it raises, the announced
             action is refused.
+        follows_keys: Whether a process that is sent a key provider by pickle, such as a spawned
+            worker, subscribes ``listener`` too. It is pickled with the provider.
     """
     _listeners[name] = listener
+    (_following.add if follows_keys else _following.discard)(name)
 
 
 def unsubscribe(name: str) -> None:
     """End a subscription; unknown names are ignored."""
     _listeners.pop(name, None)
+    _following.discard(name)
+
+
+def following() -> dict[str, Listener]:
+    """Return the listeners that a key provider takes along."""
+    return {name: one for name, one in list(_listeners.items()) if name in _following}
+
+
+def follow(listeners: Mapping[str, Listener]) -> None:
+    """Subscribe listeners that came with a key provider, except those that are subscribed here."""
+    for name, listener in listeners.items():
+        if name not in _listeners:
+            subscribe(name, listener, follows_keys=True)
 
 
 def announce(

@@ -10,7 +10,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from lightning_secure.errors import ConfigError
 
@@ -22,6 +22,7 @@ __all__ = [
     "open_regular",
     "read_regular",
     "release_lock",
+    "require_regular",
     "sync_directory",
 ]
 
@@ -53,10 +54,22 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """
     # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        require_regular(fd)
+    except BaseException:
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")  # callers turn it into one of ours
+        raise
     return fd
+
+
+def require_regular(fd: int) -> None:
+    """Refuse a descriptor that is not one of a regular file.
+
+    Raises:
+        OSError: If it is a pipe, a socket, a device or a folder. Callers turn it into one of ours.
+    """
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
@@ -125,10 +138,14 @@ def atomic_writer(path: Path, *, mode: int = 0o666, replace: bool = True) -> Ite
         removed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    owner = os.getpid()
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        _unfinished.add(fd)
         with os.fdopen(fd, "wb") as file:
             yield file
+            if os.getpid() != owner:
+                raise OSError(errno.EPERM, "a forked process does not finish its parent's file")
             file.flush()
             os.fsync(file.fileno())
         if replace:
@@ -137,10 +154,29 @@ def atomic_writer(path: Path, *, mode: int = 0o666, replace: bool = True) -> Ite
             os.link(temporary, path)
             os.unlink(temporary)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if os.getpid() == owner:  # a forked child that leaves the block leaves the file
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
         raise
+    finally:
+        _unfinished.discard(fd)
     sync_directory(path.parent)
+
+
+#: Files that are being written, by their descriptors.
+_unfinished: Final[set[int]] = set()
+
+
+def _let_go() -> None:
+    """Keep a forked child from flushing its copy of what its parent has buffered."""
+    if _unfinished:
+        nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        for fd in _unfinished:
+            os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -155,9 +191,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     owner = os.getpid()
     fd = os.open(path, flags, 0o666)
     try:
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        if not regular:
-            raise OSError(errno.EINVAL, "not a regular file")
+        require_regular(fd)
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
-from lightning_secure.files import release_lock
+from lightning_secure.files import open_regular, release_lock, require_regular
 from lightning_secure.forks import ForkLock
 from lightning_secure.ranks import host_name, job_id, rank_of_process
 
@@ -31,6 +32,8 @@ _FIRST: Final = {"version", "seq", "time", "action", "outcome", "pid", "details"
 #: By version. A log that an older version began is gone on with.
 _FIELDS: Final = {1: _FIRST, 2: _FIRST | {"host", "rank", "job"}}
 _BLOCK: Final = 65536
+#: The longest line that is read or written, in bytes: a record is a few hundred.
+_MAX_LINE: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class AuditLog:
         self._seen = _Seen()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (str(self._path),))
+        return (type(self), (str(self._path.absolute()),))  # also where the folder is another
 
     @property
     def path(self) -> Path:
@@ -129,9 +132,12 @@ class AuditLog:
 
     def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags, owner = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, os.getpid()
+        # Without O_NONBLOCK, a pipe that lies there is waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        owner = os.getpid()
         fd = os.open(self._path, flags, 0o600)
         try:
+            require_regular(fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
             self._require_kept(fd)
@@ -153,6 +159,8 @@ class AuditLog:
                 "prev": head,
             }
             line = canonical_json(record)
+            if len(line) >= _MAX_LINE:
+                raise OSError(errno.EMSGSIZE, f"the record is longer than {_MAX_LINE} bytes")
             written = os.write(fd, line + b"\n")
             if written != len(line) + 1:
                 os.ftruncate(fd, size)
@@ -178,7 +186,7 @@ class AuditLog:
         """Return the next number and the hash of the last record of a log that has one."""
         tail = b""
         start = size
-        while start > 0 and b"\n" not in tail[:-1]:
+        while start > 0 and b"\n" not in tail[:-1] and len(tail) <= _MAX_LINE:
             start = max(0, start - _BLOCK)
             tail = os.pread(fd, size - start, start)
         if not tail.endswith(b"\n"):
@@ -215,7 +223,8 @@ class AuditLog:
             with contextlib.ExitStack() as stack:
                 lines: Iterable[bytes] = ()
                 if self._path.exists():
-                    lines = stack.enter_context(self._path.open("rb"))
+                    file = stack.enter_context(os.fdopen(open_regular(self._path), "rb"))
+                    lines = iter(lambda: file.readline(_MAX_LINE), b"")
                 for line in lines:
                     yield self._checked(number, line, head)
                     head = hashlib.sha256(line[:-1]).hexdigest()
@@ -232,7 +241,8 @@ class AuditLog:
 
     def _checked(self, number: int, line: bytes, head: str) -> dict[str, Any]:
         if not line.endswith(b"\n"):
-            raise self._broken(number, "it was cut off")
+            long = len(line) >= _MAX_LINE
+            raise self._broken(number, "it is too long" if long else "it was cut off")
         try:
             record = _parse(line[:-1])
         except IntegrityError:

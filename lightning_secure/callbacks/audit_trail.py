@@ -47,7 +47,11 @@ class AuditTrail(Callback):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._log = AuditLog(Path(folder) / FILE_NAME)
         self._run = ""
-        events.subscribe(f"audit:{self._log.path.resolve()}", self._on_event)
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        name = f"audit:{self._log.path.resolve()}"
+        events.subscribe(name, self._on_event, follows_keys=True)
 
     @property
     def log_file(self) -> AuditLog:

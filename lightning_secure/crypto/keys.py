@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Self, final
 
@@ -367,8 +367,24 @@ class KeyProvider(ABC):
     def _retire(self) -> bool:
         return False
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, str) or not (listeners := events.following()):
+            return made  # type: ignore[return-value] # a name is one of pickle's forms, too
+        # In a worker that was spawned, each use is recorded where it is recorded here.
+        return (_received, (listeners, *made[:2]), *made[2:])
+
     def _event(self, context: Mapping[str, str]) -> dict[str, str]:
         return {"provider": self.name, "key_id": self.key_id, **context}
+
+
+def _received(
+    listeners: Mapping[str, Callable[[events.Event], None]],
+    make: Callable[..., KeyProvider],
+    arguments: tuple[Any, ...],
+) -> KeyProvider:
+    events.follow(listeners)
+    return make(*arguments)
 
 
 def associated_data(context: Mapping[str, str]) -> bytes:

@@ -35,6 +35,8 @@ def close_together(writers: Sequence[EncryptedShardWriter]) -> Manifest:
     """
     first = writers[0]
     for one in writers:
+        one._require_owner()
+    for one in writers:
         one._closed = True
     try:
         ends = [one._ended() for one in writers if not one.complete]

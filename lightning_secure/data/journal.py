@@ -36,6 +36,8 @@ JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
 #: A pipe, a device or a link that lies there is opened without waiting for it, and refused.
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+#: The longest line that is read, in bytes: a shard's entry has a few hundred for each segment.
+_MAX_LINE: Final = 1 << 26
 _FIELDS: Final = {
     "begin": {"version", "dataset_id", "split", "partitions", "settings", "source"},
     "schema": {"columns"},
@@ -137,16 +139,24 @@ class Journal:
         Raises:
             IntegrityError: A line was altered, left out, moved, or is not of this sealer.
         """
-        with open(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            data = file.read()
-        whole = data.rfind(b"\n") + 1
-        os.ftruncate(self._fd, whole)
         progress: Progress | None = None
         self._seq, self._digest = 0, ""
-        for line in data[:whole].splitlines():
-            kind, record = self._parse(line)
-            progress = _apply(progress, kind, record)
+        whole = 0
+        with open(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            for line in iter(lambda: file.readline(_MAX_LINE), b""):
+                if not line.endswith(b"\n"):
+                    if len(line) >= _MAX_LINE:
+                        raise IntegrityError(
+                            f"the sealing's journal {str(self._path)!r} has a line of more than "
+                            f"{_MAX_LINE} bytes, which is no sealer's. Nothing was sealed; start "
+                            "anew with resume=False."
+                        )
+                    break
+                kind, record = self._parse(line[:-1])
+                progress = _apply(progress, kind, record)
+                whole += len(line)
+        os.ftruncate(self._fd, whole)
         return progress
 
     def clear(self) -> None:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lightning_secure.data.splits import SplitRule
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.opening import local_root
 from lightning_secure.data.storage.remote import Options
+from lightning_secure.data.storage.spool import remove_own
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
@@ -129,7 +131,8 @@ def seal(
     with ShardPool(threads) as pool, contextlib.ExitStack() as stack:
         if spool is None and local_root(root) is None:
             # One for all splits, which otherwise would begin a dataset each.
-            spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning-secure-"))
+            spool = tempfile.mkdtemp(prefix="lightning-secure-")
+            stack.callback(remove_own, Path(spool), os.getpid())
 
         def writer(name: str) -> EncryptedShardWriter:
             return stack.enter_context(

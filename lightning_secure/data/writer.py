@@ -145,6 +145,7 @@ class EncryptedShardWriter:
             allow_nonfinite=allow_nonfinite,
         )
         pins = Pins(min_generation, manifest_digest)
+        self._owner = os.getpid()
         self._root, self._spool = open_spool(
             root,
             split=split,
@@ -256,6 +257,7 @@ class EncryptedShardWriter:
         Raises:
             DataError: As for :meth:`write_batch`.
         """
+        self._require_owner()
         if self._closed or self.complete:
             raise ConfigError("the writer is closed; its split is sealed and does not grow.")
         self._pending.take(columns, copy=copy, first_row=self.records)
@@ -279,6 +281,14 @@ class EncryptedShardWriter:
         """
         if not self._closed:
             close_together([self])
+
+    def _require_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise ConfigError(
+                f"split {self._split!r} is sealed by process {self._owner}, and this one was "
+                "forked from it. Nothing was done. Write and close in that process, or seal "
+                "splits of your own."
+            )
 
     def _ended(self) -> NewSplit | None:
         """Seal the remaining rows, and return what the manifest is to say of all of them."""
@@ -381,8 +391,8 @@ class EncryptedShardWriter:
 
     def _end(self, *, keep: bool) -> None:
         self._closed = True
-        if self._over:
-            return
+        if self._over or os.getpid() != self._owner:
+            return  # in a forked child: the shards and locks are its parent's
         self._over = True
         self._pending.forget()
         stray = self._queue.stop()

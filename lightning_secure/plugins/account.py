@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_secure.crypto.heads import CHECKPOINT
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import CheckpointCorruptedError, ConfigError, LedgerError
+from lightning_secure.files import open_regular
 from lightning_secure.plugins.checkpoint import opened
 from lightning_secure.privacy.ledger import Ledger
 
@@ -39,7 +41,7 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
     Guarantees:
         No code of the checkpoint runs, and no tensor's data is read into memory.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         encrypted = file.read(len(CHECKPOINT.magic)) == CHECKPOINT.magic
     if encrypted and keys is None:
         raise ConfigError(f"checkpoint {str(path)!r} is encrypted, and no key was given.")
@@ -48,8 +50,8 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
         with opened(path, keys=keys) as stream, FakeTensorMode():
             checkpoint = torch.load(stream, weights_only=True)
     else:
-        with contextlib.suppress(*_FAILURES), FakeTensorMode():
-            checkpoint = torch.load(path, weights_only=True)
+        with _opened(path) as file, contextlib.suppress(*_FAILURES), FakeTensorMode():
+            checkpoint = torch.load(file, weights_only=True)
         if checkpoint is None:
             # Raised out here: what torch says can hold parts of the file.
             raise CheckpointCorruptedError(
@@ -63,3 +65,16 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
             "ledger was removed. Nobody knows what it reveals."
         )
     return ledger
+
+
+def _opened(path: Path) -> BinaryIO:
+    reason = None
+    try:
+        return os.fdopen(open_regular(path), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror
+    raise CheckpointCorruptedError(
+        f"checkpoint {str(path)!r} cannot be opened ({reason}). Nothing from it was used."
+    )

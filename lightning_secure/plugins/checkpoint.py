@@ -8,7 +8,6 @@ it, so none of them can be changed. The stream holds what ``torch.save`` writes.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import pickle
 import secrets
@@ -23,8 +22,6 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_secure import events
@@ -38,11 +35,21 @@ from lightning_secure.errors import (
 )
 from lightning_secure.files import atomic_writer, open_regular
 from lightning_secure.plugins.asking import require_asked_to_read, require_asked_to_write
+from lightning_secure.plugins.command_line import attend_to_ckpt_path
 from lightning_secure.plugins.compact import save_named
+from lightning_secure.plugins.constructor import constructor_arguments
+from lightning_secure.plugins.readable import (
+    planned_hyperparameters,
+    require_readable,
+    require_waited_for,
+    with_plain_numbers,
+)
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.weights import noted_weights
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
+
+attend_to_ckpt_path()
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
@@ -99,11 +106,14 @@ class EncryptedCheckpointIO(CheckpointIO):
 
         Raises:
             ConfigError: It would write checkpoints in the clear, or has loaded one that was not
-                authenticated. Nothing was written, nor trained or evaluated.
+                authenticated, or a hyperparameter of a module that is to be trained could not be
+                read back. Nothing was written, nor trained or evaluated.
         """
         require_asked_to_write(strategy, self)
         if loaded:
             require_asked_to_read(strategy, self)
+        require_waited_for(strategy.checkpoint_io)
+        self._require_readable(with_plain_numbers(planned_hyperparameters(strategy, self)))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
@@ -121,6 +131,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise ConfigError("EncryptedCheckpointIO takes no storage_options; use an fsspec URL.")
+        checkpoint = with_plain_numbers(checkpoint)
         self._require_readable(checkpoint)
         key, name = DataKey.generate(), secrets.token_hex(16)
         wrapped = [one.to_json() for one in self._keys.wrap_all(key, context=_context(name))]
@@ -192,19 +203,7 @@ class EncryptedCheckpointIO(CheckpointIO):
 
     def _require_readable(self, checkpoint: dict[str, Any]) -> None:
         """Refuse now what reading would refuse when the run is over."""
-        skeleton = apply_to_collection(checkpoint, Tensor, lambda _: torch.empty(0))
-        buffer = io.BytesIO()
-        torch.save(skeleton, buffer)
-        buffer.seek(0)
-        with self._allowed():
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
-        if unsafe:
-            raise ConfigError(
-                f"the checkpoint would hold {', '.join(sorted(unsafe))}, which safe loading "
-                "refuses: it could be written and never read again, so it was not written. Most "
-                "often this is a hyperparameter; save_hyperparameters(ignore=[...]) leaves it out. "
-                "If it is a plain data class, pass EncryptedCheckpointIO(safe_globals=[...])."
-            )
+        require_readable(checkpoint, safe_globals=self._safe_globals)
 
 
 def load_encrypted_checkpoint(
@@ -230,24 +229,34 @@ def load_encrypted_checkpoint(
         strict: As for ``load_from_checkpoint``.
         safe_globals: As for :class:`EncryptedCheckpointIO`: what was needed to write it is needed
             to read it.
-        **kwargs: Hyperparameters to override, as for ``load_from_checkpoint``.
+        **kwargs: Hyperparameters to override, as for ``load_from_checkpoint``. Those that the
+            checkpoint of a LightningCLI run holds by name only, such as a module, a function or a
+            class, must be given.
 
     Raises:
-        CheckpointCorruptedError: It was altered or cut off, or is not an encrypted checkpoint.
+        CheckpointCorruptedError: It was altered or cut off, is not an encrypted checkpoint of a
+            Trainer, or asks to call something.
+        ConfigError: It was written for another class, or a hyperparameter must be given.
         WrongKeyError: It was written under another key.
+
+    Guarantees:
+        The module is made by calling ``module_class`` with values. What the checkpoint names,
+        such as ``class_path``, is neither imported nor called.
     """
     allowed: list[Any] = list(safe_globals)
     with opened(path, keys=keys) as stream, torch.serialization.safe_globals(allowed):
         # Without reading the tensors.
         with FakeTensorMode():
-            ledger = Ledger.from_checkpoint(torch.load(stream, weights_only=True))
+            seen: Any = torch.load(stream, weights_only=True)
+            arguments = constructor_arguments(module_class, seen, kwargs)
+        ledger = Ledger.from_checkpoint(seen)
         stream.seek(0)
         module = module_class.load_from_checkpoint(
             stream,
             map_location=map_location,
             strict=strict,
             weights_only=True,
-            **kwargs,
+            **arguments,
         )
     if ledger is not None:
         ledger.weights = noted_weights(module)

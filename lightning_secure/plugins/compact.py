@@ -7,18 +7,20 @@ keeps of a batch would take every row of its window into the checkpoint.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import IO, Any, Final
 
 import torch
 from torch import Tensor
 
-__all__ = ["save_named"]
+__all__ = ["save_named", "save_without_data"]
 
 _PROTOCOL: Final = 2  # of torch.save
 #: A multiple of the size of every dtype's elements, in bytes.
 _ALIGNED: Final = 16
+#: Smaller ones are written as they are: the state of a generator is not read back of zeros.
+_SMALL_BYTES: Final = 65536
 
 
 def save_named(value: Any, file: IO[bytes]) -> None:
@@ -41,8 +43,40 @@ def save_named(value: Any, file: IO[bytes]) -> None:
     copies = {
         place: copy for views in survey.views.values() for place, copy in _copies(list(views))
     }
-    module: Any = SimpleNamespace(__name__="pickle", Pickler=_pickler(copies))
+    _save(value, file, lambda tensor: _own_memory(tensor, copies))
+
+
+def save_without_data(value: Any, file: IO[bytes]) -> None:
+    """Write what :func:`save_named` writes, with zeros in the place of large tensors.
+
+    Args:
+        value: What to write.
+        file: Where to.
+
+    Guarantees:
+        Each tensor keeps its class, dtype, shape and attributes, and takes 64 KiB at most. Only
+        storages that stand by themselves and tensors of unusual layouts are written whole.
+    """
+    _save(value, file, _stand_in)
+
+
+def _save(value: Any, file: IO[bytes], replaced: Callable[[Tensor], Tensor | None]) -> None:
+    module: Any = SimpleNamespace(__name__="pickle", Pickler=_pickler(replaced))
     torch.save(value, file, pickle_module=module, pickle_protocol=_PROTOCOL)
+
+
+def _own_memory(tensor: Tensor, copies: dict[tuple[Any, ...], Tensor]) -> Tensor | None:
+    if _lazy(tensor):
+        return tensor.resolve_conj().resolve_neg()
+    copy = copies.get(_place(tensor))
+    return None if copy is None else copy.detach().requires_grad_(tensor.requires_grad)
+
+
+def _stand_in(tensor: Tensor) -> Tensor | None:
+    if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= _SMALL_BYTES:
+        return tensor.resolve_conj().resolve_neg() if _lazy(tensor) else None
+    zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return zero.requires_grad_(tensor.requires_grad)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -74,17 +108,13 @@ class _Survey(pickle.Pickler):
         return NotImplemented
 
 
-def _pickler(copies: dict[tuple[Any, ...], Tensor]) -> type[pickle.Pickler]:
+def _pickler(replaced: Callable[[Tensor], Tensor | None]) -> type[pickle.Pickler]:
     class Pickler(pickle.Pickler):
         def reducer_override(self, value: Any) -> Any:
             tensor = _in_memory(value)
             if tensor is None:
                 return _reduced(value.clone()) if _part_of_quantised(value) else NotImplemented
-            if _lazy(tensor):
-                own = tensor.resolve_conj().resolve_neg()
-            elif (copy := copies.get(_place(tensor))) is not None:
-                own = copy.detach().requires_grad_(tensor.requires_grad)
-            else:
+            if (own := replaced(tensor)) is None:
                 return NotImplemented
             if type(value) is Tensor:
                 vars(own).update(vars(value))

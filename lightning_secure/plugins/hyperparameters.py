@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import threading
 from argparse import Namespace
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -19,10 +22,14 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_secure.plugins.asking import require_asked_to_write
+from lightning_secure.plugins.command_line import attend_to_ckpt_path
+from lightning_secure.plugins.readable import require_waited_for
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 __all__ = ["RedactingCheckpointIO"]
+
+attend_to_ckpt_path()
 
 _HYPERPARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
 #: Written as numbers, or as the name of what they are.
@@ -81,17 +88,37 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
             ConfigError: It would write checkpoints that are not redacted. Nothing was written.
         """
         require_asked_to_write(strategy, self)
+        require_waited_for(strategy.checkpoint_io)
+
+    def prepared(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what would be written of a checkpoint, without counting what is taken out."""
+        redactor = copy.copy(self._redactor)
+        redactor.counts = Counter()
+        return _redacted(checkpoint, redactor)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint with its hyperparameters redacted; ``checkpoint`` stays as it is."""
-        clean = dict(checkpoint)
-        for key in _HYPERPARAMETERS:
-            if key in clean:
-                given = clean[key]
-                clean[key] = _restored(given, self._redactor.redact(given), self._redactor)
+        clean = _redacted(checkpoint, self._redactor)
         super().save_checkpoint(clean, path, storage_options)
+        if threading.current_thread() is not threading.main_thread():
+            # An AsyncCheckpointIO around this one does not wait for one inside.
+            self.teardown()
+
+    def teardown(self) -> None:
+        """Wait for what is written in the background, and raise its error."""
+        if self.checkpoint_io is not None:
+            self.checkpoint_io.teardown()
+
+
+def _redacted(checkpoint: Mapping[str, Any], redactor: Redactor) -> dict[str, Any]:
+    clean = dict(checkpoint)
+    for key in _HYPERPARAMETERS:
+        if key in clean:
+            given = clean[key]
+            clean[key] = _restored(given, redactor.redact(given), redactor)
+    return clean
 
 
 def _restored(given: Any, clean: Any, redactor: Redactor) -> Any:

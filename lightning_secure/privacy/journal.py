@@ -28,16 +28,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hmac
+import io
 import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from lightning_secure import events
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, LedgerError
-from lightning_secure.files import sync_directory
+from lightning_secure.files import open_regular, require_regular, sync_directory
 from lightning_secure.privacy.accounting import Release, merged
 from lightning_secure.validate import positive_int
 
@@ -53,6 +54,8 @@ _FORMAT: Final = 1
 BLOCK_SECONDS: Final = 1.0
 #: A block may also have this part of the steps so far, which keeps the file short.
 _BLOCK_PART: Final = 1000
+#: The longest line that is read, in bytes: each mechanism takes some forty.
+_MAX_LINE: Final = 1 << 20
 Totals = dict[tuple[float, float], int]
 
 
@@ -71,6 +74,7 @@ class Journal:
         self._path = path
         self._key = key
         self._file = file
+        self._owner = os.getpid()
         self._end = file.tell()
         self._mac = mac
         self._entered = dict(totals)
@@ -95,6 +99,12 @@ class Journal:
         Raises:
             LedgerError: It could not be written. Nothing may be released.
         """
+        if os.getpid() != self._owner:
+            raise LedgerError(
+                f"the privacy journal {str(self._path)!r} belongs to the process that this one was "
+                "forked from, which does not see what is released here. The step was not taken. "
+                "Train in one of the two only."
+            )
         mechanism = (release.noise_multiplier, release.sample_rate)
         used = self._used.get(mechanism, 0) + release.steps
         if used > self._entered.get(mechanism, 0):
@@ -110,6 +120,9 @@ class Journal:
         If that cannot be written, the next to resume is charged for it.
         """
         if self._file.closed:
+            return
+        if os.getpid() != self._owner:  # what its parent entered is its parent's to give back
+            self._file.close()
             return
         try:
             if self._used != self._entered:
@@ -185,11 +198,11 @@ class Journal:
         Raises:
             LedgerError: It is absent, was altered, or is in use.
         """
-        failure, file = None, None
+        failure: str | None = None
+        file: io.FileIO | None = None
         try:
-            file = open(path, "r+b", buffering=0)  # noqa: SIM115 # stays open
+            file = _opened(path)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            data = file.read()
         except FileNotFoundError:
             raise _absent(path) from None
         except BlockingIOError:
@@ -199,7 +212,9 @@ class Journal:
             failure = f"it cannot be read: {error.strerror or type(error).__name__}"
         else:
             try:
-                totals, mac, whole = _parsed(data, key=key, run_id=run_id)
+                reader = io.BufferedReader(file)
+                totals, mac, whole = _parsed(reader, key=key, run_id=run_id)
+                reader.detach()
                 # What a crash left of a line was never relied on.
                 file.truncate(whole)
                 file.seek(whole)
@@ -281,8 +296,8 @@ def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
     """
     path, failure = journal_path(ledger, directory), ""
     try:
-        data = path.read_bytes()
-        totals, _, _ = _parsed(data, key=ledger.journal_key(), run_id=ledger.run_id)
+        with os.fdopen(open_regular(path), "rb") as file:
+            totals, _, _ = _parsed(file, key=ledger.journal_key(), run_id=ledger.run_id)
         return [Release(*mechanism, steps) for mechanism, steps in totals.items()]
     except FileNotFoundError:
         raise _absent(path) from None
@@ -356,15 +371,29 @@ def _write(file: Any, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _parsed(data: bytes, *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:
+def _opened(path: Path) -> io.FileIO:
+    # Without O_NONBLOCK, a pipe that lies there is waited for.
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        require_regular(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return io.FileIO(fd, "r+")
+
+
+def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:
     """Return what a journal says, its last code, and how many of its bytes are whole lines.
 
     Raises:
         IntegrityError: It is not what this run wrote.
     """
-    end = data.rfind(b"\n") + 1
-    mac, bodies = bytes(32), []
-    for number, line in enumerate(data[:end].splitlines(keepends=True), 1):
+    end, mac, first, last = 0, bytes(32), None, None
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+        if not line.endswith(b"\n"):
+            if len(line) >= _MAX_LINE:
+                raise IntegrityError(f"line {number} is too long for what a run writes")
+            break  # what a crash left
         body = parse_json_object(line, what=f"line {number}")
         body.pop("mac", None)
         expected, mac = _line(body, mac, key)
@@ -373,12 +402,13 @@ def _parsed(data: bytes, *, key: bytes, run_id: str) -> tuple[Totals, bytes, int
                 f"line {number} is not what this run wrote: it was altered, taken out, or belongs "
                 "to another run"
             )
-        bodies.append(body)
-    if len(bodies) < 2 or bodies[0] != {"format": _FORMAT, "run_id": run_id}:
+        end += len(line)
+        first, last = (body if first is None else first), body
+    if first is last or first != {"format": _FORMAT, "run_id": run_id}:
         raise IntegrityError("it is cut off after its beginning, or that of another run")
     totals = None
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        totals = merged([Release(*entry) for entry in bodies[-1]["releases"]])
+        totals = merged([Release(*entry) for entry in (last or {})["releases"]])
     if totals is None:
         raise IntegrityError("its last line is no account of releases")
     return totals, mac, end

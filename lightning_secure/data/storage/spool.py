@@ -25,7 +25,7 @@ from lightning_secure.data.storage.upload import (
 from lightning_secure.errors import ConfigError
 from lightning_secure.files import as_path, atomic_writer
 
-__all__ = ["Spool", "open_spool"]
+__all__ = ["Spool", "open_spool", "remove_own"]
 
 
 class Spool:
@@ -74,7 +74,7 @@ class Spool:
             self.folder = as_path(folder, what="spool")
         self.folder.mkdir(parents=True, exist_ok=True)
         if folder is None:
-            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            self._finalizer = weakref.finalize(self, remove_own, self.folder, os.getpid())
         path = self.folder / MANIFEST_NAME
         if path.exists():
             here = read_manifest(self.folder, trusted=keys.trusted_signers)
@@ -118,6 +118,12 @@ class Spool:
         """Remove the folder if it is temporary."""
         if hasattr(self, "_finalizer"):
             self._finalizer()
+
+
+def remove_own(folder: Path, owner: int) -> None:
+    """Remove a folder, except in a process that was forked from its owner."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_spool(

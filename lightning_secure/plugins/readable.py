@@ -1,0 +1,297 @@
+"""Whether safe loading gives back what a checkpoint would hold, tried before it is written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_secure.errors import ConfigError
+from lightning_secure.plugins.compact import save_without_data
+
+__all__ = [
+    "planned_hyperparameters",
+    "require_readable",
+    "require_waited_for",
+    "with_plain_numbers",
+]
+
+_HYPERPARAMETERS: Final = {
+    "hyper_parameters": "hyperparameter",
+    "datamodule_hyper_parameters": "hyperparameter of the datamodule",
+    "callbacks": "state of the callback",
+}
+#: How torch names what it would import.
+_GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+
+
+# ---------------------------------------------------------------- numbers of numpy
+
+
+def with_plain_numbers(value: Any, _done: dict[int, Any] | None = None) -> Any:
+    """Return a value with numpy's scalars as the Python numbers that equal them.
+
+    Args:
+        value: Of its dicts, lists and tuples, those that hold such a scalar are copied; objects of
+            other classes stay what they are.
+
+    ``numpy.float64(0.1)`` becomes ``0.1``, ``numpy.bool_`` a bool, ``numpy.str_`` a text. A scalar
+    that no Python number equals, such as a long double or a date, stays.
+
+    >>> with_plain_numbers({"lr": np.float32(0.5), "sizes": (np.int64(3), 4)})
+    {'lr': 0.5, 'sizes': (3, 4)}
+    """
+    done = {} if _done is None else _done
+    if isinstance(value, np.generic):
+        return _plain_number(value)
+    kind = type(value)
+    if kind not in (dict, OrderedDict, list, tuple):
+        return value
+    if id(value) in done:
+        return done[id(value)]
+    if not _has_scalar(value, set()):
+        return value
+    if kind is tuple:
+        return tuple(with_plain_numbers(item, done) for item in value)
+    made = done[id(value)] = copy.copy(value)  # with the attributes of an OrderedDict
+    made.clear()
+    if kind is list:
+        made.extend(with_plain_numbers(item, done) for item in value)
+    else:
+        made.update(
+            (with_plain_numbers(key, done), with_plain_numbers(item, done))
+            for key, item in value.items()
+        )
+    return made
+
+
+def _plain_number(value: np.generic) -> Any:
+    plain = value.item()
+    if type(plain) not in (bool, int, float, complex, str, bytes):
+        return value
+    same = bool(plain == value) or (plain != plain and value != value)
+    return plain if same and value.dtype.kind in "biufcSU" else value
+
+
+def _has_scalar(value: Any, seen: set[int]) -> bool:
+    if isinstance(value, np.generic):
+        return True
+    kind = type(value)
+    if kind not in (dict, OrderedDict, list, tuple) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    items = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    return any(_has_scalar(item, seen) for item in items)
+
+
+# ---------------------------------------------------------------- the trial
+
+
+def require_readable(checkpoint: Mapping[str, Any], *, safe_globals: Sequence[Any]) -> None:
+    """Write a checkpoint into memory, without the data of large tensors, and read it back.
+
+    Args:
+        checkpoint: What is to be written.
+        safe_globals: Classes that reading will allow, too.
+
+    Raises:
+        ConfigError: If safe loading refuses it, or gives back something else. The error names the
+            hyperparameter, and the classes that are missing.
+    """
+    if _problem(checkpoint, safe_globals) is None:
+        return
+    where, found = _place(checkpoint, safe_globals)
+    raise ConfigError(
+        f"the checkpoint would hold {found.what}: {where} could be written and never read again, "
+        f"so nothing was written. {found.instead} If it is a hyperparameter, "
+        "save_hyperparameters(ignore=[...]) leaves it out."
+    )
+
+
+class _Problem(NamedTuple):
+    """Why a value could not be read back.
+
+    Attributes:
+        what: What it holds, and what safe loading does with that.
+        instead: What to do.
+    """
+
+    what: str
+    instead: str = "Give plain values, such as a list or a dict."
+
+
+def _problem(value: Any, safe_globals: Sequence[Any]) -> _Problem | None:
+    """Return why a value could not be read back, or None."""
+    buffer = io.BytesIO()
+    failed = ""
+    try:
+        save_without_data(value, buffer)
+    except Exception as error:  # noqa: BLE001 # an object's own pickling may raise anything
+        failed = type(error).__name__
+    if failed:
+        return _Problem(f"{_kinds(value)}, which cannot be serialised ({failed})")
+    buffer.seek(0)
+    missing: list[str] = []
+    loaded = None
+    with torch.serialization.safe_globals(list(safe_globals)):
+        try:
+            missing = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+            buffer.seek(0)
+            if not missing:
+                loaded = torch.load(buffer, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 # so may its unpickling
+            failed = type(error).__name__
+            missing = _GLOBAL.findall(str(error))  # classes that are not written by name
+    if missing:
+        return _Problem(
+            f"{', '.join(sorted(missing))}, which safe loading refuses",
+            "If it is a plain data class, pass EncryptedCheckpointIO(safe_globals=[...]).",
+        )
+    if failed:
+        return _Problem(
+            f"{_kinds(value)}, which safe loading cannot build again, whatever safe_globals names"
+        )
+    if not _same(value, loaded, set()):
+        return _Problem(f"{_kinds(value)}, of which safe loading would make something else")
+    return None
+
+
+def _place(checkpoint: Mapping[str, Any], safe_globals: Sequence[Any]) -> tuple[str, _Problem]:
+    """Return the name of the first entry that cannot be read back, and why."""
+    for key, value in checkpoint.items():
+        if (found := _problem(value, safe_globals)) is None:
+            continue
+        if key in _HYPERPARAMETERS and isinstance(value, dict):
+            for name, item in value.items():
+                if (inner := _problem(item, safe_globals)) is not None:
+                    return f"{_HYPERPARAMETERS[key]} {_shown(name)}", inner
+        return f"its entry {_shown(key)}", found
+    return "it", _Problem("what safe loading does not give back as it is")
+
+
+def _shown(name: Any) -> str:
+    return repr(name) if isinstance(name, str) else f"of type {type(name).__name__}"
+
+
+def _kinds(value: Any) -> str:
+    """Return the names of the classes in a value that are not plain."""
+    kinds: set[str] = set()
+    left, seen = [value], set()
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        kind = type(part)
+        if kind in (dict, OrderedDict):
+            left += [*part.keys(), *part.values()]
+        elif kind in (list, tuple, set):
+            left += part
+        elif not isinstance(part, str | int | float | complex | bytes | Tensor | None):
+            kinds.add(f"{kind.__module__}.{kind.__qualname__}")
+    return ", ".join(sorted(kinds)) or "such a value"
+
+
+def _same(given: Any, loaded: Any, seen: set[int]) -> bool:
+    """Whether a value came back as it was, as far as plain containers and ``==`` tell."""
+    if isinstance(given, Tensor) and isinstance(loaded, Tensor):
+        return given.shape == loaded.shape and given.dtype == loaded.dtype
+    if torch.is_storage(given):
+        return torch.is_storage(loaded)
+    if type(given) is not type(loaded):
+        return False
+    if id(given) in seen:
+        return True
+    seen.add(id(given))
+    if isinstance(given, dict):
+        return _same([*given.items()], [*loaded.items()], seen)
+    if isinstance(given, list | tuple):
+        return len(given) == len(loaded) and all(
+            _same(one, other, seen) for one, other in zip(given, loaded, strict=True)
+        )
+    if type(given).__eq__ is object.__eq__:
+        own, other = getattr(given, "__dict__", {}), getattr(loaded, "__dict__", {})
+        return given is loaded or isinstance(given, type) or _same(own, other, seen)
+    try:
+        return bool(given == loaded) or given != given
+    except Exception:  # noqa: BLE001 # of an array, the comparison is an array
+        return True
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
+    """Return the hyperparameters that a fit's checkpoints would bring to ``target``.
+
+    Args:
+        strategy: The Trainer's.
+        target: A CheckpointIO of its chain; those around it are asked what they make of them.
+
+    Raises:
+        ConfigError: If AsyncCheckpointIO is among them and cannot copy a hyperparameter.
+    """
+    module = strategy.lightning_module
+    trainer = getattr(module, "_trainer", None)
+    if module is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return {}
+    planned: dict[str, Any] = {
+        one.CHECKPOINT_HYPER_PARAMS_KEY: one.hparams  # a container of OmegaConf is written as such
+        if type(one.hparams).__module__.startswith("omegaconf.")
+        else dict(one.hparams)
+        for one in (module, getattr(trainer, "datamodule", None))
+        if one is not None and one.hparams
+    }
+    outer: Any = strategy.checkpoint_io
+    while outer is not None and outer is not target:
+        if isinstance(outer, AsyncCheckpointIO):
+            _require_copied(planned)
+        prepared = getattr(outer, "prepared", None)
+        if prepared is not None:
+            planned = prepared(planned)
+        outer = getattr(outer, "checkpoint_io", None)
+    return planned
+
+
+def _require_copied(planned: Mapping[str, Any]) -> None:
+    for key, values in planned.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            failed = False
+            try:
+                apply_to_collection(value, Tensor, lambda tensor: tensor)
+            except Exception:  # noqa: BLE001 # whatever an object's own copying raises
+                failed = True
+            if failed:
+                raise ConfigError(
+                    f"{_HYPERPARAMETERS.get(key, 'entry')} {_shown(name)}: Lightning's "
+                    f"AsyncCheckpointIO cannot copy {_kinds(value)}, and every save would fail. "
+                    "Leave AsyncCheckpointIO out, or give plain values. Nothing was trained."
+                )
+
+
+def require_waited_for(checkpoint_io: Any) -> None:
+    """Refuse an AsyncCheckpointIO around another one, if nothing between them waits.
+
+    Raises:
+        ConfigError: If the outer one would end a run without waiting for the inner one.
+    """
+    outer = checkpoint_io
+    while (inner := getattr(outer, "checkpoint_io", None)) is not None:
+        if isinstance(outer, AsyncCheckpointIO) and isinstance(inner, AsyncCheckpointIO):
+            raise ConfigError(
+                "AsyncCheckpointIO around AsyncCheckpointIO: Lightning does not wait for the inner "
+                "one at the end of a run, and its last checkpoint and error would be lost. Leave "
+                "one of them out. Nothing was written."
+            )
+        outer = inner
