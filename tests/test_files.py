@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -183,3 +184,45 @@ def test_what_is_no_file_is_not_opened(tmp_path, make):
     with pytest.raises(OSError, match="not a regular file"):
         open_regular(tmp_path / "thing")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forked_child_leaves_its_parents_unfinished_file(tmp_path):
+    """It ends in order, within the block: it neither removes nor finishes nor writes anything."""
+    path = tmp_path / "file"
+    with atomic_writer(path) as file:
+        file.write(b"half")  # in memory only
+        pid = os.fork()
+        if pid == 0:
+            try:
+                sys.exit(0)
+            finally:
+                with contextlib.suppress(BaseException):
+                    file.write(b"child")
+                    file.flush()
+                    file.close()
+                os._exit(0)
+        os.waitpid(pid, 0)
+        file.write(b"whole")
+    assert path.read_bytes() == b"halfwhole"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_forked_child_does_not_leave_the_block_for_its_parent(tmp_path, error):
+    path = tmp_path / "file"
+    code = 1
+    try:
+        with atomic_writer(path) as file:
+            pid = os.fork()
+            if pid == 0:
+                if error is not None:
+                    raise error
+            else:
+                os.waitpid(pid, 0)
+                file.write(b"whole")
+    except (OSError, ValueError):
+        code = 0
+    if pid == 0:
+        os._exit(code)
+    assert path.read_bytes() == b"whole"
+    assert names(tmp_path) == ["file"]

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_secure import events
 from lightning_secure._version import __version__
 from lightning_secure.audit.log import AuditLog
+from lightning_secure.audit.recorder import Recorder
 from lightning_secure.errors import AuditWriteError
 from lightning_secure.privacy.ledger import HasLedger, Ledger
 from lightning_secure.redaction import tally
@@ -41,17 +42,15 @@ class AuditTrail(Callback):
     counts and names of types; never a key, a value of a row or the text of an exception.
 
     From the moment it is made it records every key that this process uses, and a key whose use
-    cannot be recorded is not released. Two trails in one folder are one log.
+    cannot be recorded is not released. A process that is sent a key provider by pickle, such as a
+    spawned worker, writes to the same log. Two trails in one folder are one log.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._log = AuditLog(Path(folder) / FILE_NAME)
-        self._run = ""
-        self._subscribe()
-
-    def _subscribe(self) -> None:
+        self._recorder = Recorder(self._log)
         name = f"audit:{self._log.path.resolve()}"
-        events.subscribe(name, self._on_event, follows_keys=True)
+        events.subscribe(name, self._recorder, follows_keys=True)
 
     @property
     def log_file(self) -> AuditLog:
@@ -60,7 +59,7 @@ class AuditTrail(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Record what runs, on what, with which versions."""
-        self._run = secrets.token_hex(16)
+        self._recorder.run = secrets.token_hex(16)
         self._record(
             "run.start",
             {
@@ -98,13 +97,10 @@ class AuditTrail(Callback):
             # traceback: it would carry the text of that error along.
             log.error("the end of the run could not be recorded: %s", error)
 
-    def _on_event(self, event: events.Event) -> None:
-        self._log.append(event.action, {"run": self._run, **event.details}, outcome=event.outcome)
-
     def _record(
         self, action: str, details: Mapping[str, str | int], *, outcome: str = "success"
     ) -> None:
-        self._log.append(action, {"run": self._run, **details}, outcome=outcome)
+        self._log.append(action, {"run": self._recorder.run, **details}, outcome=outcome)
 
 
 def _privacy(trainer: pl.Trainer) -> dict[str, str | int]:

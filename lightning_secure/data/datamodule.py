@@ -232,6 +232,8 @@ class EncryptedDataModule(pl.LightningDataModule):
             loader.load_state_dict(resume)
             if trainer is not None:
                 _count_from(trainer, loader.batches_done)
+                if 0 < loader.batches_done < len(loader):
+                    _reopen_epoch(trainer)
         self._train_loader = loader
         return loader
 
@@ -344,3 +346,19 @@ def _count_from(trainer: pl.Trainer, batches: int) -> None:
     count.started += shift
     count.processed += shift
     count.completed += shift
+
+
+def _reopen_epoch(trainer: pl.Trainer) -> None:
+    """Let the Trainer go on in an epoch that was cut, for example by ``max_steps``.
+
+    Lightning counts such an epoch as done, and would never ask for its other rows. One that
+    ``limit_train_batches`` has cut is done.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress
+    limited = trainer.limit_train_batches != 1.0 or trainer.overfit_batches
+    if limited or progress.current.processed != progress.current.ready:
+        return
+    for count in (progress.current, progress.total):
+        count.processed -= 1
+        count.completed = min(count.completed, count.processed)
+    trainer.fit_loop.restarting = True

@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import stat
 import threading
+import tracemalloc
 
 import pytest
 
@@ -353,3 +355,71 @@ def test_a_record_that_failed_behind_anothers_does_not_end_the_log(log):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     log.append("key.unwrap")  # there is room again
     assert log.verify().records == 3
+
+
+# ---------------------------------------------------------------- what is no log
+
+
+def _lay(path, kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as place:
+            place.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device"])
+def test_what_is_no_file_is_refused_at_once(log, kind, deadline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    log = AuditLog("a/l")
+    _lay(log.path, kind)
+    with pytest.raises(AuditChainError, match="cannot be read"):
+        log.verify()
+    with pytest.raises(AuditChainError, match="cannot be read"):
+        next(iter(log.records(allow_empty=True)))
+    with pytest.raises(AuditWriteError, match="cannot be written"):
+        log.append("key.unwrap")
+
+
+@pytest.fixture
+def deadline():
+    """Ten seconds, of which a refusal takes none."""
+
+    def over(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_line_without_an_end_takes_no_memory(log, after, deadline):
+    filled(log, 3)
+    if not after:
+        log.path.write_bytes(b"")
+    with log.path.open("ab") as file:
+        file.truncate(log.path.stat().st_size + 3 * 2**30)  # of zeros, without a newline
+    tracemalloc.start()
+    try:
+        with pytest.raises(AuditChainError, match=rf"record {after}: it is too long"):
+            log.verify()
+        with pytest.raises(AuditWriteError, match="nothing was written"):
+            AuditLog(log.path).append("key.unwrap")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_record_is_no_longer_than_what_is_read(log):
+    with pytest.raises(AuditWriteError, match="longer"):
+        log.append("key.unwrap", {"note": "x" * 2**20})
+    log.append("key.unwrap", {"note": "x" * 2**19})
+    assert log.verify().records == 1

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -503,3 +505,75 @@ def test_a_fork_while_a_shard_is_looked_up_leaves_the_child_no_closed_lock(tmp_p
     child.kill()
     assert not alive
     assert results.get(timeout=10) == expected
+
+
+#: How a forked process leaves the block of its parent's writer, and by which error.
+_LEAVING = {
+    "exit": "SystemExit",
+    "error": "ValueError",
+    "close": "ConfigError",
+    "write": "ConfigError",
+    "through": "ConfigError",
+    "abort": None,
+}
+_forks = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
+
+def _leave(how, writer):
+    if how == "exit":
+        sys.exit(0)
+    elif how == "error":
+        raise ValueError
+    elif how == "close":
+        writer.close()
+    elif how == "write":
+        writer.write({"x": np.zeros(8, "float32"), "y": 1})
+    elif how == "abort":
+        writer.abort()
+        writer.suspend()
+
+
+@_forks
+@pytest.mark.parametrize(("threads", "source_id"), [(1, None), (2, "v1")])
+@pytest.mark.parametrize("how", _LEAVING)
+def test_a_forked_process_leaves_its_parents_shards(tmp_path, keys, how, threads, source_id):
+    pid, said, root = os.getpid(), None, tmp_path / "shards"
+    options = {"shard_bytes": 1024, "segment_bytes": 512, "threads": threads}
+    try:
+        with EncryptedShardWriter(
+            root, split="train", keys=keys, source_id=source_id, **options
+        ) as writer:
+            for i in range(100):
+                writer.write({"x": np.full(8, i, "float32"), "y": i})
+                if i == 60 and (child := os.fork()):
+                    status = os.waitpid(child, 0)[1]
+                elif i == 60:
+                    _leave(how, writer)
+                    break
+    except BaseException as error:  # noqa: BLE001 # of the child, which must not go on
+        said = type(error).__name__
+    if os.getpid() != pid:
+        os._exit(0 if said == _LEAVING[how] else 1)
+    assert said is None
+    assert status == 0
+    rows = EncryptedShardDataset(root, split="train", keys=keys)
+    assert sorted(int(row["y"]) for row in rows) == list(range(100))
+
+
+@_forks
+def test_a_forked_process_keeps_its_parents_temporary_folder(tmp_path, keys, url):
+    pid = os.getpid()
+    try:
+        with EncryptedShardWriter(url, split="train", keys=keys) as writer:
+            writer.write({"x": np.zeros(2), "y": 1})
+            if child := os.fork():
+                assert os.waitpid(child, 0)[1] == 0
+            else:
+                sys.exit(0)
+            writer.write({"x": np.zeros(2), "y": 2})
+    except SystemExit:
+        gone = not writer._root.exists()
+        if os.getpid() != pid:
+            weakref.finalize._exitfunc()  # as the end of the interpreter would
+            os._exit(1 if gone or not writer._root.exists() else 0)
+    assert len(EncryptedShardDataset(url, split="train", keys=keys)) == 2

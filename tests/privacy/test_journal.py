@@ -436,3 +436,57 @@ def test_a_lost_journal_is_begun_anew_with_what_is_declared(tmp_path, ledger):
     resumed.close_journal()
     with pytest.raises(LedgerError, match="File exists"):
         restore_journal(ledger, tmp_path, steps=3)
+
+
+# ---------------------------------------------------------------- what is no journal, and forks
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long"])
+def test_what_is_no_journal_is_refused_at_once(ledger, tmp_path, kind):
+    resumed = again(ledger)
+    ledger.close_journal()
+    path = journal_path(ledger, tmp_path)
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(data)
+        os.truncate(path, len(data) + 3 * 2**30)
+
+    def over(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(10)
+    try:
+        with pytest.raises(LedgerError, match="No step was taken"):
+            attach_journal(resumed, tmp_path)
+        with pytest.raises(LedgerError, match="privacy journal"):
+            known_releases(ledger, tmp_path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_forked_child_releases_nothing_for_its_parent(ledger, tmp_path, in_fork):
+    def child():
+        try:
+            take(ledger, 1)
+        except LedgerError as error:
+            said = str(error)
+        else:
+            said = "released"
+        ledger.close_journal()
+        return said.encode()
+
+    before = journal_path(ledger, tmp_path).read_bytes()
+    assert b"forked" in in_fork(child)
+    assert journal_path(ledger, tmp_path).read_bytes() == before
+    take(ledger, 2)
+    ledger.close_journal()
+    assert known(ledger, tmp_path) == 5

@@ -339,3 +339,32 @@ def test_a_killed_run_is_resumed_by_other_numbers_of_ranks(tmp_path, sealed, key
         assert sum(life["seen"]) == ROWS - life["left"] == rows
         assert max(life["seen"]) == 1
     assert three["seen"] == [2] * ROWS
+
+
+@pytest.mark.parametrize("how", ["by hand", "epoch end", "last"])
+def test_the_other_rows_of_an_epoch_that_was_cut_are_seen(tmp_path, sealed, keys, how):
+    """Lightning counts an epoch that `max_steps` has cut as done."""
+    whole, first, resumed = Model(), Model(), Model()
+    fit(tmp_path / "whole", sealed, keys, whole, max_epochs=2)
+    checkpoint = ModelCheckpoint(tmp_path / "c", save_last=how == "last")
+    trainer = fit(
+        tmp_path / "a", sealed, keys, first, max_epochs=-1, max_steps=5, checkpoint=checkpoint
+    )
+    path = checkpoint.last_model_path if how == "last" else checkpoint.best_model_path
+    if how == "by hand":
+        path = tmp_path / "hand.ckpt"
+        trainer.save_checkpoint(path)
+    fit(tmp_path / "b", sealed, keys, resumed, max_epochs=2, ckpt_path=path)
+    assert first.rows + resumed.rows == whole.rows
+    assert resumed.validated == whole.validated
+
+
+def test_an_epoch_that_was_limited_is_done(tmp_path, sealed, keys):
+    first, resumed = Model(), Model()
+    checkpoint = ModelCheckpoint(tmp_path / "c", save_on_train_epoch_end=True)
+    options = {"limit_train_batches": 5}
+    fit(tmp_path / "a", sealed, keys, first, max_epochs=1, checkpoint=checkpoint, **options)
+    path = checkpoint.best_model_path
+    fit(tmp_path / "b", sealed, keys, resumed, max_epochs=2, ckpt_path=path, **options)
+    assert {epoch for epoch, _, _ in resumed.rows} == {1}
+    assert len(resumed.rows) == 5

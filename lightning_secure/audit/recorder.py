@@ -1,0 +1,27 @@
+"""What writes each event of a process to an audit log, here and in workers that get the keys."""
+
+from __future__ import annotations
+
+from lightning_secure import events
+from lightning_secure.audit.log import AuditLog
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """A listener of :mod:`~lightning_secure.events` that can be pickled.
+
+    Args:
+        log: Where events are written.
+
+    Attributes:
+        run: Id of the run that goes on, which each record names.
+    """
+
+    def __init__(self, log: AuditLog) -> None:
+        self.log = log
+        self.run = ""
+
+    def __call__(self, event: events.Event) -> None:
+        """Write the event, before what it announces is done."""
+        self.log.append(event.action, {"run": self.run, **event.details}, outcome=event.outcome)
