@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 
 import lightning as L
 import numpy as np
@@ -9,10 +13,12 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from lightning_secure import events
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.callbacks.audit_trail import AuditTrail
 from lightning_secure.callbacks.budget import PrivacyBudget
 from lightning_secure.data.datamodule import EncryptedDataModule
+from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.errors import AuditWriteError, BudgetExhaustedError, ConfigError
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
@@ -288,3 +294,39 @@ def test_wrong_arguments_are_refused(options):
 def test_validation_alone_needs_no_budget(tmp_path, sealed, keys):
     run = trainer(tmp_path, keys, [PrivacyBudget()], strategy="auto")
     run.validate(Model(), datamodule=data(sealed, keys), verbose=False)
+
+
+_WORKER = """
+import pickle, sys
+keys, dataset = pickle.load(open(sys.argv[1], "rb"))
+keys.derive("in a worker")
+dataset[0]
+"""
+
+
+def test_a_process_that_is_sent_the_keys_writes_to_the_same_log(tmp_path, keys):
+    """As a spawned worker is, and one of Ray; what it is sent of the log imports no Lightning."""
+    with EncryptedShardWriter(tmp_path / "s", split="train", keys=keys) as writer:
+        writer.write({"x": np.ones(3), "y": 1})
+    trail = AuditTrail(tmp_path / "audit")
+    dataset = EncryptedShardDataset(tmp_path / "s", split="train", keys=keys)
+    (tmp_path / "sent").write_bytes(pickle.dumps((keys, dataset)))
+    subprocess.run(
+        [sys.executable, "-c", _WORKER, tmp_path / "sent"],
+        check=True, cwd="/", env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    records = [record for record in trail.log_file.records() if record["pid"] != os.getpid()]
+    assert {record["action"] for record in records} == {"key.derive", "key.unwrap", "data.open"}
+    assert b"lightning_secure.callbacks" not in (tmp_path / "sent").read_bytes()
+
+
+def test_what_is_not_to_follow_the_keys_does_not(keys):
+    events.subscribe("here", lambda _: None)
+    assert pickle.loads(pickle.dumps(keys)).key_id == keys.key_id
+    assert events.following() == {}
+
+
+def test_a_log_that_is_subscribed_already_is_not_told_twice(tmp_path, keys):
+    trail = AuditTrail(tmp_path / "audit")
+    pickle.loads(pickle.dumps(keys)).derive("once")
+    assert [record["action"] for record in trail.log_file.records()] == ["key.derive"]

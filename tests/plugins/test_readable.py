@@ -1,4 +1,4 @@
-"""What could not be read back is refused by name, before the first step and before it is written."""
+"""What could not be read back is refused by name, before the first step and before writing."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from mutation import Mutation
 
 CHECKPOINT = "tests/plugins/test_checkpoint.py"
 ASKING = "tests/plugins/test_asking.py"
+CONSTRUCTOR = "tests/plugins/test_constructor.py"
+READABLE = "tests/plugins/test_readable.py"
 
 CATALOGUE = [
     Mutation(
@@ -80,5 +82,110 @@ CATALOGUE = [
         "        self.on_train_start(trainer, pl_module)\n",
         "        return\n",
         f"{ASKING} -k 'refusal and entry'",
+    ),
+    Mutation(
+        "jsonargparse makes the module of a checkpoint that LightningCLI wrote",
+        "plugins/constructor.py",
+        "    return {_INSTANTIATOR: None, **_converted(kind, missing, parameters), **given}",
+        "    return dict(given)",
+        f"{CONSTRUCTOR} -k 'is_called and hyper_parameters and alone'",
+        more=(
+            ("    if named:\n        raise _to_be_given(kind, named)\n    if not", "    if not"),
+        ),
+    ),
+    Mutation(
+        "a class path is given to a module as a mapping",
+        "plugins/constructor.py",
+        'return any(isinstance(part, dict) and "class_path" in part for part in _all(value))',
+        "return False",
+        f"{CONSTRUCTOR} -k without_an_instantiator",
+    ),
+    Mutation(
+        "what a checkpoint names as the type of its hyperparameters is called",
+        "plugins/constructor.py",
+        "    if not (made is None or isinstance(made, str)",
+        "    if False and (made is None or isinstance(made, str)",
+        f"{CONSTRUCTOR} -k type_of_hyperparameters",
+    ),
+    Mutation(
+        "a resolver of OmegaConf that a checkpoint names is called",
+        "plugins/constructor.py",
+        "    if interpolated and any(",
+        "    if False and any(",
+        f"{CONSTRUCTOR} -k resolver",
+    ),
+    Mutation(
+        "hyperparameters hide in pairs",
+        "plugins/constructor.py",
+        "        if not isinstance(part, Mapping):",
+        "        if False:",
+        f"{CONSTRUCTOR} -k no_checkpoint_of_a_trainer",
+    ),
+    Mutation(
+        "a checkpoint chooses the class",
+        "plugins/constructor.py",
+        'path.rpartition(".")[2] != kind.__name__:',
+        "False:",
+        f"{CONSTRUCTOR} -k choose_the_class",
+    ),
+    Mutation(
+        "what would be written is looked at by its names only",
+        "plugins/readable.py",
+        '                loaded = torch.load(buffer, map_location="cpu", weights_only=True)\n',
+        "                return None\n",
+        f"{READABLE} -k until_nothing_is",
+    ),
+    Mutation(
+        "what comes back as something else is written",
+        "plugins/readable.py",
+        "    if not _same(value, loaded, set()):",
+        "    if False:",
+        f"{READABLE} -k something_else",
+    ),
+    Mutation(
+        "a number of numpy that no other equals is written as one",
+        "plugins/readable.py",
+        'if same and value.dtype.kind in "biufcSU" else value',
+        "",
+        f"{READABLE} -k 'refused_by_name and date'",
+        more=(
+            ("    if type(plain) not in (bool, int, float, complex, str, bytes):", "    if False:"),
+        ),
+    ),
+    Mutation(
+        "hyperparameters that cannot be read back cost the steps before the first save",
+        "plugins/checkpoint.py",
+        "        self._require_readable("
+        "with_plain_numbers(planned_hyperparameters(strategy, self)))\n",
+        "",
+        f"{READABLE} -k 'before_the_first_step and range and plain'",
+    ),
+    Mutation(
+        "a run ends before its last checkpoint is written",
+        "plugins/hyperparameters.py",
+        "            self.checkpoint_io.teardown()\n",
+        "            pass\n",
+        f"{READABLE} -k last_checkpoint",
+    ),
+    Mutation(
+        "what is written behind two threads is waited for by neither",
+        "plugins/hyperparameters.py",
+        "        if threading.current_thread() is not threading.main_thread():",
+        "        if False:",
+        f"{READABLE} -k last_checkpoint",
+    ),
+    Mutation(
+        "LightningCLI reads an encrypted checkpoint by itself",
+        "plugins/command_line.py",
+        "        if path and _is_encrypted(Path(path)):",
+        "        if False:",
+        "tests/plugins/test_command_line.py -k encrypted",
+    ),
+    Mutation(
+        "what was redacted wins over what is given again",
+        "plugins/command_line.py",
+        "            cli.config[key] = before[key]\n",
+        "            pass\n",
+        "tests/plugins/test_command_line.py -k wins",
     ),
 ]
