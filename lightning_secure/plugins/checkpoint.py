@@ -113,7 +113,8 @@ class EncryptedCheckpointIO(CheckpointIO):
         if loaded:
             require_asked_to_read(strategy, self)
         require_waited_for(strategy.checkpoint_io)
-        self._require_readable(with_plain_numbers(planned_hyperparameters(strategy, self)))
+        planned = with_plain_numbers(planned_hyperparameters(strategy, self))
+        require_readable(planned, safe_globals=self._safe_globals, planned=True)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ _HYPERPARAMETERS: Final = {
     "datamodule_hyper_parameters": "hyperparameter of the datamodule",
     "callbacks": "state of the callback",
 }
+#: What pickle raises of objects that have no form for it.
+_UNPICKLABLE: Final = (pickle.PicklingError, TypeError, AttributeError, RecursionError)
 #: How torch names what it would import.
 _GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
 
@@ -98,20 +101,24 @@ def _has_scalar(value: Any, seen: set[int]) -> bool:
 # ---------------------------------------------------------------- the trial
 
 
-def require_readable(checkpoint: Mapping[str, Any], *, safe_globals: Sequence[Any]) -> None:
+def require_readable(
+    checkpoint: Mapping[str, Any], *, safe_globals: Sequence[Any], planned: bool = False
+) -> None:
     """Write a checkpoint into memory, without the data of large tensors, and read it back.
 
     Args:
         checkpoint: What is to be written.
         safe_globals: Classes that reading will allow, too.
+        planned: Whether nothing is written now. An error that an object's own code raises while it
+            is serialised is a ConfigError then, and otherwise raised as it is.
 
     Raises:
         ConfigError: If safe loading refuses it, or gives back something else. The error names the
             hyperparameter, and the classes that are missing.
     """
-    if _problem(checkpoint, safe_globals) is None:
+    if _problem(checkpoint, safe_globals, planned) is None:
         return
-    where, found = _place(checkpoint, safe_globals)
+    where, found = _place(checkpoint, safe_globals, planned)
     raise ConfigError(
         f"the checkpoint would hold {found.what}: {where} could be written and never read again, "
         f"so nothing was written. {found.instead} If it is a hyperparameter, "
@@ -131,13 +138,15 @@ class _Problem(NamedTuple):
     instead: str = "Give plain values, such as a list or a dict."
 
 
-def _problem(value: Any, safe_globals: Sequence[Any]) -> _Problem | None:
+def _problem(value: Any, safe_globals: Sequence[Any], planned: bool) -> _Problem | None:
     """Return why a value could not be read back, or None."""
     buffer = io.BytesIO()
     failed = ""
     try:
         save_without_data(value, buffer)
-    except Exception as error:  # noqa: BLE001 # an object's own pickling may raise anything
+    except Exception as error:
+        if not planned and not isinstance(error, _UNPICKLABLE):
+            raise
         failed = type(error).__name__
     if failed:
         return _Problem(f"{_kinds(value)}, which cannot be serialised ({failed})")
@@ -167,14 +176,16 @@ def _problem(value: Any, safe_globals: Sequence[Any]) -> _Problem | None:
     return None
 
 
-def _place(checkpoint: Mapping[str, Any], safe_globals: Sequence[Any]) -> tuple[str, _Problem]:
+def _place(
+    checkpoint: Mapping[str, Any], safe_globals: Sequence[Any], planned: bool
+) -> tuple[str, _Problem]:
     """Return the name of the first entry that cannot be read back, and why."""
     for key, value in checkpoint.items():
-        if (found := _problem(value, safe_globals)) is None:
+        if (found := _problem(value, safe_globals, planned)) is None:
             continue
         if key in _HYPERPARAMETERS and isinstance(value, dict):
             for name, item in value.items():
-                if (inner := _problem(item, safe_globals)) is not None:
+                if (inner := _problem(item, safe_globals, planned)) is not None:
                     return f"{_HYPERPARAMETERS[key]} {_shown(name)}", inner
         return f"its entry {_shown(key)}", found
     return "it", _Problem("what safe loading does not give back as it is")

@@ -155,8 +155,7 @@ CATALOGUE = [
     Mutation(
         "hyperparameters that cannot be read back cost the steps before the first save",
         "plugins/checkpoint.py",
-        "        self._require_readable("
-        "with_plain_numbers(planned_hyperparameters(strategy, self)))\n",
+        "        require_readable(planned, safe_globals=self._safe_globals, planned=True)\n",
         "",
         f"{READABLE} -k 'before_the_first_step and range and plain'",
     ),

@@ -130,11 +130,11 @@ CATALOGUE = [
     ),
     Mutation(
         "a full audit log is passed over",
-        "callbacks/audit_trail.py",
-        '        self._log.append(event.action, {"run": self._run, **event.details}, '
+        "audit/recorder.py",
+        '        self.log.append(event.action, {"run": self.run, **event.details}, '
         "outcome=event.outcome)",
         "        try:\n"
-        '            self._log.append(event.action, {"run": self._run, **event.details})\n'
+        '            self.log.append(event.action, {"run": self.run, **event.details})\n'
         "        except Exception:\n            pass",
         "tests/callbacks/test_callbacks.py -k refuses",
     ),
