@@ -35,9 +35,10 @@ def attend_to_ckpt_path() -> None:
         return
     from lightning.pytorch.cli import LightningCLI
 
-    if not hasattr(LightningCLI._parse_ckpt_path, "__wrapped__"):
-        LightningCLI.parse_arguments = _remembering(LightningCLI.parse_arguments)
-        LightningCLI._parse_ckpt_path = _attentive(LightningCLI._parse_ckpt_path)
+    cli: Any = LightningCLI
+    if not hasattr(cli._parse_ckpt_path, "__wrapped__"):
+        cli.parse_arguments = _remembering(cli.parse_arguments)
+        cli._parse_ckpt_path = _attentive(cli._parse_ckpt_path)
 
 
 def _remembering(original: Callable[..., None]) -> Callable[..., None]:

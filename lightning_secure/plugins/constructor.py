@@ -195,9 +195,11 @@ def _converted(
         if isinstance(value, str) and value == _import_path(default):
             converted[name] = default
             continue
+        if type(value) is type(default) and value == default:  # as None for what is no Optional
+            continue
         try:
             fitted = _fitted(hints.get(name, Any), value)
-        except _UnfitError:
+        except (_UnfitError, TypeError):  # a protocol may know no instances
             named.append(name)
             continue
         if fitted is not value:
