@@ -112,7 +112,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         require_asked_to_write(strategy, self)
         if loaded:
             require_asked_to_read(strategy, self)
-        require_waited_for(strategy.checkpoint_io)
+        require_waited_for(strategy)
         planned = with_plain_numbers(planned_hyperparameters(strategy, self))
         require_readable(planned, safe_globals=self._safe_globals, planned=True)
 

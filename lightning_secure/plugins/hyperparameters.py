@@ -88,7 +88,7 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
             ConfigError: It would write checkpoints that are not redacted. Nothing was written.
         """
         require_asked_to_write(strategy, self)
-        require_waited_for(strategy.checkpoint_io)
+        require_waited_for(strategy)
 
     def prepared(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what would be written of a checkpoint, without counting what is taken out."""

@@ -253,7 +253,7 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
     Raises:
         ConfigError: If AsyncCheckpointIO is among them and cannot copy a hyperparameter.
     """
-    module = strategy.lightning_module
+    module = getattr(strategy, "lightning_module", None)
     trainer = getattr(module, "_trainer", None)
     if module is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
         return {}
@@ -291,13 +291,18 @@ def _require_copied(planned: Mapping[str, Any]) -> None:
                 )
 
 
-def require_waited_for(checkpoint_io: Any) -> None:
+def require_waited_for(strategy: Strategy) -> None:
     """Refuse an AsyncCheckpointIO around another one, if nothing between them waits.
+
+    Args:
+        strategy: The Trainer's, once a run is set up.
 
     Raises:
         ConfigError: If the outer one would end a run without waiting for the inner one.
     """
-    outer = checkpoint_io
+    if getattr(strategy, "lightning_module", None) is None:
+        return
+    outer: Any = strategy.checkpoint_io
     while (inner := getattr(outer, "checkpoint_io", None)) is not None:
         if isinstance(outer, AsyncCheckpointIO) and isinstance(inner, AsyncCheckpointIO):
             raise ConfigError(
