@@ -62,6 +62,12 @@ class EncryptedCheckpointIO(CheckpointIO):
         safe_globals: Classes of your own that checkpoints may hold, besides tensors and plain
             Python values.
 
+    What is to be written is read back in memory first, without the data of large tensors: what
+    safe loading refuses, or gives back as something else, is an error that names the
+    hyperparameter. Hyperparameters of a module that is to be trained are tried when the run is set
+    up. Scalars of numpy are written as the Python numbers that equal them. LightningCLI opens such
+    a checkpoint with ``--ckpt_path`` and reads no hyperparameter of it.
+
     Paths may be local or fsspec URLs. Local files appear whole or not at all. Memory beyond the
     checkpoint itself stays near two megabytes, and a copy of those tensors that are parts of a
     larger memory, so that nothing else of that memory is written. It works under
