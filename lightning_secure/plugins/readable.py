@@ -36,7 +36,9 @@ _HYPERPARAMETERS: Final = {
 #: What pickle raises of objects that have no form for it.
 _UNPICKLABLE: Final = (pickle.PicklingError, TypeError, AttributeError, RecursionError)
 #: How torch names what it would import.
-_GLOBAL: Final = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+_GLOBAL: Final = re.compile(
+    r"(?<=GLOBAL )[\w.]+(?= was not an allowed)|(?<=`add_safe_globals`, but got <class ')[\w.]+"
+)
 
 
 # ---------------------------------------------------------------- numbers of numpy

