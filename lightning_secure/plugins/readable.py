@@ -200,7 +200,8 @@ def _shown(name: Any) -> str:
 def _kinds(value: Any) -> str:
     """Return the names of the classes in a value that are not plain."""
     kinds: set[str] = set()
-    left, seen = [value], set()
+    left: list[Any] = [value]
+    seen: set[int] = set()
     while left:
         part = left.pop()
         if id(part) in seen:

@@ -388,7 +388,9 @@ def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes,
     Raises:
         IntegrityError: It is not what this run wrote.
     """
-    end, mac, first, last = 0, bytes(32), None, None
+    end, mac = 0, bytes(32)
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
     for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
         if not line.endswith(b"\n"):
             if len(line) >= _MAX_LINE:
