@@ -234,7 +234,8 @@ def _same(given: Any, loaded: Any, seen: set[int]) -> bool:
         return len(given) == len(loaded) and all(
             _same(one, other, seen) for one, other in zip(given, loaded, strict=True)
         )
-    if type(given).__eq__ is object.__eq__:
+    equality: Any = type(given).__eq__
+    if equality is object.__eq__:
         own, other = getattr(given, "__dict__", {}), getattr(loaded, "__dict__", {})
         return given is loaded or isinstance(given, type) or _same(own, other, seen)
     try:
