@@ -1,9 +1,9 @@
 """Clipped gradient sums in one backward pass, recorded by hooks.
 
-While a chunk goes forward and backward, the parameters of the handled layers are frozen: autograd
-then computes no weight gradients, which are a third of the work and would be thrown away. Hooks
-keep each layer's input and the gradient of its output; norms and clipped sums come from those, by
-the rules of :mod:`~lightning_secure.privacy.units`.
+While a handled layer runs forward, its own parameters are frozen: autograd then computes no weight
+gradients, which are a third of the work and would be thrown away. Everywhere else they require
+grad, as the module's code expects. Hooks keep each layer's input and the gradient of its output;
+norms and clipped sums come from those, by the rules of :mod:`~lightning_secure.privacy.units`.
 
 Source:
     Bu et al. 2023, arXiv:2210.00038 (book-keeping).
@@ -54,13 +54,19 @@ class Recorder:
         self._active = False
         self._whole = False
         self._rows: int | None = None
+        self._frozen: list[list[nn.Parameter]] = []
         # With all parameters frozen no layer's output may require grad; this leaf makes it.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def attach(self) -> None:
-        """Put the hooks on the layers."""
+        """Put the hooks on the layers, and on their parameters."""
         for unit in self._units:
-            self._handles.append(unit.attach(self._watch))
+            self._handles.append(unit.attach(self))
+        for parameter in dict.fromkeys(p for unit in self._units for p in unit.parameters):
+            handle = cast("Any", parameter).register_hook(self._past_layer)
+            # First, so that no hook of the user's is shown a gradient without noise.
+            cast("Any", parameter._backward_hooks).move_to_end(handle.id, last=False)
+            self._handles.append(handle.remove)
 
     def detach(self) -> None:
         """Take the hooks off again."""
@@ -69,7 +75,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
-        """Record what runs in the block, with the units' parameters frozen.
+        """Record what runs in the block.
 
         Args:
             rows: Rows of the batch. If it is given, a layer that is called once for all of them, as
@@ -82,10 +88,6 @@ class Recorder:
         self._pending = []
         self._calls.clear()
         self._whole, self._rows = whole, rows
-        # Not those that the user has frozen since: they must be found frozen afterwards.
-        parameters = [p for unit in self._units for p in unit.parameters if p.requires_grad]
-        for parameter in parameters:
-            parameter.requires_grad_(False)
         self._active = True
         # Attention in evaluation mode would go past its layers where nothing requires grad.
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -95,8 +97,8 @@ class Recorder:
         finally:
             self._active = False
             torch.backends.mha.set_fastpath_enabled(fast)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+            while self._frozen:
+                self.after()
 
     def take(self, batch: int, *, factor: float = 1.0) -> list[Record]:
         """Return the records of the last block and forget them.
@@ -127,11 +129,35 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # The hooks make a recorder part of the model's pickle, and records are not private.
         nothing = {"_pending": [], "_handles": [], "_active": False, "_calls": Counter()}
-        return {**self.__dict__, **nothing}
+        return {**self.__dict__, **nothing, "_frozen": []}
 
-    # Compiled, it would be traced once and run into what must happen each time.
+    # Compiled, they would be traced once and run into what must happen each time.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _watch(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
+    def before(self, unit: Unit) -> None:
+        """Freeze a unit's parameters while its layer runs forward."""
+        if self._active:
+            # Those that the user has frozen stay so afterwards.
+            frozen = [p for p in unit.parameters if p.requires_grad]
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            self._frozen.append(frozen)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, unit: Unit | None = None) -> None:
+        """Thaw what the last :meth:`before` has frozen."""
+        if self._frozen:
+            for parameter in self._frozen.pop():
+                parameter.requires_grad_(True)
+
+    def _past_layer(self, grad: Tensor) -> Tensor | None:
+        """Drop a gradient that reaches a parameter past its layer's call, which nobody clips.
+
+        The preflight refuses where it is not zero.
+        """
+        return torch.zeros_like(grad) if self._active else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
         """Return ``output``, of which the gradient will be recorded together with ``inputs``."""
         if not self._active or not torch.is_grad_enabled():
             return output

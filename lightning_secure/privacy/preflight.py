@@ -191,21 +191,57 @@ def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
             else gradient.float()
         )
     norms = {parameter: torch.linalg.vector_norm(whole) for parameter, whole in left.items()}
-    # Subtracted one by one: a sum of them would take as much memory as the weights.
+    _subtract(left, run, rows)
+    _require_nothing_left(
+        left,
+        norms,
+        lambda parameter: (
+            f"parameter {names[parameter]!r} gets a gradient that its layer does not account "
+            "for: it is used outside of the layer's own call (as in F.linear(x, "
+            "layer.weight), or a penalty on the weights inside the loss), or the layer has an "
+            "option that the per-sample rules do not know. Call the layer itself, and use the "
+            f"optimizer's weight_decay for penalties. {NO_STEP}"
+        ),
+    )
+    # What was compared was recorded whole; a step lets go of it on the way.
+    del left
+    sums = trial.summed(batch, rows=rows)
+    for total in sums.values():
+        total /= rows
+    _subtract(sums, run, rows)
+    _require_nothing_left(
+        sums,
+        norms,
+        lambda parameter: (
+            f"parameter {names[parameter]!r} gets another gradient in a step than in the trial "
+            "runs before it: the layer or a hook on it behaves differently while gradients are "
+            f"computed. {NO_STEP}"
+        ),
+    )
+
+
+def _subtract(left: dict[nn.Parameter, Tensor], run: Run, rows: int) -> None:
+    """Subtract the mean of a run's gradients from others."""
+    # One by one: a sum of them would take as much memory as the weights.
     for record in run.records:
         weights = torch.full((rows,), 1 / rows, device=record.squares().device)
         for parameter, total in record.weighted_sum(weights).items():
             left[parameter] = left[parameter] - total
-    for parameter, norm in norms.items():
+
+
+def _require_nothing_left(
+    left: Mapping[nn.Parameter, Tensor],
+    norms: Mapping[nn.Parameter, Tensor],
+    message: Callable[[nn.Parameter], str],
+) -> None:
+    """Make sure that two ways to the gradients agree, up to rounding."""
+    # The gradient of a bias before a normalising layer is zero, and comes out as rounding.
+    largest = max(float(norm) for norm in norms.values())
+    for parameter, apart in left.items():
         tolerance = _TOLERANCE if parameter.dtype.itemsize >= 4 else _COARSE
-        if torch.linalg.vector_norm(left[parameter]) > tolerance * 2 * norm + 1e-7:
-            raise UnsupportedModelError(
-                f"parameter {names[parameter]!r} gets a gradient that its layer does not account "
-                "for: it is used outside of the layer's own call (as in F.linear(x, "
-                "layer.weight), or a penalty on the weights inside the loss), or the layer has an "
-                "option that the per-sample rules do not know. Call the layer itself, and use the "
-                f"optimizer's weight_decay for penalties. {NO_STEP}"
-            )
+        rounding = 1e-3 * tolerance * largest + 1e-7
+        if torch.linalg.vector_norm(apart) > tolerance * 2 * norms[parameter] + rounding:
+            raise UnsupportedModelError(message(parameter))
 
 
 def _moved(run: Run, changed: Run) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.bookkeeping import add_clipped_sums
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.units.base import Gradients, Record, accumulate
 
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 NO_STEP: Final = "No step was taken."
+_UNCLIPPED: Final = 1e30
 
 
 @dataclass
@@ -99,6 +101,18 @@ class Trial:
                 f"so nothing could be checked. Scale the inputs, by public constants. {NO_STEP}"
             )
         return run
+
+    def summed(self, batch: Any, *, rows: int) -> dict[nn.Parameter, Tensor]:
+        """Run forward and backward just as a step does; return the sums of unclipped gradients.
+
+        Unlike :meth:`recorded`, norms are taken while the backward pass is still running.
+        """
+        seed_all(0)
+        with self.engine.recording(rows=rows):
+            self.backward(self.engine.scaled(self._loss(batch), rows))
+        sums: dict[nn.Parameter, Tensor] = {}
+        add_clipped_sums(sums, self.engine.take(rows), max_grad_norm=_UNCLIPPED)
+        return sums
 
     def _loss(self, batch: Any) -> Tensor:
         try:

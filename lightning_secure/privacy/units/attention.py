@@ -160,6 +160,35 @@ class AttentionUnit(Unit):
                 is_causal=is_causal,
             )
             return untouched
+        watch.before(self)
+        try:
+            return self._recorded(
+                watch,
+                query,
+                key,
+                value,
+                mask=partial(_merged, key_padding_mask, attn_mask),
+                need_weights=need_weights,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal and key_padding_mask is None,
+            )
+        finally:
+            watch.after(self)
+
+    def _recorded(
+        self,
+        watch: Watch,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Callable[[Tensor], Tensor | None],
+        need_weights: bool,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do what the ordinary forward does; ``mask`` takes the queries by head."""
+        module = self._attention
         if query.ndim != 3:
             raise UnsupportedModelError(
                 f"layer {self.name!r} (MultiheadAttention) is given an input of {query.ndim} "
@@ -168,21 +197,21 @@ class AttentionUnit(Unit):
             )
         projected = self._project(watch, query, key, value)
         q, k, v = (self._heads(item) for item in projected)
-        mask = _merged(key_padding_mask, attn_mask, q)
+        added = mask(q)
         dropout = module.dropout if module.training else 0.0
         weights: Tensor | None = None
         if need_weights:
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=3)
+            weights = torch.softmax(scores if added is None else scores + added, dim=3)
             weights = functional.dropout(weights, dropout) if dropout else weights
             attended = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
-        elif is_causal and key_padding_mask is None:
+        elif is_causal:
             attended = functional.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, is_causal=True
             )
         else:
-            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+            attended = functional.scaled_dot_product_attention(q, k, v, added, dropout)
         joined = attended.transpose(1, 2).flatten(2)
         out = module.out_proj
         result = functional.linear(joined, out.weight, out.bias)

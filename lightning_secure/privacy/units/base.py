@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,20 @@ __all__ = [
 ]
 
 Gradients = Mapping[nn.Parameter, Tensor]
-#: From a unit, its input and its output, batch first, to the output that goes on.
-Watch = Callable[["Unit", Tensor, Tensor], Tensor]
+
+
+class Watch(Protocol):
+    """What a recorder does around each call of a layer."""
+
+    def before(self, unit: Unit) -> None:
+        """Freeze the unit's parameters."""
+
+    def after(self, unit: Unit) -> None:
+        """Thaw what :meth:`before` has frozen; also called where the layer fails."""
+
+    def __call__(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
+        """Take an input and an output, batch first; return the output that goes on."""
+
 
 #: Per-sample gradients of one layer may be kept until the norms are known up to this many bytes,
 #: or up to a little more than the input and output gradient that they make superfluous.
@@ -96,12 +108,20 @@ class Unit(ABC):
         self._timed_rows = 0
 
     def attach(self, watch: Watch) -> Callable[[], None]:
-        """Have every call of the layer watched; returns how to end that.
+        """Have every call of the layer watched; returns how to end that."""
+        module = self.module
+        handles = [
+            module.register_forward_pre_hook(partial(_before_forward, self, watch)),
+            # Also where the forward pass fails or, computed again by a checkpoint, ends early.
+            module.register_forward_hook(partial(_thaw, self, watch), always_call=True),
+            module.register_forward_hook(partial(_after_forward, self, watch)),
+        ]
 
-        Args:
-            watch: Takes the unit, its input and its output, and returns what goes on as output.
-        """
-        return self.module.register_forward_hook(partial(_after_forward, self, watch)).remove
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
 
     @abstractmethod
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
@@ -384,6 +404,14 @@ def _pieces(unit: Unit, inputs: Tensor, grads: Tensor, way: Way) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(grads), size)]
 
 
+def _before_forward(unit: Unit, watch: Watch, *_: Any) -> None:
+    watch.before(unit)
+
+
+def _thaw(unit: Unit, watch: Watch, *_: Any) -> None:
+    watch.after(unit)
+
+
 def _after_forward(
     unit: Unit, watch: Watch, module: nn.Module, inputs: tuple[Any, ...], output: Any
 ) -> Tensor:
@@ -391,6 +419,13 @@ def _after_forward(
         raise UnsupportedModelError(
             f"layer {unit.name!r} ({type(module).__name__}) does not map one tensor to one "
             "tensor, so its per-sample gradients cannot be formed. This step was not taken."
+        )
+    if output.is_complex():
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(module).__name__}) has trainable parameters and a complex "
+            "output, whose gradient the per-sample rules would take the real part of. Let the "
+            "layer return real numbers, and make complex ones of them outside. This step was not "
+            "taken."
         )
     return watch(unit, inputs[0], output)
 

@@ -108,6 +108,13 @@ def find_units(model: nn.Module) -> list[Unit]:
         UnsupportedModelError: A layer mixes samples or keeps statistics of them, or no way is
             known to its per-sample gradients. The message names it and what to use instead.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedModelError(
+                f"parameter {name!r} is complex ({parameter.dtype}), and norms, sums and noise are "
+                "real: its imaginary part would get no noise. Train real and imaginary part as two "
+                "real parameters, in layers of their own, or freeze it. No step was taken."
+            )
     for name, module in model.named_modules():
         _refuse_mixing(name, module)
     return [*_walk("", model, model, set())]
