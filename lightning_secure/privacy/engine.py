@@ -14,6 +14,7 @@ from lightning_secure.privacy.banded.noise import BandedNoise
 from lightning_secure.privacy.bookkeeping import Recorder, add_clipped_sums
 from lightning_secure.privacy.clipping.layers import layer_groups
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
+from lightning_secure.privacy.counted import CountedMeans
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.units.base import Record, widened
 from lightning_secure.privacy.units.finding import find_units
@@ -43,6 +44,7 @@ class GradientEngine:
         units: The trainable layers.
         parameters: Those that they compute with, each once.
         homes: For each of them, the one that gets its gradient.
+        means: Exchanges means of counted targets, which would mix rows, while it records.
 
     Raises:
         UnsupportedModelError: See :func:`find_units`, and if nothing is trainable or ``clipping``
@@ -74,6 +76,7 @@ class GradientEngine:
         if isinstance(clipping, PerLayerClipping):
             self._layers = layer_groups(self.units, clipping.parts)
         self._recorder = Recorder(self.units)
+        self.means = CountedMeans()
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def require_covered(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -97,6 +100,8 @@ class GradientEngine:
 
     def attach(self) -> None:
         """Put the hooks on the model."""
+        # A loss that was compiled before goes past what is exchanged in it.
+        torch.compiler.reset()
         self._recorder.attach()
 
     def detach(self) -> None:
@@ -109,14 +114,14 @@ class GradientEngine:
 
     @contextlib.contextmanager
     def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
-        """Record a forward and a backward pass; parameters are frozen in the block.
+        """Record a forward and a backward pass.
 
         Args:
             rows: Rows of the batch; see :meth:`Recorder.recording`.
             whole: Whether the records keep inputs and gradients whatever the norms need.
         """
         self._factor = 1.0
-        with self._recorder.recording(rows=rows, whole=whole):
+        with self._recorder.recording(rows=rows, whole=whole), self.means.applied(rows):
             yield
 
     def scaled(self, loss: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
+from lightning_secure.privacy.counted_trial import settle_counted_means
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import Stateful, copied, difference, preserved
@@ -80,6 +81,9 @@ def preflight(
             f"a batch is a {type(batch).__name__}, in which no rows are found. Let the collate "
             f"function return tensors, or tuples, lists and dicts of them. {NO_STEP}"
         )
+    settle_counted_means(
+        engine, model, loss_of, batch, size=size, backward=backward, stateful=stateful
+    )
     trial = Trial(engine, model, loss_of, backward)
     with preserved(model, stateful) as kept, exact_arithmetic():
         before = copied(_held(model, checkpoint), kept.of)
@@ -286,14 +290,11 @@ def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
     """
     exact = all(parameter.dtype.itemsize >= 4 for parameter in trial.engine.parameters)
     tolerance, floor = (_TOLERANCE, 1e-10) if exact else (_COARSE, 1e-4)
-    with without_dropout(trial.model) as divided:
+    with without_dropout(trial.model):
         for draw in range(_KINKS):
             batch = drawn()
-            whole, all_rows = _few(trial, batch, _ROWS), divided()
+            whole = _few(trial, batch, _ROWS)
             few = {rows: _few(trial, batch, rows) for rows in _SIZES}
-            # Not so where each row has a call of its own.
-            if all_rows > divided():
-                raise _divided_by_weights()
             for run in few.values():
                 require_same_layers(whole, run)
             again = _few(trial, batch, _ROWS, seed=1)
@@ -308,16 +309,6 @@ def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
             gross = _by_size(whole, few, tolerance=max(_COARSE, 5 * tolerance), floor=floor)
             if gross is not None or draw == _KINKS - 1:
                 raise fault
-
-
-def _divided_by_weights() -> UnsupportedModelError:
-    # Seen in the call: a class that is rare may not be in the first batch.
-    return UnsupportedModelError(
-        "rows are mixed in the loss: cross_entropy or nll_loss with class weights divides by the "
-        "sum of the weights of all rows that were drawn, so one row of a heavy class changes the "
-        "gradients of all others, and clipping bounds nothing. Use reduction='none' and .mean(), "
-        f"where a row has several losses on each row's first. {NO_STEP}"
-    )
 
 
 def _by_size(

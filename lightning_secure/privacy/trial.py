@@ -131,7 +131,7 @@ class Trial:
         """Run forward and backward without records; return the gradient of each parameter."""
         seed_all(0)
         self.model.zero_grad(set_to_none=True)
-        with _without_hooks(self.engine.parameters):
+        with _without_hooks(self.engine.parameters), self.engine.means.applied(rows):
             self.backward(self.engine.scaled(self.loss_of(batch), rows))
         gradients = [
             None if p.grad is None else self.engine.unscaled(p.grad) for p in self.engine.parameters
@@ -277,23 +277,12 @@ _DROPOUTS: Final = frozenset(
 
 
 class _Without(TorchFunctionMode):
-    """Has dropout drop nothing, and sees which losses are divided by weights of their classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._divided = 0
-
-    def taken(self) -> int:
-        """Return the most targets of such a loss since this was asked last."""
-        most, self._divided = self._divided, 0
-        return most
+    """Has dropout drop nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (functional.cross_entropy, functional.nll_loss):
-            self._divided = max(self._divided, _divided(*args, **kwargs))
         if func in _DROPOUTS:
             value: Tensor = args[0] if args else kwargs["input"]
             return (
@@ -309,31 +298,12 @@ class _Without(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _divided(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    **_: Any,
-) -> int:
-    """Return how many targets' losses are divided by the sum of the weights of their classes."""
-    if weight is None or not input.requires_grad or target.is_floating_point():
-        return 0
-    if False in (size_average, reduce) or reduction != "mean" or bool((weight == weight[0]).all()):
-        return 0
-    return target.numel()
-
-
 @contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[Callable[[], int]]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """Have dropout drop nothing, as a layer or as a function.
 
     Masks differ between batches of other sizes, also from one seed. Everything else goes on
-    training. Inside, asked after a pass: the most targets in it whose losses were divided by the
-    sum of the weights of their classes, as ``cross_entropy(weight=)`` does by default.
+    training.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     modes = [layer.training for layer in layers]
@@ -341,8 +311,8 @@ def without_dropout(model: nn.Module) -> Iterator[Callable[[], int]]:
         for layer in layers:
             layer.training = False
         # What is compiled would be compiled again for this, and the mode does not reach into it.
-        with torch.compiler.set_stance("force_eager"), _Without() as mode:
-            yield mode.taken
+        with torch.compiler.set_stance("force_eager"), _Without():
+            yield
     finally:
         for layer, training in zip(layers, modes, strict=True):
             layer.training = training
