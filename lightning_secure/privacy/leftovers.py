@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import ctypes
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from datetime import date, datetime, timedelta
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -16,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "MADE_OF",
     "Kept",
     "Stateful",
     "copied",
     "difference",
+    "differences",
     "local_part",
     "preserved",
     "remembered_attributes",
@@ -28,6 +34,11 @@ __all__ = [
 
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN: Final = (*_ATOMS, list, tuple, dict, set, deque, bytearray, np.ndarray, Tensor)
+_UNCHANGING: Final = frozenset({*_ATOMS, range, slice, datetime, date, timedelta})
+#: What pickle writes the name of, or nothing at all.
+_REFERRED_TO: Final = (type, FunctionType, BuiltinFunctionType, ModuleType, weakref.ref)
+#: Stands in names for parts that have none of their own.
+MADE_OF: Final = "()"
 _INTERNALS: Final = frozenset(vars(nn.Module()))
 
 Restore = Callable[[], Any]
@@ -242,12 +253,13 @@ def copied(
     """Return a value in a form that later changes do not reach, for :func:`difference`.
 
     Args:
-        value: Tensors, arrays, collections, and objects, of which the attributes are taken.
+        value: Tensors, arrays, collections, and objects, of which all is taken that pickle would
+            write, whether they have attributes or not.
         tensor: Copies a tensor. ``Tensor.detach`` will do for a value that is compared at once.
         memo: What was copied already, by id; a value may hold itself.
     """
     memo = {} if memo is None else memo
-    if isinstance(value, _ATOMS):
+    if type(value) in _UNCHANGING or isinstance(value, Enum):
         return value
     if id(value) in memo:
         return memo[id(value)][0]
@@ -260,45 +272,97 @@ def copied(
 def _copied(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         return tensor(value)
-    if isinstance(value, np.ndarray):
+    if type(value) is np.ndarray and not value.dtype.hasobject:
         return value.copy()
-    if isinstance(value, Mapping):
-        return {key: copied(item, tensor, memo) for key, item in value.items()}
-    if isinstance(value, list | tuple | deque):
-        return [copied(item, tensor, memo) for item in value]
-    if isinstance(value, set | frozenset | bytearray):
-        return value.copy()
+    if isinstance(value, np.generic) and not isinstance(value, np.void):
+        return copied(value.item(), tensor, memo)
     if isinstance(value, nn.Module):
-        return copied(dict(value.state_dict()), tensor, memo)
-    if isinstance(value, type | FunctionType | ModuleType) or not hasattr(value, "__dict__"):
+        return copied(_content(value), tensor, memo)
+    if isinstance(value, _REFERRED_TO) or type(value) is object:
         return value
-    return copied(dict(vars(value)), tensor, memo)
+    if isinstance(value, dict):
+        items = {key: copied(item, tensor, memo) for key, item in value.items()}
+        return {**items, **_attributes_of(value, tensor, memo)}
+    if isinstance(value, list | tuple | deque):
+        found = [copied(item, tensor, memo) for item in value]
+        attributes = _attributes_of(value, tensor, memo)
+        return [*found, attributes] if attributes else found
+    if type(value) in (set, frozenset):
+        # As good as sorted, in both copies alike.
+        return sorted((copied(item, tensor, memo) for item in value), key=repr)
+    if type(value) is bytearray:
+        return bytes(value)
+    return _pickled(value, tensor, memo)
 
 
-def difference(before: Any, after: Any, name: str = "") -> str | None:
+def _content(module: nn.Module) -> dict[str, Any]:
+    """Return what a pickle holds of a module, without hooks, which are ours."""
+    state: Any = getattr(module, "__getstate__", lambda: vars(module))()
+    own = {name: item for name, item in dict(state or {}).items() if name not in _INTERNALS}
+    children = {name: _content(child) for name, child in module.named_children()}
+    return {**own, **dict(module.state_dict()), **children}
+
+
+def _attributes_of(
+    value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]
+) -> dict[str, Any]:
+    """Return what a collection of a class of its own has besides its items."""
+    own = getattr(value, "__dict__", None)
+    return {name: copied(item, tensor, memo) for name, item in own.items()} if own else {}
+
+
+def _pickled(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
+    """Return what pickle would write of an object, part by part.
+
+    What it cannot write stands in no checkpoint, and is compared by identity.
+    """
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        written: Any = value.__reduce_ex__(4) if reduce is None else reduce(value)
+    except Exception:  # noqa: BLE001 # whatever the object raises, pickle would end with it
+        known = getattr(value, "__dict__", None)
+        return value if known is None else copied(dict(known), tensor, memo)
+    if isinstance(written, str):
+        return value  # by its name
+    function, arguments, state, items, pairs = (*written, None, None, None)[:5]
+    # By their names where pickle has names; those of what it is made of are left out of errors.
+    states = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    parts: dict[str, Any] = {}
+    for part in states:
+        named = isinstance(part, dict) and all(isinstance(key, str) for key in part)
+        parts |= part if named else {MADE_OF: [*parts.pop(MADE_OF, []), part]}
+    made_of = [function, list(arguments), list(items or ()), list(pairs or ())]
+    return copied({**parts, MADE_OF: [*parts.pop(MADE_OF, []), *made_of]}, tensor, memo)
+
+
+def difference(before: Any, after: Any) -> str | None:
     """Return where two copies differ first, as a dotted name; None if they are alike.
 
     Args:
         before: Made by :func:`copied`.
         after: The same, later.
-        name: Of both.
+    """
+    return next((name for name, _, _ in differences(before, after)), None)
+
+
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two copies differ, as a dotted name, and what is there in both.
+
+    Keys that are new may be a row's values: they are no part of a name, but for those that a hook
+    has given to the checkpoint or its hyperparameters.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         # Missing ones differ from everything, None included.
         missing = object()
         for key in [*before, *(key for key in after if key not in before)]:
-            inner = f"{name}.{key}" if name else str(key)
-            found = difference(before.get(key, missing), after.get(key, missing), inner)
-            if found is not None:
-                return found
-        return None
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+            named = key in before or name in ("", "hyper_parameters")
+            inner = ".".join(filter(None, (name, str(key)))) if named else name
+            yield from differences(before.get(key, missing), after.get(key, missing), inner)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for place, (old, new) in enumerate(zip(before, after, strict=True)):
-            found = difference(old, new, f"{name}.{place}" if name else str(place))
-            if found is not None:
-                return found
-        return None
-    return None if _same(before, after) else name
+            yield from differences(old, new, f"{name}.{place}" if name else str(place))
+    elif not _same(before, after):
+        yield name, before, after
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
+from lightning_secure.privacy.clocks import Snapshot, first_change
 from lightning_secure.privacy.counted_trial import settle_counted_means
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.exact import exact_arithmetic
-from lightning_secure.privacy.leftovers import Stateful, copied, difference, preserved
+from lightning_secure.privacy.leftovers import MADE_OF, Stateful, copied, preserved
 from lightning_secure.privacy.rows import first_rows, leaves, recombined, with_row
 from lightning_secure.privacy.trial import (
     NO_STEP,
@@ -55,6 +56,7 @@ def preflight(
     backward: Callable[[Tensor], Any],
     checkpoint: Callable[[], Mapping[str, Any]] = dict,
     stateful: Iterable[Stateful] = (),
+    first: Callable[[], None] = lambda: None,
 ) -> None:
     """Check one model and loss.
 
@@ -70,6 +72,7 @@ def preflight(
         backward: Goes backward from a loss in the way that the step itself will.
         checkpoint: Returns what a checkpoint would hold if it were written now.
         stateful: Optimizers and schedulers; they too are as before when this returns.
+        first: Runs other trials, which come before these.
 
     Raises:
         UnsupportedModelError: One row's gradient depends on another row or on their number, a
@@ -81,12 +84,11 @@ def preflight(
             f"a batch is a {type(batch).__name__}, in which no rows are found. Let the collate "
             f"function return tensors, or tuples, lists and dicts of them. {NO_STEP}"
         )
-    settle_counted_means(
-        engine, model, loss_of, batch, size=size, backward=backward, stateful=stateful
-    )
     trial = Trial(engine, model, loss_of, backward)
     with preserved(model, stateful) as kept, exact_arithmetic():
-        before = copied(_held(model, checkpoint), kept.of)
+        before = Snapshot.of(lambda: copied(_held(model, checkpoint), kept.of))
+        settle_counted_means(trial, batch, size)
+        first()
         _require_autograd_agrees(trial, batch, size)
         # Jitter is for batches whose rows are all alike; it could leave what the model can take.
         if not any(_independent(trial, batch, size, jitter) for jitter in range(3)):
@@ -94,7 +96,9 @@ def preflight(
                 "changing a row does not change its gradient, so nothing could be checked: the "
                 f"loss may not depend on the batch, or be constant. {NO_STEP}"
             )
-        _require_unchanged(before, copied(_held(model, checkpoint), Tensor.detach))
+        _require_unchanged(
+            before, lambda: Snapshot.of(lambda: copied(_held(model, checkpoint), Tensor.detach))
+        )
 
 
 def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,12 +126,14 @@ def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict
     return {**given, **written, **added, **own}
 
 
-def _require_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    name = difference(before, after)
+def _require_unchanged(before: Snapshot, take: Callable[[], Snapshot]) -> None:
+    name = first_change(before, take(), take)
     if name is not None:
         raise UnsupportedModelError(
-            f"{name!r} changes in a training step: it takes up the rows without noise, and "
-            f"would stand in every checkpoint. {NO_STEP}"
+            f"{name.split('.' + MADE_OF)[0]!r} changes in a training step: it takes up the rows "
+            "without noise, or counts how often the step runs, which tells how many rows were "
+            "drawn, and would stand in every checkpoint. Count steps by self.global_step, and "
+            f"keep what comes from rows out of checkpoints. {NO_STEP}"
         )
 
 

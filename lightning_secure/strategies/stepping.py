@@ -26,7 +26,6 @@ from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_
 from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
 from lightning_secure.privacy.collation import require_rows_kept_apart
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.counted_trial import settle_counted_means
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.leftovers import return_freed_memory
@@ -223,20 +222,7 @@ class SteppingStrategy(AccountedStrategy):
         trainer = self._module.trainer
         results.muted = True
         try:
-            stateful = (*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs))
-            settle_counted_means(
-                engine,
-                self._module,
-                loss,
-                chunk.data,
-                size=chunk.size,
-                backward=self._backward,
-                stateful=stateful,
-            )
             loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
-            require_rows_kept_apart(
-                loader.trial_batch, engine, self._module, loss, backward=self._backward
-            )
             preflight(
                 engine,
                 self._module,
@@ -245,7 +231,10 @@ class SteppingStrategy(AccountedStrategy):
                 size=chunk.size,
                 backward=self._backward,
                 checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
-                stateful=stateful,
+                stateful=(*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)),
+                first=lambda: require_rows_kept_apart(
+                    loader.trial_batch, engine, self._module, loss, backward=self._backward
+                ),
             )
             entries = self._released.entries
             require_rows_apart(entries, self._module, output, chunk.data, size=chunk.size)
