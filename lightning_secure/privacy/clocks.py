@@ -7,6 +7,7 @@ between two checkpoints with no training step in between is a clock or a counter
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -94,8 +95,8 @@ class _Gaps:
         numbers = [_number(value) for value in (old, new, later)]
         if any(number is None for number in numbers):
             return False
-        whole = isinstance(old, int)
-        first, second, third = (number or 0 for number in numbers)
+        first, second, third = (number or 0.0 for number in numbers)
+        whole = all(number == int(number) for number in (first, second, third))
         return self._clock(first, second, third, whole=whole)
 
     def _clock(self, old: float, new: float, later: float, *, whole: bool) -> bool:
@@ -141,8 +142,10 @@ def _number(value: Any) -> float | None:
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        value = float(value) if value.numel() == 1 and not value.is_complex() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _parsed(text: str) -> datetime | float | None:

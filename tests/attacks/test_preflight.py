@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import dataclasses
+import datetime
+import enum
+import functools
+import io
 import math
+import pathlib
 import random
+import time
+import uuid
 from collections import Counter, deque
 
 import lightning as L
 import numpy as np
+import pandas
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
 from opacus.layers import DPLSTM
 from private_run import trainer
@@ -244,12 +255,6 @@ def test_ordinary_means_pass(loss, between):
     check(Net(between()), loss)
 
 
-def test_class_weights_that_divide_by_their_sum_are_refused():
-    weights = torch.tensor([1.0, 2.0, 5.0])
-    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
-        check(Net(), lambda m, b: cross_entropy(m, b, weight=weights))
-
-
 @pytest.mark.parametrize("size", [SIZE, 200])
 def test_class_weights_are_seen_where_their_class_is_rare(size):
     generator = torch.Generator().manual_seed(0)
@@ -289,18 +294,6 @@ def told(model, batch):
         lambda m, b: cross_entropy(m, b, weight=WEIGHTS),
         lambda m, b: F.nll_loss(F.log_softmax(m(b[0]), 1), b[1], WEIGHTS),
         lambda m, b: nn.CrossEntropyLoss(WEIGHTS)(m(b[0]), b[1]),
-        lambda m, b: F.cross_entropy(m(b[0]).repeat(2, 1), b[1].repeat(2), WEIGHTS),
-    ],
-)
-@pytest.mark.parametrize("rows", [1, SIZE])
-def test_class_weights_are_seen_where_their_class_is_not_in_the_first_batch(loss, rows):
-    with pytest.raises(UnsupportedModelError, match="class weights divides"):
-        check(Net(), loss, weighted_ones(rows), size=rows)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
         lambda m, b: cross_entropy(m, b, weight=WEIGHTS, reduction="none").mean(),
         lambda m, b: cross_entropy(m, b, weight=torch.full((3,), 7.0)),
         lambda m, b: F.cross_entropy(m(b[0]), F.one_hot(b[1], 3).float(), weight=WEIGHTS),
@@ -310,6 +303,29 @@ def test_class_weights_are_seen_where_their_class_is_not_in_the_first_batch(loss
 )
 def test_class_weights_that_divide_by_nothing_of_other_rows_pass(loss):
     check(Net(), loss, weighted_ones(SIZE))
+
+
+class Padded(Module):
+    """Its first rows have nothing that is ignored."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layer(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_what_a_row_ignores_moves_no_other(tmp_path, seed):
+    def weights(*, ignored):
+        torch.manual_seed(0)
+        x, y = torch.rand(64, 8, 4), torch.zeros(64, 8, dtype=torch.long)
+        x[0], y[0] = 0, -100 if ignored else 0
+        module = Padded()
+        module.layer = nn.Linear(4, 3, bias=False)  # so that row 0 has no gradient either way
+        dp = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": seed}
+        run = trainer(tmp_path, dp={**dp, "public_dataset_size": 64})
+        run.fit(module, DataLoader(TensorDataset(x, y), batch_size=16))
+        return module.layer.weight
+
+    torch.testing.assert_close(weights(ignored=True), weights(ignored=False), rtol=0, atol=1e-7)
 
 
 # ---------------------------------------------------------------- mixing by chance
@@ -522,6 +538,131 @@ def test_a_hook_that_cannot_be_asked_yet_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="on_save_checkpoint"):
         check(Net(), cross_entropy, checkpoint=fails)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    total: float = 0.0
+
+
+class Text(str):
+    """Has attributes of its own."""
+
+
+class Kept(Module):
+    """Keeps something of the rows in an object, which goes into every checkpoint."""
+
+    def __init__(self, kept, keep):
+        super().__init__()
+        self.kept, self.keep = kept, keep
+
+    def training_step(self, batch, batch_idx):
+        self.kept = self.keep(self.kept, float(batch[0].sum())) or self.kept
+        return super().training_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["kept"] = self.kept
+
+
+def attribute(kept, value):
+    kept.total = value
+
+
+def first_ever(kept, value):
+    if not kept.total:
+        kept.total = value
+
+
+KINDS = {
+    "slots": (Slots, attribute),
+    "saturated at once": (Slots, first_ever),
+    "module": (nn.Identity, attribute),
+    "text": (lambda: Text("a"), attribute),
+    "array": (lambda: array.array("d"), lambda k, v: k.append(v)),
+    "text buffer": (io.StringIO, lambda k, v: k.write(str(v)) and None),
+    "buffer": (io.BytesIO, lambda k, v: k.write(str(v).encode()) and None),
+    "frame": (lambda: pandas.DataFrame({"v": [0.0]}), lambda k, v: k.loc.__setitem__((0, "v"), v)),
+    "partial": (lambda: functools.partial(print, [0]), lambda k, v: k.args[0].append(v)),
+    "objects": (lambda: np.array([Slots()]), lambda k, v: attribute(k[0], v)),
+    "masked": (lambda: np.ma.array([0.0], mask=[1]), lambda k, v: k.data.__setitem__(0, v)),
+    "path": (lambda: pathlib.Path("a"), lambda k, v: pathlib.Path(str(v))),
+    "random": (random.Random, lambda k, v: k.seed(v)),
+    "generator": (torch.Generator, lambda k, v: k.manual_seed(hash(v)) and None),
+    "enum": (lambda: enum.Enum("E", "A B").A, lambda k, v: type(k).B),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_takes_up_rows_is_seen_whatever_its_type(tmp_path, kind):
+    make, keep = KINDS[kind]
+    with pytest.raises(UnsupportedModelError, match=r"'kept[.a-z_]*' changes"):
+        trainer(tmp_path).fit(Kept(make(), keep), loader())
+
+
+def test_a_new_key_is_not_told(tmp_path):
+    module = Kept({}, lambda k, v: k.update({f"Ann {v}": 1}))
+    with pytest.raises(UnsupportedModelError, match="'kept' changes"):
+        trainer(tmp_path).fit(module, loader())
+
+
+class Clock(Kept):
+    """Its checkpoints say when they were written."""
+
+    def __init__(self, now, keep=lambda *_: None):
+        super().__init__([], keep)
+        self.now = now
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["kept"] = self.now(self.kept)
+
+
+def saved_at(kept):
+    kept.append(time.time())
+    return kept
+
+
+CLOCKS = {
+    "seconds": lambda _: time.time(),
+    "nanoseconds": lambda _: [{"now": time.time_ns()}],
+    "whole seconds": lambda _: int(time.time()),
+    "left": lambda _: 1e6 - time.monotonic(),
+    "date": lambda _: datetime.datetime.now(datetime.UTC),
+    "text": lambda _: datetime.datetime.now(datetime.UTC).isoformat(),
+    "seconds in a text": lambda _: time.strftime("%Y-%m-%d %H:%M:%S"),
+    "name": lambda _: f"run-{uuid.uuid4()}",
+    "count": lambda kept: kept.append(0) or len(kept),
+    "list": saved_at,
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_clock_takes_up_no_rows(tmp_path, clock):
+    module = Clock(CLOCKS[clock])
+    module.kept = [time.time()]
+    run = trainer(tmp_path)
+    run.fit(module, loader())
+    assert run.strategy.ledger.steps
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        lambda kept: [time.time(), *kept],
+        lambda kept: f"{datetime.datetime.now(datetime.UTC)} {sum(kept)}",
+        lambda kept: time.time() + sum(map(abs, kept)),
+        lambda kept: {"at": time.time(), "n": kept[-1:]},
+    ],
+)
+def test_nothing_hides_behind_a_clock(tmp_path, now):
+    module = Clock(now, lambda kept, value: kept.append(value))
+    with pytest.raises(UnsupportedModelError, match="takes up the rows"):
+        trainer(tmp_path).fit(module, loader())
+
+
+def test_a_timer_is_a_clock(tmp_path):
+    run = trainer(tmp_path, callbacks=[Timer(duration="00:01:00:00")], max_time="00:01:00:00")
+    run.fit(Module(), loader())
+    assert run.strategy.ledger.steps
 
 
 class Settings:

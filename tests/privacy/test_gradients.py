@@ -453,14 +453,50 @@ def test_recording_leaves_parameters_as_they_were():
 
     def fail():
         with engine.recording():
-            assert not any(p.requires_grad for unit in engine.units for p in unit.parameters)
-            raise RuntimeError
+            assert [p.requires_grad for p in model.parameters()] == before
+            model[4].register_forward_hook(lambda *_: 1 / 0)
+            model(x)
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ZeroDivisionError):
         fail()
     assert [p.requires_grad for p in model.parameters()] == before
+    model[4]._forward_hooks.popitem()
     loss_of(model, x).backward()  # outside of the block everything is as usual
     assert model[4].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["mlp, in place", "convolutions", "attention"])
+def test_autograd_computes_no_gradient_of_a_weight(name):
+    model, x = build(name)
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    leaves = set()
+
+    def walk(node):
+        if node is not None and node not in leaves:
+            leaves.add(node)
+            for following, _ in node.next_functions:
+                walk(following)
+
+    with engine.recording():
+        walk(loss_of(model, x).grad_fn)
+    weights = {id(p) for p in model.parameters()}
+    assert not any(id(getattr(node, "variable", None)) in weights for node in leaves)
+
+
+def test_no_gradient_past_a_layer_is_shown_to_a_hook_or_kept():
+    model, x = build("linear")
+    weight, shown = next(model.parameters()), []
+    weight.register_hook(lambda grad: shown.append(grad.clone()))
+    engine = GradientEngine(model, max_grad_norm=1.0)
+    engine.attach()
+    with engine.recording():
+        (loss_of(model, x) + weight.square().sum()).backward()
+    assert not weight.grad.any()
+    assert not any(grad.any() for grad in shown)
+    engine.detach()
+    (loss_of(model, x) + weight.square().sum()).backward()
+    assert weight.grad.any()
 
 
 def test_evaluation_leaves_no_record():
