@@ -46,9 +46,7 @@ class CountedMeans:
         self.settled = False
         self._rows = 1
         self._kept: int | None = None
-        self._exchanged = {
-            name: partial(self._loss, torchs) for name, torchs in _TORCHS.items()
-        }
+        self._exchanged = {name: partial(self._loss, torchs) for name, torchs in _TORCHS.items()}
 
     @contextlib.contextmanager
     def applied(self, rows: int | None) -> Iterator[None]:

@@ -9,7 +9,7 @@ import random
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import date, datetime, timedelta
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, ModuleType

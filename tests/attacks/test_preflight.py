@@ -545,7 +545,7 @@ class Slots:
     total: float = 0.0
 
 
-class Text(str):
+class Tagged(str):
     """Has attributes of its own."""
 
 
@@ -577,7 +577,7 @@ KINDS = {
     "slots": (Slots, attribute),
     "saturated at once": (Slots, first_ever),
     "module": (nn.Identity, attribute),
-    "text": (lambda: Text("a"), attribute),
+    "text": (lambda: Tagged("a"), attribute),
     "array": (lambda: array.array("d"), lambda k, v: k.append(v)),
     "text buffer": (io.StringIO, lambda k, v: k.write(str(v)) and None),
     "buffer": (io.BytesIO, lambda k, v: k.write(str(v).encode()) and None),

@@ -46,9 +46,7 @@ def by_hand(logits, targets, **options):
         lambda z, y, **o: F.cross_entropy(z.mT, y, **o),
         lambda z, y, **o: cross_entropy(z.flatten(0, 1), y.flatten(), **o),
         lambda z, y, **o: nn.CrossEntropyLoss(**o)(z.reshape(-1, CLASSES), y.reshape(-1)),
-        lambda z, y, **o: checkpoint(
-            lambda a: cross_entropy(a.mT, y, **o), z, use_reentrant=False
-        ),
+        lambda z, y, **o: checkpoint(lambda a: cross_entropy(a.mT, y, **o), z, use_reentrant=False),
     ],
 )
 def test_each_row_has_its_own_mean(means, data, loss, options):

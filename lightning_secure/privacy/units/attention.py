@@ -147,7 +147,6 @@ class AttentionUnit(Unit):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        module = self._attention
         if not torch.is_grad_enabled():
             untouched: tuple[Tensor, Tensor | None] = ordinary(
                 query,
