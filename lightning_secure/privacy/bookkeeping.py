@@ -65,7 +65,11 @@ class Recorder:
         for parameter in dict.fromkeys(p for unit in self._units for p in unit.parameters):
             handle = cast("Any", parameter).register_hook(self._past_layer)
             # First, so that no hook of the user's is shown a gradient without noise.
-            cast("Any", parameter._backward_hooks).move_to_end(handle.id, last=False)
+            hooks: Any = parameter._backward_hooks
+            others = {key: hook for key, hook in hooks.items() if key != handle.id}
+            for key in others:  # put in again: torch does not ask for the order of an OrderedDict
+                del hooks[key]
+            hooks.update(others)
             self._handles.append(handle.remove)
 
     def detach(self) -> None:
