@@ -355,7 +355,8 @@ def _reopen_epoch(trainer: pl.Trainer) -> None:
     ``limit_train_batches`` has cut is done.
     """
     progress: Any = trainer.fit_loop.epoch_progress
-    limited = trainer.limit_train_batches != 1.0 or trainer.overfit_batches
+    options: Any = trainer  # whose limits are set without being declared
+    limited = options.limit_train_batches != 1.0 or options.overfit_batches
     if limited or progress.current.processed != progress.current.ready:
         return
     for count in (progress.current, progress.total):
