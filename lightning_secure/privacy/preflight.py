@@ -22,7 +22,11 @@ from lightning_secure.privacy.counted_trial import settle_counted_means
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import MADE_OF, Stateful, copied, preserved
+from lightning_secure.privacy.loss_graph import ISOLATE, require_linear
+from lightning_secure.privacy.mixing import require_unmoved
 from lightning_secure.privacy.rows import first_rows, leaves, recombined, with_row
+from lightning_secure.privacy.seeds import Seeds
+from lightning_secure.privacy.strangers import require_strangers_apart
 from lightning_secure.privacy.trial import (
     NO_STEP,
     Run,
@@ -33,7 +37,6 @@ from lightning_secure.privacy.trial import (
     same_layers,
     without_dropout,
 )
-from lightning_secure.privacy.units.base import Record
 
 __all__ = ["preflight"]
 
@@ -57,6 +60,8 @@ def preflight(
     checkpoint: Callable[[], Mapping[str, Any]] = dict,
     stateful: Iterable[Stateful] = (),
     first: Callable[[], None] = lambda: None,
+    isolated: bool = False,
+    seed: int | None = None,
 ) -> None:
     """Check one model and loss.
 
@@ -73,6 +78,8 @@ def preflight(
         checkpoint: Returns what a checkpoint would hold if it were written now.
         stateful: Optimizers and schedulers; they too are as before when this returns.
         first: Runs other trials, which come before these.
+        isolated: Whether each row will run by itself, so that none can meet another.
+        seed: Makes the trial runs repeatable, for tests.
 
     Raises:
         UnsupportedModelError: One row's gradient depends on another row or on their number, a
@@ -84,21 +91,30 @@ def preflight(
             f"a batch is a {type(batch).__name__}, in which no rows are found. Let the collate "
             f"function return tensors, or tuples, lists and dicts of them. {NO_STEP}"
         )
-    trial = Trial(engine, model, loss_of, backward)
+    trial, seeds = Trial(engine, model, loss_of, backward), Seeds(seed)
     with preserved(model, stateful) as kept, exact_arithmetic():
         before = Snapshot.of(lambda: copied(_held(model, checkpoint), kept.of))
-        settle_counted_means(trial, batch, size)
+        if isolated:  # each row's mean is over its own targets anyhow
+            engine.means.by_row = engine.means.settled = True
+        else:
+            settle_counted_means(trial, batch, size)
         first()
-        _require_autograd_agrees(trial, batch, size)
-        # Jitter is for batches whose rows are all alike; it could leave what the model can take.
-        if not any(_independent(trial, batch, size, jitter) for jitter in range(3)):
-            raise UnsupportedModelError(
-                "changing a row does not change its gradient, so nothing could be checked: the "
-                f"loss may not depend on the batch, or be constant. {NO_STEP}"
-            )
+        _require_autograd_agrees(trial, batch, size, rows=1 if isolated else _ROWS)
+        if not isolated:
+            _require_apart(trial, batch, size, seeds)
         _require_unchanged(
             before, lambda: Snapshot.of(lambda: copied(_held(model, checkpoint), Tensor.detach))
         )
+
+
+def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:
+    # Jitter is for batches whose rows are all alike; it could leave what the model can take.
+    if not any(_independent(trial, batch, size, jitter, seeds) for jitter in range(3)):
+        raise UnsupportedModelError(
+            "changing a row does not change its gradient, so nothing could be checked: the "
+            f"loss may not depend on the batch, or be constant. {NO_STEP}"
+        )
+    require_strangers_apart(trial, batch, size, seeds=seeds)
 
 
 def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,11 +153,12 @@ def _require_unchanged(before: Snapshot, take: Callable[[], Snapshot]) -> None:
         )
 
 
-def _independent(trial: Trial, batch: Any, size: int, jitter: int) -> bool:
+def _independent(trial: Trial, batch: Any, size: int, jitter: int, seeds: Seeds) -> bool:
     """Keep one row and change all others, for each row; the kept one's gradient must not move.
 
     Where a pass draws random numbers, each comparison has other ones: by them a step may decide
-    whether it mixes, as CutMix does in half of its batches.
+    whether it mixes, as CutMix does in half of its batches. Where it draws them for more than
+    dropout, there are more comparisons.
 
     Returns:
         Whether the others' gradients did move, without which nothing was seen.
@@ -155,18 +172,32 @@ def _independent(trial: Trial, batch: Any, size: int, jitter: int) -> bool:
     def drawn() -> Any:
         return recombined(batch, size, _ROWS, generator, jitter=jitter)
 
-    for first in range(0, _ROUNDS * _ROWS, _ROWS):
+    def compared(run: Run, rows: Any, kept: int) -> bool:
+        others = with_row(drawn(), rows, kept, rows=_ROWS)
+        changed = trial.recorded(others, rows=_ROWS, seed=run.seed)
+        require_unmoved(run, changed, kept)
+        return _moved(run, changed)
+
+    for _ in range(_ROUNDS):
         rows = drawn()
-        run = trial.recorded(rows, rows=_ROWS, seed=first)
+        run = trial.recorded(rows, rows=_ROWS, seed=seeds.number())
         for kept in range(_ROWS):
             if run.drew and kept:
-                run = trial.recorded(rows, rows=_ROWS, seed=first + kept)
-            others = with_row(drawn(), rows, kept, rows=_ROWS)
-            changed = trial.recorded(others, rows=_ROWS, seed=run.seed)
-            _require_unmoved(run, changed, kept)
-            seen = seen or _moved(run, changed)
+                run = trial.recorded(rows, rows=_ROWS, seed=seeds.number())
+            seen = compared(run, rows, kept) or seen
+    if run.drew and not _drops_only(trial, rows):
+        for place, seed in enumerate(seeds.coins(_ROUNDS * _ROWS)):
+            run = trial.recorded(rows, rows=_ROWS, seed=seed)
+            compared(run, rows, place % _ROWS)
+    require_linear(run.fault, outcome=NO_STEP)
     _require_mean(trial, drawn)
     return seen
+
+
+def _drops_only(trial: Trial, rows: Any) -> bool:
+    """Return whether all random numbers that a pass draws are for dropout."""
+    with without_dropout(trial.model):
+        return not trial.recorded(rows, rows=_ROWS).drew
 
 
 def _few(trial: Trial, batch: Any, rows: int, *, seed: int = 0) -> Run:
@@ -186,10 +217,11 @@ def _few(trial: Trial, batch: Any, rows: int, *, seed: int = 0) -> Run:
         ) from error
 
 
-def _require_autograd_agrees(trial: Trial, batch: Any, size: int) -> None:
+def _require_autograd_agrees(trial: Trial, batch: Any, size: int, *, rows: int) -> None:
     """Compare the unclipped sum of the records with the gradients of an ordinary backward."""
-    batch, rows = recombined(batch, size, _ROWS, torch.Generator().manual_seed(0)), _ROWS
-    run = trial.recorded(batch, rows=rows)
+    made = recombined(batch, size, _ROWS, torch.Generator().manual_seed(0))
+    batch = first_rows(made, _ROWS, rows)
+    run = _few(trial, made, rows)
     names = {parameter: name for name, parameter in trial.model.named_parameters()}
     left: dict[nn.Parameter, Tensor] = {}
     for parameter, gradient in zip(
@@ -258,35 +290,6 @@ def _moved(run: Run, changed: Run) -> bool:
     return any(row_differs(run, changed, row, tolerance=_TOLERANCE) for row in range(_ROWS))
 
 
-def _require_unmoved(run: Run, changed: Run, kept: int) -> None:
-    require_same_layers(run, changed)
-    layer = differing(run, changed, kept, tolerance=_TOLERANCE)
-    if layer is None:
-        return
-    # Backward order: the last record whose input moved is the first such layer going forward.
-    mixed = [
-        before.unit.name
-        for before, after in zip(run.records, changed.records, strict=True)
-        if not _alike(before, after, kept)
-    ]
-    where = (
-        f"rows are mixed in the forward pass, before layer {mixed[-1]!r} (batch statistics, or "
-        "attention or pooling across the batch)"
-        if mixed
-        else f"rows are mixed in the loss, after layer {layer!r} (a contrastive term, or a divisor "
-        "that counts the other rows' tokens or classes), or in a backward() of the module's own"
-    )
-    raise UnsupportedModelError(
-        f"one row's gradient changes when another row does, so clipping bounds nothing: {where}. "
-        f"Let each row's loss depend on that row alone, and return the mean. {NO_STEP}"
-    )
-
-
-def _alike(before: Record, after: Record, row: int) -> bool:
-    one, other = before.evidence()[0][row].float(), after.evidence()[0][row].float()
-    return one.shape == other.shape and torch.allclose(one, other, 1e-4, 1e-6)
-
-
 def _require_mean(trial: Trial, drawn: Callable[[], Any]) -> None:
     """A row's gradient must be the same in a batch of any size, which that of a mean's is.
 
@@ -353,5 +356,5 @@ def _no_mean(*, larger: bool, where: str = "") -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{what}: each row's gradient{where} would depend on how many rows were drawn, so that "
         "adding one changes those of all others. Return the mean, as with reduction='mean'. "
-        f"{NO_STEP}"
+        f"{ISOLATE} {NO_STEP}"
     )

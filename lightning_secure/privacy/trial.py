@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import add_clipped_sums
 from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.loss_graph import ISOLATE, loss_graph
 from lightning_secure.privacy.units.base import Gradients, Record, accumulate
 
 __all__ = [
     "NO_STEP",
     "Run",
+    "Seed",
     "Trial",
     "differing",
     "random_states",
@@ -37,6 +39,9 @@ __all__ = [
 NO_STEP: Final = "No step was taken."
 _UNCLIPPED: Final = 1e30
 
+#: Of torch, Python and NumPy: one for all, or one for each.
+Seed = int | tuple[int, int, int]
+
 
 @dataclass
 class Run:
@@ -46,11 +51,13 @@ class Run:
         records: What each use of a layer has left.
         seed: Of the pass.
         drew: Whether it has drawn random numbers, so that another seed is another pass.
+        fault: What is not linear between the means over the rows and the loss.
     """
 
     records: list[Record]
-    seed: int = 0
+    seed: Seed = 0
     drew: bool = False
+    fault: str | None = None
 
     def squares(self) -> Tensor:
         """Return the squared norm per record and row, shape ``(records, rows)``."""
@@ -66,14 +73,16 @@ class Trial:
         model: Whose parameters get gradients.
         loss_of: From a batch to the scalar loss.
         backward: The way of the step itself, which the module may have made its own.
+        outcome: What a refusal says of the step.
     """
 
     engine: GradientEngine
     model: nn.Module
     loss_of: Callable[[Any], Tensor]
     backward: Callable[[Tensor], Any]
+    outcome: str = NO_STEP
 
-    def recorded(self, batch: Any, *, rows: int, seed: int = 0) -> Run:
+    def recorded(self, batch: Any, *, rows: int, seed: Seed = 0) -> Run:
         """Run forward and backward and return the records.
 
         Args:
@@ -93,8 +102,9 @@ class Trial:
                 raise UnsupportedModelError(
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
                 )
+            fault = loss_graph(loss, rows).fault if rows > 1 else None
             self.backward(self.engine.scaled(loss, rows))
-        run = Run(self.engine.take(rows), seed, drew=random_states() != states)
+        run = Run(self.engine.take(rows), seed, drew=random_states() != states, fault=fault)
         if not (torch.isfinite(loss) and torch.isfinite(run.squares()).all()):
             raise UnsupportedModelError(
                 "the loss or its gradients are not finite on rows recombined from the first batch, "
@@ -157,11 +167,12 @@ def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             hooks.update(content)
 
 
-def seed_all(seed: int) -> None:
+def seed_all(seed: Seed) -> None:
     """Seed what a pass, or a collate function, may draw from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+    for_torch, for_python, for_numpy = (seed,) * 3 if isinstance(seed, int) else seed
+    torch.manual_seed(for_torch)
+    random.seed(for_python)
+    np.random.seed(for_numpy)
 
 
 def random_states() -> tuple[Any, ...]:
@@ -188,7 +199,7 @@ def require_same_layers(one: Run, other: Run) -> None:
     if not same_layers(one, other):
         raise UnsupportedModelError(
             "the model runs through other layers when other rows are in the batch, so its rows "
-            f"cannot be trained together privately. {NO_STEP}"
+            f"cannot be trained together privately. {ISOLATE} {NO_STEP}"
         )
 
 
