@@ -58,6 +58,11 @@ class Recorder:
         # With all parameters frozen no layer's output may require grad; this leaf makes it.
         self._anchor = torch.zeros((), requires_grad=True)
 
+    @property
+    def called(self) -> tuple[Unit, ...]:
+        """The layers that the last block went through, in the order of their first calls."""
+        return tuple(self._calls)
+
     def attach(self) -> None:
         """Put the hooks on the layers, and on their parameters."""
         for unit in self._units:

@@ -15,9 +15,12 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import preserved
+from lightning_secure.privacy.loss_graph import ISOLATE
 from lightning_secure.privacy.rows import leaves
+from lightning_secure.privacy.seeds import Seeds
 from lightning_secure.privacy.trial import (
     NO_STEP,
+    Seed,
     Trial,
     random_states,
     require_same_layers,
@@ -37,22 +40,24 @@ _APART: Final = 1_000_003
 
 
 def require_rows_kept_apart(
-    trial_batch: Callable[[Sequence[int]], Any],
+    trial_batch: Callable[..., Any],
     engine: GradientEngine,
     model: nn.Module,
     loss_of: Callable[[Any], Tensor],
     *,
     backward: Callable[[Tensor], Any],
+    seed: int | None = None,
 ) -> None:
     """Check a collate function, and what comes after it where rows are padded by others' length.
 
     Args:
         trial_batch: From row numbers to the batch that the collate function makes; None if there
-            is nothing to check.
+            is nothing to check. It is given what is to be called between fetching and collating.
         engine: Attached to ``model``.
         model: Is left as it was.
         loss_of: Runs all that happens to a batch, and returns the scalar loss.
         backward: Goes backward from a loss in the way that the step itself will.
+        seed: Makes the trial runs repeatable, for tests.
 
     Raises:
         UnsupportedModelError: One row's gradient depends on which rows it was collated with.
@@ -63,41 +68,71 @@ def require_rows_kept_apart(
     """
     if trial_batch(range(_ROWS)) is None:
         return
-    trial = Trial(engine, model, loss_of, backward)
+    trial, seeds = Trial(engine, model, loss_of, backward), Seeds(seed)
+    collate = _Collated(trial_batch)
     differences: list[float] = []
-    drawn = False
-
-    def collated(places: Sequence[int], seed: int) -> Any:
-        nonlocal drawn
-        seed_all(seed)  # of which the function may draw whether it mixes
-        states = random_states()
-        batch = trial_batch([_APART * place for place in places])
-        drawn = drawn or random_states() != states
-        return batch
-
     with preserved(model), exact_arithmetic():
         for kept in range(_ROWS):
-            batch = collated(range(_ROWS), kept)
+            number = seeds.number()
+            batch = collate(range(_ROWS), number)
             if not leaves(batch, _ROWS):
                 return
-            alone = collated([kept] * _ROWS, kept)
-            if _shapes(alone) != _shapes(batch) and not drawn:
+            alone = collate([kept] * _ROWS, number)
+            if _shapes(alone) != _shapes(batch) and not (collate.drew or collate.fetching_drew):
                 differences += _when_padded(trial, batch, alone, kept)
-            others = [place if place == kept else place + _ROWS for place in range(_ROWS)]
-            other = collated(others, kept)
-            if _shapes(other) != _shapes(batch):
-                continue
-            run = trial.recorded(batch, rows=_ROWS, seed=kept)
-            changed = trial.recorded(other, rows=_ROWS, seed=kept)
-            require_same_layers(run, changed)
-            if row_differs(run, changed, kept, tolerance=_TOLERANCE):
-                raise UnsupportedModelError(
-                    "one row's gradient changes when it is collated with other rows, so clipping "
-                    "bounds nothing: rows are mixed by the collate function (as MixUp and CutMix "
-                    f"do), or by what comes after it. Collate each row by itself. {NO_STEP}"
-                )
+            _require_kept_apart(trial, collate, kept, number)
+        if collate.drew:
+            for place, coin in enumerate(seeds.coins(_ROWS)):
+                _require_kept_apart(trial, collate, place % _ROWS, coin)
     if differences:
         _require_alike(differences, engine.parameters)
+
+
+class _Collated:
+    """Collates trial rows, and sees whether random numbers were drawn.
+
+    Args:
+        trial_batch: As above.
+
+    Attributes:
+        drew: Whether the collate function has drawn any.
+        fetching_drew: Whether what fetches rows has.
+    """
+
+    def __init__(self, trial_batch: Callable[..., Any]) -> None:
+        self._trial_batch = trial_batch
+        self.drew = self.fetching_drew = False
+
+    def __call__(self, places: Sequence[int], seed: Seed) -> Any:
+        states: Any = None
+
+        def begin() -> None:
+            nonlocal states
+            if states is not None:
+                self.fetching_drew = self.fetching_drew or random_states() != states
+            seed_all(seed)  # of which the function may draw whether it mixes
+            states = random_states()
+
+        begin()
+        batch = self._trial_batch([_APART * place for place in places], begin)
+        self.drew = self.drew or random_states() != states
+        return batch
+
+
+def _require_kept_apart(trial: Trial, collate: _Collated, kept: int, seed: Seed) -> None:
+    others = [place if place == kept else place + _ROWS for place in range(_ROWS)]
+    batch, other = collate(range(_ROWS), seed), collate(others, seed)
+    if _shapes(other) != _shapes(batch):
+        return
+    run = trial.recorded(batch, rows=_ROWS, seed=seed)
+    changed = trial.recorded(other, rows=_ROWS, seed=seed)
+    require_same_layers(run, changed)
+    if row_differs(run, changed, kept, tolerance=_TOLERANCE):
+        raise UnsupportedModelError(
+            "one row's gradient changes when it is collated with other rows, so clipping "
+            "bounds nothing: rows are mixed by the collate function (as MixUp and CutMix "
+            f"do), or by what comes after it. Collate each row by itself. {ISOLATE} {NO_STEP}"
+        )
 
 
 def _require_alike(differences: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
@@ -112,7 +147,7 @@ def _require_alike(differences: Sequence[float], parameters: Sequence[nn.Paramet
             "one row's gradient changes when it is padded to another length, which is that of the "
             "longest row beside it, so clipping bounds nothing. Let padding take part in nothing, "
             "by a mask for attention, means and losses; or pad all rows to one public length. "
-            f"{NO_STEP}"
+            f"{ISOLATE} {NO_STEP}"
         )
 
 

@@ -65,6 +65,12 @@ class DPConfig:
         max_physical_batch_size: Most rows that go through the model at once. A larger draw is
             processed in several chunks and is still one step. By default four standard
             deviations above the expected batch.
+        isolate_rows: Whether each row runs by itself: it is collated, goes through the transfer
+            hooks, the model and the loss, and back, as a batch of one. No code can then mix rows
+            of a batch, so losses of any form train, and no trial looks for mixing. A step takes
+            about as long as its rows one after another: three to forty times as long on a CPU, the
+            more the smaller the model, and more on a GPU. What a module keeps from one row to the
+            next in its attributes is not covered.
         loss_scale: By what the loss is multiplied before it goes backward, a power of two: per-row
             gradients that would round to zero in float16 then do not. ``16-mixed`` needs it, such
             as ``2**12``, because Lightning's own scale depends on the rows. It never changes.
@@ -101,6 +107,7 @@ class DPConfig:
     noise_multiplier: float | None = None
     expected_batch_size: int | None = None
     max_physical_batch_size: int | None = None
+    isolate_rows: bool = False
     loss_scale: float | None = None
     public_dataset_size: int | None = None
     planned_epochs: int | None = None
@@ -129,6 +136,11 @@ class DPConfig:
             planned_epochs=self.planned_epochs,
             bands=self.bands,
         )
+        if self.isolate_rows and self.max_physical_batch_size not in (None, 1):
+            raise ConfigError(
+                f"max_physical_batch_size={self.max_physical_batch_size} contradicts isolate_rows, "
+                "with which one row goes through the model at once. Leave it out."
+            )
         self._require_mechanism()
         require_accountant(self.accountant, bound=True)
         if self.secure_noise and self.insecure:

@@ -79,6 +79,11 @@ class GradientEngine:
         self.means = CountedMeans()
         self._sums: dict[nn.Parameter, Tensor] = {}
 
+    @property
+    def called(self) -> tuple[object, ...]:
+        """The layers that the last pass went through, in the order of their first calls."""
+        return self._recorder.called
+
     def require_covered(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Make sure that no parameter can be trained past the clipping and the noise.
 

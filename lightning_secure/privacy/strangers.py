@@ -6,19 +6,23 @@ a divisor that counts what is left out or a factor that follows the largest loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_secure.privacy.exact import exact_arithmetic
+from lightning_secure.privacy.leftovers import Stateful, preserved
 from lightning_secure.privacy.mixing import require_unmoved_by_strangers
 from lightning_secure.privacy.rows import mapped, recombined, with_row
 from lightning_secure.privacy.seeds import Seeds
 from lightning_secure.privacy.trial import Run, Trial, without_dropout
 
-__all__ = ["require_strangers_apart", "strangers"]
+__all__ = ["require_strangers_apart", "strangers", "try_again"]
 
 _ROWS: Final = 5
 _FACTORS: Final = (1e3, 1e-3)
@@ -57,16 +61,70 @@ def require_strangers_apart(trial: Trial, batch: Any, size: int, *, seeds: Seeds
                 require_unmoved_by_strangers(run, changed, kept, outcome=trial.outcome)
 
 
+def try_again(
+    trial: Trial, batch: Any, size: int, *, stateful: Iterable[Stateful], seeds: Seeds
+) -> None:
+    """Run trial rows in the middle of a fit, and leave everything as it was.
+
+    Args:
+        trial: Of the step that is to be taken.
+        batch: One of its chunks, as it was collated.
+        size: Its rows.
+        stateful: Optimizers and schedulers. Of an optimizer only the settings are put back.
+        seeds: For the passes.
+
+    Raises:
+        UnsupportedModelError: One row's gradient depends on another row.
+
+    Where there is no memory for it, nothing is tried.
+    """
+    light = [_Settings(s) if isinstance(s, Optimizer) else s for s in stateful]
+    with (
+        contextlib.suppress(torch.OutOfMemoryError),
+        preserved(trial.model, light),
+        exact_arithmetic(),
+    ):
+        require_strangers_apart(trial, batch, size, seeds=seeds)
+        _require_coins_apart(trial, batch, size, seeds)
+
+
+def _require_coins_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:
+    """Compare some passes of other random numbers, dropout's included."""
+    generator = torch.Generator().manual_seed(seeds.number())
+    rows, others = (recombined(batch, size, _ROWS, generator) for _ in range(2))
+    for kept, seed in enumerate([seeds.number(), seeds.extreme(high=False), seeds.number()]):
+        run = _passed(trial, rows, seed)
+        if run is None or not run.drew:
+            return
+        changed = _passed(trial, with_row(others, rows, kept, rows=_ROWS), seed)
+        if changed is not None:
+            require_unmoved_by_strangers(run, changed, kept, outcome=trial.outcome)
+
+
+class _Settings:
+    """An optimizer's settings, without its states, which a training step does not touch."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = optimizer.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"groups": [{k: v for k, v in g.items() if k != "params"} for g in self._groups]}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        for group, settings in zip(self._groups, state_dict["groups"], strict=True):
+            group.update(settings)
+
+
 def _passed(trial: Trial, rows: Any, seed: Any) -> Run | None:
     try:
         return trial.recorded(rows, rows=_ROWS, seed=seed)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # noqa: BLE001 # the module's own, of any kind, on rows that never were
         return None
 
 
-def strangers(
-    batch: Any, *, size: int, generator: torch.Generator, within: bool
-) -> Iterator[Any]:
+def strangers(batch: Any, *, size: int, generator: torch.Generator, within: bool) -> Iterator[Any]:
     """Yield batches of trial rows that are unlike those of a batch.
 
     Args:

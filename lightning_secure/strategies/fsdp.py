@@ -19,7 +19,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lightning_secure.privacy.sampling import Chunk
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.sharding import (
     Shards,
@@ -65,7 +64,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         for name, value in options.items():
             if value is not None:
                 setattr(self, name, value)
-        self._trying = False
+        self._alone = False
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -97,7 +96,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return whole weights in the first process, and none in the others."""
         state: dict[str, Any] = required(self.lightning_module).state_dict()
-        if self._trying:  # by this process alone, with its weights whole
+        if self._alone:  # trying, by this process alone, with its weights whole
             return state
         whole: dict[str, Any] = gathered(state, keep=self.is_global_zero)
         return whole if self.is_global_zero else {}
@@ -111,7 +110,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         state = optimizer.state_dict()
-        if self._trying:
+        if self._alone:
             return state
         require_gatherable(state["state"])
         whole: dict[str, Any] = gathered(state, keep=self.is_global_zero)
@@ -222,14 +221,15 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
     def _homes(self) -> dict[nn.Parameter, nn.Parameter]:
         return required(self._shards).homes()
 
-    def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
         # Other processes come to it in other steps, so this one looks at what it has itself.
-        self._trying = True
+        self._alone = True
         try:
-            with left_whole(self._module):
-                super()._preflight(chunk, rest, kwargs)
+            with left_whole(self._module), super()._trying():
+                yield
         finally:
-            self._trying = False
+            self._alone = False
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Take the step; after the first one, look whether checkpoints can hold the optimizer.

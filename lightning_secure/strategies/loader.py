@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import (
@@ -104,11 +104,14 @@ class PrivateDataLoader(DataLoader[Any]):
         # Workers have generators of their own.
         return batches if self.num_workers else _Apart(batches, self._randomness)
 
-    def trial_batch(self, rows: Sequence[int]) -> Any:
+    def trial_batch(
+        self, rows: Sequence[int], before_collating: Callable[[], None] = lambda: None
+    ) -> Any:
         """Return the batch that a collate function of the user's own makes of some rows.
 
         Args:
             rows: Their numbers, modulo the number of rows.
+            before_collating: Is called once the rows are fetched.
 
         Returns:
             The batch; None if torch's own collate function is used, which keeps rows apart.
@@ -120,6 +123,7 @@ class PrivateDataLoader(DataLoader[Any]):
             samples = self.dataset.__getitems__(rows)
         else:
             samples = [self.dataset[row] for row in rows]
+        before_collating()
         return self._user_collate(samples)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -38,7 +39,11 @@ from lightning_secure.privacy.released.steps import (
     require_rows_apart,
 )
 from lightning_secure.privacy.released.sums import PrivateSum
+from lightning_secure.privacy.repeats import Repeats
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
+from lightning_secure.privacy.seeds import Seeds
+from lightning_secure.privacy.strangers import try_again
+from lightning_secure.privacy.trial import Trial
 from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
 from lightning_secure.strategies.banded import BandedFit
@@ -114,6 +119,7 @@ class SteppingStrategy(AccountedStrategy):
         self._drawn: LogicalBatch | None = None
         # Of the last step that drew a row; a step without one tells hooks the same.
         self._told: Any = None
+        self._repeats = Repeats()
 
     @property
     def published_metrics(self) -> dict[str, bool]:
@@ -166,6 +172,7 @@ class SteppingStrategy(AccountedStrategy):
         require_no_accumulation(self._module.trainer)
         bound = clip_bound(self.config, ledger)
         engine.begin_step(bound)
+        self._repeats.begin_step()
         self._released.begin_step(bound)
         with self._randomness.apart(self.root_device), uncounted(self._module.trainer):
             outputs = (self._chunk(chunk, rest, kwargs) for chunk in drawn.chunks)
@@ -180,15 +187,21 @@ class SteppingStrategy(AccountedStrategy):
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine = required(self._engine)
         if self._preflight_due:
-            self._preflight(chunk, rest, kwargs)
+            with self._repeats.first():
+                self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
         with metrics_kept_apart(self._module):
             data = self._on_device(chunk.data)
             with engine.recording(rows=chunk.size):
                 output = super().training_step(data, *rest, **kwargs)
-                self._backward(engine.scaled(loss_of(output), chunk.size))
+                loss = loss_of(output)
+                graph = self._repeats.look(loss, chunk.size)
+                self._backward(engine.scaled(loss, chunk.size))
         self._released.add_chunk(output, engine.add_chunk(chunk.size))
         required(self._results).again = True
+        del loss
+        if self._repeats.note(graph, chunk.data, rows=chunk.size, layers=engine.called):
+            self._try_again(chunk, rest, kwargs)
         return output
 
     def _require_affordable(self, ledger: Ledger) -> None:
@@ -208,21 +221,50 @@ class SteppingStrategy(AccountedStrategy):
         data = pl.LightningModule._on_before_batch_transfer(module, data, dataloader_idx=0)
         return super().batch_to_device(data)
 
-    def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        engine, results = required(self._engine), required(self._results)
+    def _tried(self, rest: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[Any], Any]:
+        """Return what runs a trial batch, and returns what the training step returns."""
 
         def output(batch: Any) -> Any:
             # From before the transfer hooks, which can mix rows as well. Without autocast:
             # rounding to 8 bits would hide what is looked for.
             return self._module.training_step(self._on_device(batch), *rest, **kwargs)
 
+        return output
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Let nothing that trial runs log be seen."""
+        results = required(self._results)
+        results.muted = True
+        try:
+            yield
+        finally:
+            results.muted = False
+
+    @property
+    def _stateful(self) -> list[Any]:
+        return [*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)]
+
+    def _preflight(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        engine, trainer = required(self._engine), self._module.trainer
+        output = self._tried(rest, kwargs)
+
         def loss(batch: Any) -> Tensor:
             return loss_of(output(batch))
 
-        trainer = self._module.trainer
-        results.muted = True
-        try:
+        def kept_apart() -> None:
             loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
+            require_rows_kept_apart(
+                loader.trial_batch,
+                engine,
+                self._module,
+                loss,
+                backward=self._backward,
+                seed=self.config.insecure_seed,
+            )
+
+        isolated, seed = self.config.isolate_rows, self.config.insecure_seed
+        with self._trying():
             preflight(
                 engine,
                 self._module,
@@ -231,17 +273,35 @@ class SteppingStrategy(AccountedStrategy):
                 size=chunk.size,
                 backward=self._backward,
                 checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
-                stateful=(*self.optimizers, *(c.scheduler for c in self.lr_scheduler_configs)),
-                first=lambda: require_rows_kept_apart(
-                    loader.trial_batch, engine, self._module, loss, backward=self._backward
-                ),
+                stateful=self._stateful,
+                first=(lambda: None) if isolated else kept_apart,
+                isolated=isolated,
+                seed=seed,
             )
-            entries = self._released.entries
-            require_rows_apart(entries, self._module, output, chunk.data, size=chunk.size)
-        finally:
-            results.muted = False
+            entries = () if isolated else self._released.entries
+            require_rows_apart(
+                entries, self._module, output, chunk.data, size=chunk.size, seed=seed
+            )
         # What the first step takes would come on top of it.
         return_freed_memory()
+
+    def _try_again(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        output = self._tried(rest, kwargs)
+        trial = Trial(
+            required(self._engine),
+            self._module,
+            lambda batch: loss_of(output(batch)),
+            self._backward,
+            outcome="This step was not taken.",
+        )
+        with self._trying(), self._repeats.again():
+            try_again(
+                trial,
+                chunk.data,
+                chunk.size,
+                stateful=self._stateful,
+                seeds=Seeds(self.config.insecure_seed),
+            )
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any

@@ -17,6 +17,7 @@ from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.ledger import Ledger, keep_ledger
 from lightning_secure.privacy.promise import begin_ledger, require_same_promise
 from lightning_secure.privacy.repeated_rows import require_distinct_rows
+from lightning_secure.privacy.repeats import Repeats
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
@@ -89,6 +90,7 @@ class PrivateTraining(SteppingStrategy):
             if self._ledger is not None:
                 self._ledger.weights = None
         self._preflight_due = True
+        self._repeats = Repeats()
         self._results = GuardedResults(self._public_metrics, self._released.metrics)
         trainer.fit_loop.epoch_loop._results = self._results
         selector = trainer._data_connector._datahook_selector
@@ -123,8 +125,9 @@ class PrivateTraining(SteppingStrategy):
             loader,
             sample_rate=public.sample_rate,
             steps=public.steps_per_epoch,
-            max_physical_batch_size=self.config.max_physical_batch_size
-            or _rarely_exceeded(expected),
+            max_physical_batch_size=1
+            if self.config.isolate_rows
+            else self.config.max_physical_batch_size or _rarely_exceeded(expected),
             seed=self.config.insecure_seed,
             secure=self.config.secure_noise,
             rank=rank,

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from lightning_secure.errors import ConfigError, UnsupportedModelError
 from lightning_secure.privacy.exact import exact_arithmetic
 from lightning_secure.privacy.leftovers import preserved
+from lightning_secure.privacy.loss_graph import ISOLATE
 from lightning_secure.privacy.noise import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
 from lightning_secure.privacy.rows import first_rows, recombined, with_row
-from lightning_secure.privacy.trial import NO_STEP, seed_all, without_dropout
+from lightning_secure.privacy.seeds import Seeds
+from lightning_secure.privacy.trial import (
+    NO_STEP,
+    Seed,
+    random_states,
+    seed_all,
+    without_dropout,
+)
 from lightning_secure.validate import positive
 
 __all__ = [
@@ -250,6 +258,7 @@ def require_rows_apart(
     batch: Any,
     *,
     size: int,
+    seed: int | None = None,
 ) -> None:
     """Check, on rows recombined from a batch, that what is released of a row is of that row only.
 
@@ -259,6 +268,7 @@ def require_rows_apart(
         output_of: Runs all that happens to a batch, and returns what the training step returns.
         batch: A batch as it was collated.
         size: Its rows.
+        seed: Makes the trial runs repeatable, for tests.
 
     Raises:
         UnsupportedModelError: A row's number changes when the others do, or with how many they
@@ -266,27 +276,39 @@ def require_rows_apart(
     """
     if not entries:
         return
-    generator = torch.Generator().manual_seed(0)
+    generator, seeds = torch.Generator().manual_seed(0), Seeds(seed)
+    drew = False
 
-    def found(rows: Any, number: int = _ROWS, seed: int = 0) -> dict[str, Tensor]:
+    def found(rows: Any, number: int = _ROWS, seed: Seed = 0) -> dict[str, Tensor]:
+        nonlocal drew
         seed_all(seed)  # so that dropout does the same
+        states = random_states()
         output = output_of(first_rows(rows, _ROWS, number))
+        drew = random_states() != states
         return {entry: entry_of(output, entry, number).float() for entry in entries}
 
     with preserved(model), exact_arithmetic():
         rows = recombined(batch, size, _ROWS, generator, jitter=1)
-        for kept in range(_ROWS):
+
+        def compare(kept: int, number: Seed) -> None:
             others = recombined(batch, size, _ROWS, generator, jitter=1)
-            # Another seed for each: by it a step may decide whether it mixes.
-            before = found(rows, seed=kept)
-            after = found(with_row(others, rows, kept, rows=_ROWS), seed=kept)
+            before = found(rows, seed=number)
+            after = found(with_row(others, rows, kept, rows=_ROWS), seed=number)
             for entry in entries:
                 if not _close(before[entry][kept], after[entry][kept]):
                     raise UnsupportedModelError(
                         f"what training_step returns under {entry!r} for one row changes when "
                         "another row does, so noise for one row's part does not cover it. Let each "
-                        f"number depend on its own row. {NO_STEP}"
+                        f"number depend on its own row. {ISOLATE} {NO_STEP}"
                     )
+
+        for kept in range(_ROWS):  # Another seed for each: by it a step may mix or not.
+            compare(kept, seeds.number())
+        with without_dropout(model):
+            found(rows)
+        if drew:  # and not for dropout only
+            for place, coin in enumerate(seeds.coins(_ROWS)):
+                compare(place % _ROWS, coin)
         with without_dropout(model):
             before, again = found(rows), found(rows, seed=1)
             for entry in entries:
@@ -297,7 +319,7 @@ def require_rows_apart(
                         raise UnsupportedModelError(
                             f"what training_step returns under {entry!r} for one row depends on "
                             "how many rows there are, so noise for one row's part does not cover "
-                            f"it. Let each number depend on its own row. {NO_STEP}"
+                            f"it. Let each number depend on its own row. {ISOLATE} {NO_STEP}"
                         )
 
 
