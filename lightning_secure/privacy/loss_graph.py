@@ -19,16 +19,21 @@ from lightning_secure.errors import UnsupportedModelError
 
 __all__ = ["ISOLATE", "LossGraph", "loss_graph", "require_linear"]
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 #: The way on, in every refusal of rows that meet.
 ISOLATE: Final = "Or set DPConfig(isolate_rows=True), which is slower: each row runs by itself."
 
 #: Linear in all their inputs together.
-_LINEAR: Final = frozenset(
+_LINEAR: Final = _names(
     "Add Sub Rsub Neg Sum Mean Nansum Clone Alias View UnsafeView ReshapeAlias Squeeze Unsqueeze "
     "Expand Permute T Transpose MT Mt Numpy_T Select Slice Unbind Split SplitWithSizes Index "
     "IndexSelect Gather Take TakeAlongDim MaskedSelect Narrow Diagonal Trace Stack Cat Repeat "
     "RepeatInterleave Flip Roll Cumsum ToCopy CopyBackwards Copy CopySlices AsStrided Detach "
-    "ConstantPadNd Tril Triu Unfold SqueezeMultiple Real Contiguous Fill Zero Positive".split()
+    "ConstantPadNd Tril Triu Unfold SqueezeMultiple Real Contiguous Fill Zero Positive"
 )
 #: Linear in one input while the others at the places given are constants.
 _PRODUCTS: Final = {
@@ -49,19 +54,20 @@ _PRODUCTS: Final = {
 #: Linear while the input at the place given is a constant.
 _OVER: Final = {"Div": 1, "Addcdiv": 2, "Lerp": 2}
 #: Make one number or several of all rows, and not by adding them up.
-_BENT: Final = frozenset(
+_BENT: Final = _names(
     "Logsumexp Norm LinalgVectorNorm LinalgMatrixNorm Prod Max Min Amax Amin Aminmax Median "
     "Nanmedian Mode Kthvalue Var Std VarMean StdMean Cumprod Cummax Cummin Logcumsumexp Topk Dist "
-    "Renorm".split()
+    "Renorm"
 )
 #: Take some entries or another shape, and add nothing up.
-_TAKING: Final = frozenset(
+_TAKING: Final = _names(
     "View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Permute T Transpose Mt Numpy_T Select "
     "Slice Unbind Split SplitWithSizes Index IndexSelect Gather Take TakeAlongDim MaskedSelect "
     "Narrow Diagonal Clone Alias ToCopy AsStrided Unfold Sort PackPaddedSequence Cat Stack Roll "
-    "Flip Repeat RepeatInterleave CopySlices Embedding".split()
+    "Flip Repeat RepeatInterleave CopySlices Embedding"
 )
 _ONE_ROW: Final = frozenset({"Select", "Unbind", "Slice", "Split", "SplitWithSizes"})
+_NEAR: Final = 16
 _NUMBER: Final = re.compile(r"Backward\d*$")
 _SAID: Final = {
     "Mul": "a product of two of them",
@@ -83,7 +89,7 @@ class LossGraph:
 
     Attributes:
         fault: What is not linear in it; None if nothing is.
-        structure: Names of the operations that were met, each once.
+        structure: Names of the operations that were met, each once, and of those next to them.
         sums: Where rows were added up: node, and which of its outputs.
         slopes: Once the loss went backward, its slope at each of them.
     """
@@ -147,6 +153,7 @@ def loss_graph(loss: Tensor, rows: int) -> LossGraph:
     # Nodes are held: another one could come to have the id of one that is gone.
     seen: dict[tuple[int, int, bool], Node] = {}
     places = [(loss.grad_fn, loss.output_nr, "")]
+    of_rows: list[Node] = []
     while places:
         node, output, bent = places.pop()
         if node is None or (id(node), output, bool(bent)) in seen:
@@ -162,11 +169,22 @@ def loss_graph(loss: Tensor, rows: int) -> LossGraph:
             if fault and found.fault is None and not _of_one_row(node, rows):
                 found.fault = fault
         inner = bent or _bent_by(node, name)
-        places += [
-            (item, place, inner) for item, place in inputs if not _has_rows(item, place, rows)
-        ]
-    found.structure = tuple(names)
+        for item, place in inputs:
+            if _has_rows(item, place, rows):
+                of_rows.append(item)
+            else:
+                places.append((item, place, inner))
+    found.structure = (*names, "", *_nearest(of_rows))
     return found
+
+
+def _nearest(nodes: list[Node]) -> list[str]:
+    """Return names of the operations next to some, to tell whether they are others one day."""
+    for node in nodes:  # which grows meanwhile
+        if len(nodes) >= _NEAR:
+            break
+        nodes += [item for item, _ in node.next_functions if item is not None]
+    return list(dict.fromkeys(_name(node) for node in nodes[:_NEAR]))
 
 
 def _name(node: Node) -> str:

@@ -85,7 +85,7 @@ def _cause(run: Run, changed: Run) -> str:
     return "a contrastive term, or a divisor or factor that the other rows decide"
 
 
-def _shapes(run: Run) -> list[tuple[torch.Size, torch.Size]]:
+def _shapes(run: Run) -> list[object]:
     return [record.shapes for record in run.records]
 
 

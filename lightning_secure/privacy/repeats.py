@@ -15,8 +15,10 @@ from lightning_secure.privacy.rows import leaves
 
 __all__ = ["Repeats"]
 
-#: Of the time since the first step; besides, as much as the first trials took.
+#: Of the time since the first step.
 _SHARE: Final = 0.02
+#: Trials of steps unlike those before that run whatever time they take.
+_FREE: Final = 8
 _SLOPES: Final = 16  # that are remembered for each way through the model
 _WAYS: Final = 256
 _LARGEST: Final = 1 << 16  # numbers of a tensor that is looked through in each step
@@ -36,44 +38,42 @@ class Repeats:
     in or a step is skipped; and where whole numbers of the batch leave the range they had, or rows
     that were alike are not any more, as when the first target is left out.
 
-    They run if all of them together would take at most a fiftieth of the time since the first
-    step, beside as much as the first trials took. Until then they stay due.
+    Those of powers of two always run, and so do the first eight of the others. More of these run
+    if all trials together would take at most a fiftieth of the time since the first step. Until
+    then they stay due.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._start = clock()
-        self._allowance = 0.0
+        self._free = _FREE
         self._spent = 0.0
         self._last = 0.0
         self._step = 0
-        self._due = False
+        self._turn = self._due = False
         self._known: dict[object, list[Slopes]] = {}
         self._leaves: list[tuple[float, float] | bool] | None = None
 
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """Measure the first trials."""
-        start = self._clock()
-        yield
+    def begin(self) -> None:
+        """Begin to count the time, after the first trials."""
         self._start = self._clock()
-        self._allowance = self._start - start
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Measure later ones."""
+        """Measure trials that run again."""
         start = self._clock()
         try:
             yield
         finally:
             self._last = self._clock() - start
             self._spent += self._last
-            self._due = False
+            self._free -= not self._turn
+            self._turn = self._due = False
 
     def begin_step(self) -> None:
         """Count a step."""
         self._step += 1
-        self._due = self._due or (self._step > 1 and self._step & (self._step - 1) == 0)
+        self._turn = self._turn or (self._step > 1 and self._step & (self._step - 1) == 0)
 
     def look(self, loss: Tensor, rows: int) -> LossGraph | None:
         """Look at a chunk's loss, before it goes backward.
@@ -109,8 +109,9 @@ class Repeats:
             self._due = True
         if self._unlike(batch, rows):
             self._due = True
-        since = self._clock() - self._start
-        return self._due and self._spent + self._last <= self._allowance + _SHARE * since
+        share = _SHARE * (self._clock() - self._start)
+        fits = self._free > 0 or self._spent + self._last <= share
+        return self._turn or (self._due and fits)
 
     def _bent(self, way: object, slopes: Slopes) -> bool:
         """Return whether the loss has not yet had this slope, of a mean or of a sum."""

@@ -183,8 +183,8 @@ def _rarest(value: Tensor, *, rank: int, generator: torch.Generator) -> Tensor:
     """Give all rows one class, where each has one whole number."""
     if value.numel() != len(value) or value.is_floating_point() or value.is_complex():
         return _some_rows(value, generator)
-    classes, counts = value.unique(return_counts=True)
-    chosen = classes[counts.argsort(stable=True)[min(rank, len(classes) - 1)]]
+    classes, counts = torch.unique(value, return_counts=True)
+    chosen: Tensor = classes[counts.argsort(stable=True)[min(rank, len(classes) - 1)]]
     return chosen.expand(_ROWS, *value.shape[1:]).clone()
 
 

@@ -187,9 +187,9 @@ class SteppingStrategy(AccountedStrategy):
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine = required(self._engine)
         if self._preflight_due:
-            with self._repeats.first():
-                self._preflight(chunk, rest, kwargs)
+            self._preflight(chunk, rest, kwargs)
             self._preflight_due = False
+            self._repeats.begin()
         with metrics_kept_apart(self._module):
             data = self._on_device(chunk.data)
             with engine.recording(rows=chunk.size):
