@@ -195,9 +195,9 @@ def _said(name: str) -> str:
     return _SAID.get(name, name.lower())
 
 
-def _shape(node: Node, place: int) -> Sequence[int]:
+def _shape(node: Node, place: int) -> tuple[int, ...]:
     described = node._input_metadata
-    return described[place].shape if place < len(described) else ()
+    return tuple(described[place].shape) if place < len(described) else ()
 
 
 def _has_rows(node: Node, place: int, rows: int) -> bool:
@@ -246,8 +246,5 @@ def _of_one_row(node: Node, rows: int) -> bool:
 
 
 def _takes_one(node: Node, place: int, rows: int) -> bool:
-    if any(_shape(item, p)[:1] == torch.Size([rows]) for item, p in node.next_functions if item):
-        inputs = next(_shape(item, p) for item, p in node.next_functions if item)
-        shape = _shape(node, place)
-        return tuple(shape) == tuple(inputs[1:]) or tuple(shape) == (1, *inputs[1:])
-    return False
+    whole = next((_shape(item, p) for item, p in node.next_functions if item is not None), ())
+    return tuple(whole[:1]) == (rows,) and _shape(node, place) in (whole[1:], (1, *whole[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -16,12 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lightning_secure import DPConfig
 from lightning_secure.errors import ConfigError, UnsupportedModelError
-from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.loss_graph import loss_graph
 from lightning_secure.privacy.repeats import Repeats
-from lightning_secure.privacy.seeds import COINS, Seeds
-
-import lightning as L  # isort: skip
+from lightning_secure.privacy.seeds import Seeds
 
 
 class Module(L.LightningModule):
@@ -492,3 +490,168 @@ def test_ordinary_losses_train_in_any_precision(tmp_path, precision, dp):
     run = trainer(tmp_path, dp={"expected_batch_size": 16, **dp}, max_steps=3, precision=precision)
     run.fit(Module(lambda z, y, o, m: ce(z.float(), y) + 0.1 * o.float().square().mean()), loader())
     assert run.strategy.ledger.steps == 3
+
+
+# ---------------------------------------------------------------- each row by itself
+
+
+def mixing_collate(samples):
+    x, y = default_collate(samples)
+    return x - x.mean(0) if len(x) > 1 else x, y
+
+
+def rarely_mixing_collate(samples):
+    x, y = default_collate(samples)
+    return (x + x.roll(1, 0) if random.random() < 0.02 else x), y
+
+
+@pytest.mark.parametrize("collate", [mixing_collate, rarely_mixing_collate])
+def test_a_collate_function_sees_one_row_only_where_rows_run_by_themselves(tmp_path, collate):
+    with pytest.raises(UnsupportedModelError, match=r"collate function.*isolate_rows=True"):
+        fit(tmp_path / "a", lambda z, y, o, m: ce(z, y), loader(collate_fn=collate))
+    run = fit(
+        tmp_path / "b", lambda z, y, o, m: ce(z, y), loader(collate_fn=collate), isolate_rows=True
+    )
+    assert run.strategy.ledger.steps == 4
+
+
+class OnTransfer(Module):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] - batch[0].mean(0) * (len(batch[0]) > 1), batch[1]
+
+
+def test_a_transfer_hook_sees_one_row_only_where_rows_run_by_themselves(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="isolate_rows=True"):
+        fit(tmp_path / "a", OnTransfer(flooding))
+    fit(tmp_path / "b", OnTransfer(flooding), isolate_rows=True)
+
+
+def without_noise(tmp_path, loss, **dp):
+    module = Module(loss)
+    quiet = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
+    fit(tmp_path, module, steps=3, **quiet, **dp)
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_rows_by_themselves_come_to_the_same_weights(tmp_path):
+    def loss(z, y, o, m):
+        return ce(z, y) + 0.1 * o.square().mean()
+
+    together, alone = (
+        without_noise(tmp_path / str(i), loss, **dp)
+        for i, dp in enumerate(({}, {"isolate_rows": True}))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_by_themselves_and_several_at_once_contradict_each_other():
+    with pytest.raises(ConfigError, match="isolate_rows"):
+        DPConfig(
+            noise_multiplier=1, delta=1e-5, max_grad_norm=1, isolate_rows=True,
+            max_physical_batch_size=8,
+        )  # fmt: skip
+
+
+def test_a_step_that_fails_on_one_row_is_refused_where_rows_run_by_themselves(tmp_path):
+    def squeezing(z, y, o, m):
+        return F.nll_loss(F.log_softmax(z.squeeze(), dim=1), y)
+
+    with pytest.raises(UnsupportedModelError, match="batch of one row"):
+        fit(tmp_path, squeezing, isolate_rows=True)
+
+
+def test_a_gradient_past_its_layer_is_refused_where_rows_run_by_themselves(tmp_path):
+    def penalty(z, y, o, m):
+        return ce(z, y) + m.head.weight.square().sum()
+
+    with pytest.raises(UnsupportedModelError, match=r"head.weight.*does not account for"):
+        fit(tmp_path, penalty, isolate_rows=True)
+
+
+# ---------------------------------------------------------------- what trials leave, and cost
+
+
+class Counting(Module):
+    """Counts its steps, sets its learning rate, and keeps a slow copy of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.drawn = 0, []
+        self.slow = nn.Linear(8, 3).requires_grad_(False)
+        self.slow.load_state_dict(self.head.state_dict())
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        if self.global_step:  # what changes in the first step is refused
+            self.optimizers().param_groups[0]["lr"] /= 2
+        for mine, other in zip(self.slow.parameters(), self.head.parameters(), strict=True):
+            mine.data.lerp_(other.data, 0.1 if self.global_step else 0.0)
+        return ce(self.head(self.body(batch[0])), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.drawn.append((self.steps, self.optimizers().param_groups[0]["lr"]))
+
+
+def test_trials_in_later_steps_leave_nothing_behind(tmp_path, monkeypatch):
+    slow = []
+    for again in (True, False):
+        if not again:  # the same fit without them
+            monkeypatch.setattr(Repeats, "note", lambda *a, **k: False)
+        module = Counting()
+        quiet = {"noise_multiplier": None, "insecure_noise_off": True, "insecure_seed": 3}
+        fit(tmp_path / str(again), module, steps=9, max_physical_batch_size=64, **quiet)
+        assert module.drawn == [(n, 0.1 / 2 ** (n - 1)) for n in range(1, 10)]
+        slow.append(module.slow.weight.clone())
+    assert torch.equal(*slow)
+
+
+def test_trials_run_in_powers_of_two_and_else_within_their_share():
+    now = 0.0
+    repeats = Repeats(lambda: now)
+    repeats.begin()
+    net, ran = nn.Linear(4, 3), []
+    for step in range(1, 2001):
+        now += 0.01
+        repeats.begin_step()
+        x, y = rows(8).tensors
+        loss = ce(net(x), y) * step  # as a penalty that grows
+        graph = repeats.look(loss, 8)
+        loss.backward()
+        if repeats.note(graph, (x, y), rows=8, layers=[net]):
+            ran.append(step)
+            with repeats.again():
+                now += 0.02
+    assert ran[:13] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 32]
+    assert {2**n for n in range(1, 11)} <= set(ran)
+    assert 0.018 < len(ran) * 0.02 / now < 0.023
+
+
+def test_seeds_by_which_a_coin_falls_are_found():
+    seeds = Seeds()
+    for high in (False, True):
+        for_torch, for_python, for_numpy = seeds.extreme(high=high)
+        torch.manual_seed(for_torch), random.seed(for_python), np.random.seed(for_numpy)
+        first = [float(torch.rand(())), random.random(), np.random.rand()]
+        assert all((value > 0.99) == high for value in first)
+    assert Seeds(1).number() == Seeds(1).number() != Seeds(2).number()
+    assert seeds.number() != Seeds().number()
+
+
+# ---------------------------------------------------------------- the graph
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 8])
+def test_a_nonlinear_loss_of_one_row_in_a_loop_is_no_mean_of_rows(rows):
+    z = torch.randn(rows, 8, requires_grad=True)  # as long as a multiple of their number
+    losses = [z[i].square().mean().sqrt() for i in range(rows)]
+    losses += [part.squeeze(0).exp().mean().log() for part in z.split(1)]
+    losses += [part.exp().mean().log() for part in z.unbind(0)]
+    assert loss_graph(sum(losses) / rows, rows).fault is None
+    assert loss_graph((z * 2).square().mean().sqrt(), rows).fault == "sqrt"
+
+
+def test_tokens_that_are_picked_by_a_mask_are_no_sum_over_rows():
+    z = torch.randn(4, 6, 7, requires_grad=True)
+    picked = (z * 1.0)[torch.arange(24).reshape(4, 6) % 5 > 0][:-1]
+    each = F.cross_entropy(picked, torch.zeros(len(picked), dtype=torch.long), reduction="none")
+    assert loss_graph(((1 - (-each).exp()) ** 2 * each).mean(), 4).fault is None
