@@ -280,10 +280,11 @@ def test_transfer_hooks_run_for_each_chunk(tmp_path):
         assert names == ("before", "move", "after")
         assert len(set(sizes)) == 1
         rounds.append(sizes[0])
-    # First the preflight's trial rows, five, two or one; then the chunks, full but for the last.
-    last_trial = len(rounds) - 1 - rounds[::-1].index(5)
-    assert set(rounds[: last_trial + 1]) == {1, 2, 5}
-    chunks = rounds[last_trial + 1 :]
+    # First the preflight's trial rows, five, two or one; then the chunks, full but for the last,
+    # and among them trial rows again.
+    first_chunk = rounds.index(4)
+    assert set(rounds[:first_chunk]) == {1, 2, 5}
+    chunks = [size for size in rounds[first_chunk:] if size != 5]
     assert max(chunks) == 4
     assert sum(chunks) > 16
     assert "_on_before_batch_transfer" not in vars(model)

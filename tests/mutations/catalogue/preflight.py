@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 ATTACKS = "tests/attacks/test_preflight.py"
+MEETING = "tests/attacks/test_rows_that_meet.py"
 
 CATALOGUE = [
     Mutation(
@@ -99,14 +100,14 @@ CATALOGUE = [
         "if run.drew and kept:",
         "if False:",
         f"{ATTACKS} -k 'half_of_the_steps'",
-        more=(("rows=_ROWS, seed=first)", "rows=_ROWS)"),),
+        more=(("        for place, seed in", "        for place, seed in () and"),),
     ),
     Mutation(
         "collate functions toss one coin only",
         "privacy/collation.py",
         "        seed_all(seed)  #",
         "        seed_all(0)  #",
-        f"{ATTACKS} -k half_of_its_batches",
+        f"{MEETING} -k rarely_mixing_collate",
     ),
     Mutation(
         "released numbers toss one coin only",
@@ -219,5 +220,90 @@ CATALOGUE = [
         "if parameter.requires_grad and parameter.is_complex():",
         "if False:",
         "tests/privacy/test_gradients.py -k complex",
+    ),
+    Mutation(
+        "a loss may bend the mean over the rows in the first step",
+        "privacy/preflight.py",
+        "    require_linear(run.fault, outcome=NO_STEP)\n",
+        "",
+        f"{MEETING} -k 'its_name and flooding'",
+    ),
+    Mutation(
+        "a loss may bend the mean over the rows later",
+        "privacy/repeats.py",
+        "        require_linear(graph.fault, outcome=_STEP)\n",
+        "",
+        f"{MEETING} -k 'later_is_refused and flooding and 3'",
+    ),
+    Mutation(
+        "products of two means pass for linear",
+        "privacy/loss_graph.py",
+        'return _said("Mul") if both else ""',
+        'return ""',
+        f"{MEETING} -k 'later_is_refused and product and 3'",
+    ),
+    Mutation(
+        "rows are norms and deviations of, and not added up",
+        "privacy/loss_graph.py",
+        'bent or (_said(name) if name in _BENT else "")',
+        "bent",
+        f"{MEETING} -k 'later_is_refused and norm and 3'",
+    ),
+    Mutation(
+        "a loss of one row in a loop is taken for a mean over rows",
+        "privacy/loss_graph.py",
+        "and not _of_one_row(node, rows)",
+        "",
+        f"{MEETING} -k in_a_loop",
+    ),
+    Mutation(
+        "trial rows resemble each other",
+        "privacy/preflight.py",
+        "    require_strangers_apart(trial, batch, size, seeds=seeds)\n",
+        "",
+        f"{MEETING} -k extreme_rows",
+    ),
+    Mutation(
+        "a coin that falls rarely never falls in trials",
+        "privacy/preflight.py",
+        "    if run.drew and not _drops_only(trial, rows):",
+        "    if False:",
+        f"{MEETING} -k 'only_trial_rows_show and loss9'",
+    ),
+    Mutation(
+        "trials do not run again in powers of two",
+        "privacy/repeats.py",
+        "self._step & (self._step - 1) == 0",
+        "False",
+        f"{MEETING} -k powers_of_two",
+    ),
+    Mutation(
+        "a loss that scales otherwise later is not tried again",
+        "privacy/repeats.py",
+        "        if self._bent(way,",
+        "        if False and self._bent(way,",
+        f"{MEETING} -k 'scales_otherwise and 4'",
+    ),
+    Mutation(
+        "targets that are left out later are not tried",
+        "privacy/repeats.py",
+        "        if self._unlike(batch, rows):",
+        "        if False:",
+        f"{MEETING} -k left_out_later",
+    ),
+    Mutation(
+        "later trials leave their traces",
+        "privacy/strangers.py",
+        "        preserved(trial.model, light),\n",
+        "",
+        f"{MEETING} -k leave_nothing",
+    ),
+    Mutation(
+        "rows that run by themselves meet in chunks",
+        "strategies/training.py",
+        "            max_physical_batch_size=1\n"
+        "            if self.config.isolate_rows\n            else",
+        "            max_physical_batch_size=2 if self.config.isolate_rows else",
+        f"{MEETING} -k 'each_trains and flooding'",
     ),
 ]

@@ -172,7 +172,7 @@ CATALOGUE = [
     ),
     Mutation(
         "rows that are mixed pass the preflight",
-        "privacy/preflight.py",
+        "privacy/mixing.py",
         "    layer = differing(run, changed, kept, tolerance=_TOLERANCE)\n",
         "    layer = None\n",
         "tests/privacy/test_preflight.py -k mixes",
