@@ -67,7 +67,7 @@ _TAKING: Final = _names(
     "Flip Repeat RepeatInterleave CopySlices Embedding"
 )
 _ONE_ROW: Final = frozenset({"Select", "Unbind", "Slice", "Split", "SplitWithSizes"})
-_NEAR: Final = 16
+_NEAR: Final = 6
 _NUMBER: Final = re.compile(r"Backward\d*$")
 _SAID: Final = {
     "Mul": "a product of two of them",
@@ -108,13 +108,16 @@ class LossGraph:
         def keep(grads: Sequence[Tensor | None]) -> None:
             slope = grads[place]
             if slope is not None:
-                self.slopes.append(slope.detach().sum())
+                self.slopes.append(slope.detach() if slope.numel() == 1 else slope.detach().sum())
 
         return keep
 
     def taken(self) -> tuple[float, ...]:
         """Return the slopes and forget the graph."""
-        slopes = torch.stack([s.double() for s in self.slopes]).tolist() if self.slopes else ()
+        if len(self.slopes) > 1:  # together, since each could be waited for
+            slopes = torch.stack([s.reshape(()).double() for s in self.slopes]).tolist()
+        else:
+            slopes = [float(slope) for slope in self.slopes]
         self.sums, self.slopes = [], []
         return tuple(slopes)
 
@@ -161,16 +164,19 @@ def loss_graph(loss: Tensor, rows: int) -> LossGraph:
         seen[id(node), output, bool(bent)] = node
         name = _name(node)
         names[name] = None
-        inputs = [(item, place) for item, place in node.next_functions if item is not None]
-        summed = any(_has_rows(item, place, rows) for item, place in inputs)
-        if summed and name not in _TAKING:
+        inputs = [
+            (item, place, _has_rows(item, place, rows))
+            for item, place in node.next_functions
+            if item is not None
+        ]
+        if name not in _TAKING and any(has_rows for _, _, has_rows in inputs):
             found.sums.append((node, output))
             fault = bent or (_said(name) if name in _BENT else "")
             if fault and found.fault is None and not _of_one_row(node, rows):
                 found.fault = fault
         inner = bent or _bent_by(node, name)
-        for item, place in inputs:
-            if _has_rows(item, place, rows):
+        for item, place, has_rows in inputs:
+            if has_rows:
                 of_rows.append(item)
             else:
                 places.append((item, place, inner))

@@ -137,9 +137,12 @@ class Repeats:
 
 def _alike(one: Slopes, other: Slopes) -> bool:
     """Return whether slopes are the same, or the same for each row, up to rounding."""
-    return len(one) == len(other) and all(
-        any(a == b or abs(a - b) <= 1e-5 * abs(b) for a, b in zip(x, y, strict=True))
-        for x, y in zip(one, other, strict=True)
+    return one == other or (
+        len(one) == len(other)
+        and all(
+            any(a == b or abs(a - b) <= 1e-5 * abs(b) for a, b in zip(x, y, strict=True))
+            for x, y in zip(one, other, strict=True)
+        )
     )
 
 
