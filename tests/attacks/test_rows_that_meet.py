@@ -171,6 +171,12 @@ def test_what_bends_the_mean_is_refused_with_its_name(tmp_path, loss):
     assert module.rows_seen == []
 
 
+@pytest.mark.parametrize("loss", BENT, ids=lambda loss: loss.__name__)
+def test_the_graph_alone_shows_what_bends_the_mean(loss):
+    module = Module(loss)
+    assert loss_graph(module.training_step(rows(7).tensors, 0), 7).fault is not None
+
+
 # ---------------------------------------------------------------- what only trial rows show
 
 
@@ -239,7 +245,7 @@ class EarlyExit(Module):
 
 
 def test_an_exit_that_only_extreme_rows_reach_is_refused(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="mixed in the loss"):
+    with pytest.raises(UnsupportedModelError, match=r"mixed in the loss.*No step was taken"):
         fit(tmp_path, EarlyExit())
 
 
@@ -638,6 +644,16 @@ def test_seeds_by_which_a_coin_falls_are_found():
 
 
 # ---------------------------------------------------------------- the graph
+
+
+@pytest.mark.parametrize("loss", ORDINARY, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 8])
+def test_the_graph_of_an_ordinary_loss_is_linear_for_any_number_of_rows(loss, count):
+    class WithStep(Module):
+        global_step = 1
+
+    module = WithStep(loss)
+    assert loss_graph(module.training_step(rows(count).tensors, 0), count).fault is None
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 8])

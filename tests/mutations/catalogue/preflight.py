@@ -240,14 +240,14 @@ CATALOGUE = [
         "privacy/loss_graph.py",
         'return _said("Mul") if both else ""',
         'return ""',
-        f"{MEETING} -k 'later_is_refused and product and 3'",
+        f"{MEETING} -k 'graph_alone and product'",
     ),
     Mutation(
         "rows are norms and deviations of, and not added up",
         "privacy/loss_graph.py",
         'bent or (_said(name) if name in _BENT else "")',
         "bent",
-        f"{MEETING} -k 'later_is_refused and norm and 3'",
+        f"{MEETING} -k 'graph_alone and norm'",
     ),
     Mutation(
         "a loss of one row in a loop is taken for a mean over rows",
@@ -268,7 +268,7 @@ CATALOGUE = [
         "privacy/preflight.py",
         "    if run.drew and not _drops_only(trial, rows):",
         "    if False:",
-        f"{MEETING} -k 'only_trial_rows_show and loss9'",
+        f"{MEETING} -k 'only_trial_rows_show and loss3'",
     ),
     Mutation(
         "trials do not run again in powers of two",
