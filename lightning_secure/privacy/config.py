@@ -68,9 +68,9 @@ class DPConfig:
         isolate_rows: Whether each row runs by itself: it is collated, goes through the transfer
             hooks, the model and the loss, and back, as a batch of one. No code can then mix rows
             of a batch, so losses of any form train, and no trial looks for mixing. A step takes
-            about as long as its rows one after another: with 64 rows on a CPU 4 times as long for
-            two convolutions and 21 times for three dense layers, and more on a GPU. What a module keeps from one row to the
-            next in its attributes is not covered.
+            about as long as its rows one after another: with 64 rows on a CPU 4 times as long
+            for two convolutions and 21 times for three dense layers, and more on a GPU. What a
+            module keeps from one row to the next in its attributes is not covered.
         loss_scale: By what the loss is multiplied before it goes backward, a power of two: per-row
             gradients that would round to zero in float16 then do not. ``16-mixed`` needs it, such
             as ``2**12``, because Lightning's own scale depends on the rows. It never changes.
