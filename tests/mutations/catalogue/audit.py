@@ -69,8 +69,8 @@ CATALOGUE = [
     Mutation(
         "a released metric mixes rows",
         "strategies/stepping.py",
-        "require_rows_apart(entries, self._module",
-        "require_rows_apart([], self._module",
+        "                entries, self._module",
+        "                [], self._module",
         f"{RELEASED} -k other_rows",
     ),
     Mutation(

@@ -166,8 +166,8 @@ CATALOGUE = [
     Mutation(
         "nothing is checked before the first step",
         "strategies/training.py",
-        "        self._preflight_due = True\n        self._results =",
-        "        self._preflight_due = False\n        self._results =",
+        "        self._preflight_due = True\n        self._repeats =",
+        "        self._preflight_due = False\n        self._repeats =",
         f"{STRATEGY} -k preflight",
     ),
     Mutation(

@@ -96,8 +96,8 @@ CATALOGUE = [
     Mutation(
         "the collate function mixes rows",
         "privacy/collation.py",
-        "            if row_differs(run, changed, kept, tolerance=_TOLERANCE):",
-        "            if False:",
+        "    if row_differs(run, changed, kept, tolerance=_TOLERANCE):",
+        "    if False:",
         f"{PRIVACY} -k mixed_by_the_collate",
     ),
     Mutation(
