@@ -24,7 +24,7 @@ class PrivacyBudget(Callback):
         max_epsilon: Stop after the last step that keeps epsilon at or below this; the Trainer's
             ``min_epochs`` and ``min_steps`` give way. The strategy's own ``target_epsilon`` holds
             without it; this one is for stopping sooner.
-        every_n_epochs: How often epsilon is computed, which takes some tenths of a second.
+        every_n_epochs: How often epsilon is computed, which takes some hundredths of a second.
 
     Metrics: ``privacy/epsilon``, ``privacy/delta`` and ``privacy/steps``, at the end of epochs.
 

@@ -13,7 +13,7 @@ from lightning_secure.privacy.accounting import Release, epsilon_by, epsilon_rdp
 __all__ = ["draw", "require_drawable"]
 
 _KINDS: Final = {".svg", ".png"}
-#: Each point of the tighter curve takes some tenths of a second.
+#: Each point of the tighter curve takes some hundredths of a second.
 _POINTS: Final = 12
 
 

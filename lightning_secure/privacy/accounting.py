@@ -1,22 +1,31 @@
-"""Epsilon, by dp_accounting: privacy loss distributions, and Rényi DP beside it.
+"""Epsilon by privacy loss distributions, and by Rényi DP beside it.
 
 Neighbouring datasets differ by one row added or removed. Both accountants give upper bounds; that
-of the privacy loss distribution is the tighter one and the one that is reported. Those of Opacus
-can be had by name, for comparison with runs that were accounted for by them.
+of the privacy loss distribution is the tighter one and the one that is reported. ``loss_transform``
+composes it. Rényi DP is dp_accounting's. The accountants of Opacus can be had by name, for
+comparison with runs that were accounted for by them.
 
 Source:
-    Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380 (PLD).
+    Koskela et al. 2020, arXiv:1906.03049 (PLD).
     Mironov et al. 2019, arXiv:1908.10530 (RDP of the sampled Gaussian).
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from lightning_secure.errors import ConfigError, PrivacyError
+from lightning_secure.privacy.loss_transform import (
+    epsilon_of,
+    epsilon_of_truncated,
+    gaussian_shift,
+)
 
 __all__ = [
     "ACCOUNTANTS",
@@ -37,20 +46,20 @@ __all__ = [
 BOUNDS: Final = ("pld", "rdp", "opacus-rdp", "opacus-prv")
 #: All accountants. Opacus' GDP is an approximation that can lie below the true epsilon.
 ACCOUNTANTS: Final = (*BOUNDS, "opacus-gdp")
-#: Width of the discretisation of the privacy loss.
+#: Width of dp_accounting's grid of losses, on which the composition is compared with its own.
 GRID: Final = 1e-4
-_COARSE_GRID: Final = 1e-3
-# Above this epsilon the grid may be coarser, as long as the error stays below this part of it.
-_LARGE: Final = 10.0
-_GRID_ERROR: Final = 1e-5
 _MAX_LOG_NOISE: Final = 25.0
 _MIN_LOG_NOISE: Final = -4.0
 _TOLERANCE: Final = 1e-3
 _MAX_SECANTS: Final = 20
+_PATIENCE: Final = 1.0
 _MAX_STEPS: Final = 2**40
 # Those of dp_accounting without the ones below 2, whose series does not converge for large rates
 # and which matter only for an epsilon in the tens.
 _ORDERS: Final = [*(2 + tenth / 10 for tenth in range(90)), *range(11, 64), 128, 256, 512, 1024]
+
+
+log = logging.getLogger(__name__)
 
 
 class Release(NamedTuple):
@@ -144,7 +153,10 @@ def epsilon_by(accountant: str, releases: Sequence[Release], *, delta: float) ->
         return epsilon_rdp(releases, delta=delta)
     from lightning_secure.privacy.opacus_accounting import epsilon_by_opacus
 
-    return epsilon_by_opacus(accountant, releases, delta=delta)
+    with announced(f"accounting by {accountant}"):
+        found = epsilon_by_opacus(accountant, releases, delta=delta)
+    # What bounds epsilon cannot be below the tight one, but for its rounding.
+    return max(found, epsilon_pld(releases, delta=delta)) if accountant in BOUNDS else found
 
 
 def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
@@ -152,45 +164,26 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
 
     Args:
         releases: What was released. Nothing costs nothing.
-        delta: Between 0 and 1.
+        delta: Between 0 and 1. At 0, any release costs everything.
+
+    Guarantees:
+        The exact epsilon is not larger. It is about 0.01 % smaller, and up to some tenths of a
+        percent where a row is hardly ever drawn.
 
     >>> round(epsilon_pld([Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
-    0.947
+    0.9469
     """
-    return _epsilon(releases, delta, _grid(releases, delta))
+    totals = merged(releases)
+    if not totals or delta >= 1:
+        return 0.0
+    if delta <= 0 or any(noise == 0 for noise, _ in totals):
+        return math.inf
+    return _epsilon(tuple(sorted(totals.items())), delta)
 
 
-def _epsilon(releases: Sequence[Release], delta: float, grid: float) -> float:
-    total: Any = None
-    for (noise_multiplier, sample_rate), steps in merged(releases).items():
-        if noise_multiplier == 0:
-            return math.inf
-        part = _one_step(noise_multiplier, sample_rate, grid).self_compose(steps)
-        total = part if total is None else total.compose(part)
-    return 0.0 if total is None else float(total.get_epsilon_for_delta(delta))
-
-
-def _grid(releases: Sequence[Release], delta: float) -> float:
-    """Return how finely the privacy loss must be cut up.
-
-    An epsilon in the thousands on the grid of one in single figures takes a minute. Cutting up the
-    loss of one step adds at most about ``grid**2 / 8`` to its mean (Hoeffding's lemma), so that is
-    kept small beside epsilon; the result remains an upper bound.
-    """
-    spread = 0.0  # of the privacy loss, by the central limit theorem
-    for (noise, rate), steps in merged(releases).items():
-        if noise == 0:
-            return GRID
-        spread += steps * rate**2 * math.expm1(min(noise**-2, 100.0))
-    if spread < 4.0:  # cannot be a large epsilon, and saves the look at it
-        return GRID
-    rough = epsilon_rdp(releases, delta=delta) / 4
-    if rough < _LARGE:
-        return GRID
-    steps = sum(release.steps for release in releases)
-    wide = math.sqrt(8 * _GRID_ERROR * rough / steps) / GRID
-    # Powers of two, so that the next number of steps finds the same grid's step computed already.
-    return float(GRID * 2 ** max(0, math.floor(math.log2(wide))))
+@lru_cache(maxsize=256)
+def _epsilon(totals: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
+    return epsilon_of(dict(totals), delta)
 
 
 def epsilon_truncated(
@@ -212,24 +205,27 @@ def epsilon_truncated(
     >>> round(many, 3)
     1.828
     """
-    from dp_accounting.pld import privacy_loss_distribution
-
-    step = privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+    return epsilon_of_truncated(
+        release.noise_multiplier,
+        release.sample_rate,
+        release.steps,
         dataset_size=dataset_size,
-        sampling_probability=release.sample_rate,
-        truncated_batch_size=max_batch_size,
-        noise_multiplier=release.noise_multiplier,
-        value_discretization_interval=GRID,
+        max_batch_size=max_batch_size,
+        delta=delta,
     )
-    return float(step.self_compose(release.steps).get_epsilon_for_delta(delta))
 
 
 def epsilon_rdp(releases: Sequence[Release], *, delta: float) -> float:
-    """Return the epsilon of all releases together, by Rényi DP; looser, and much faster.
+    """Return the epsilon of all releases together, by Rényi DP; looser.
 
     >>> round(epsilon_rdp([Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
     1.0355
     """
+    # A moment that rounds below zero makes dp_accounting report an epsilon of zero.
+    return max(_by_moments(releases, delta), epsilon_pld(releases, delta=delta))
+
+
+def _by_moments(releases: Sequence[Release], delta: float) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
@@ -240,6 +236,18 @@ def epsilon_rdp(releases: Sequence[Release], *, delta: float) -> float:
         gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
         accountant.compose(dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), steps)
     return float(accountant.get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Log what is going on, if it takes longer than a second."""
+    timer = threading.Timer(_PATIENCE, log.warning, ["%s takes more than a second", what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def calibrate_noise(
@@ -269,9 +277,19 @@ def calibrate_noise(
         PrivacyError: What was released already leaves nothing, or the accountant cannot show so
             small an epsilon at so small a delta, or shows it without any noise.
     """
-    from scipy.optimize import brentq  # takes longer than everything else that is imported here
-
     require_accountant(accountant, bound=True)
+    with announced(f"calibrating the noise of {steps} steps by {accountant}"):
+        return _calibrated(target_epsilon, delta, sample_rate, steps, before, accountant)
+
+
+def _calibrated(
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    before: Sequence[Release],
+    accountant: str,
+) -> float:
     spent = epsilon_by(accountant, before, delta=delta)
     if spent >= target_epsilon:
         raise PrivacyError(
@@ -279,49 +297,49 @@ def calibrate_noise(
             "amount of noise lets the run go on. Nothing was trained."
         )
 
-    def excess(log_noise: float, *, rough: bool = False) -> float:
+    def excess(log_noise: float) -> float:
         releases = [*before, Release(math.exp(log_noise), sample_rate, steps)]
-        if rough and accountant == "pld":
-            epsilon = _epsilon(releases, delta, max(_COARSE_GRID, _grid(releases, delta)))
-        else:
-            epsilon = epsilon_by(accountant, releases, delta=delta)
+        epsilon = epsilon_by(accountant, releases, delta=delta)
         # A delta that covers everything leaves an epsilon of nothing, whose logarithm is no number.
         return math.log(max(epsilon, 1e-12) / target_epsilon)
 
-    def roughly(log_noise: float) -> float:
-        return excess(log_noise, rough=True)
-
-    # The coarse grid takes a tenth of the time and finds the neighbourhood; from there secants on
-    # the fine one, which is almost straight in logarithms, end on the budget's side of the root.
-    low, high = -1.0, 1.0
-    while roughly(high) > 0:
-        low, high = high, high + 1.0
+    # From a Gaussian of the same variance; then outwards until the root is enclosed.
+    variance = gaussian_shift(target_epsilon, delta) ** 2
+    start = -math.log(math.log1p(variance / (steps * sample_rate**2))) / 2
+    start = min(max(start, _MIN_LOG_NOISE + 1), _MAX_LOG_NOISE - 1)
+    width, low, high = 0.1, start, start + 0.1
+    at_low, at_high = excess(low), excess(high)
+    while at_high > 0:
         if high > _MAX_LOG_NOISE:
             raise PrivacyError(
                 f"no amount of noise has been found that keeps {steps} steps within epsilon "
                 f"{target_epsilon:g} at delta {delta:g} by {accountant}: at so small a delta or "
                 "budget it bounds nothing. Choose a larger one. Nothing was trained."
             )
-    while roughly(low) < 0:
-        low, high = low - 1.0, low
+        width *= 2
+        low, at_low, high = high, at_high, high + width
+        at_high = excess(high)
+    while at_low < 0:
         if low < _MIN_LOG_NOISE:
             raise PrivacyError(
                 f"{steps} steps stay within epsilon {target_epsilon:g} at delta {delta:g} almost "
                 "without noise: so large a delta or budget promises nothing. Choose a smaller one, "
                 "or give the noise. Nothing was trained."
             )
-    first = brentq(roughly, low, high, xtol=1e-3)
-    points = [(x, excess(x)) for x in (first, first + 0.01)]
+        width *= 2
+        low, high, at_high = low - width, low, at_low
+        at_low = excess(low)
+    points = [(low, at_low), (high, at_high)]
     for _ in range(_MAX_SECANTS):
         (x0, y0), (x1, y1) = points[-2:]
-        if -_TOLERANCE < y1 <= 0 or y1 == y0:
+        if -_TOLERANCE < y1 <= 0:
             break
-        x2 = x1 - (y1 + _TOLERANCE / 2) * (x1 - x0) / (y1 - y0)
+        within = [x for x, y in points if y > 0], [x for x, y in points if y <= 0]
+        bottom, top = max(within[0]), min(within[1])
+        x2 = x1 - (y1 + _TOLERANCE / 2) * (x1 - x0) / (y1 - y0) if y1 != y0 else bottom
+        if not bottom < x2 < top:
+            x2 = (bottom + top) / 2
         points.append((x2, excess(x2)))
-    # Should the secants have ended on the wrong side, a little more noise until it is enough.
-    while all(y > 0 for _, y in points):
-        x = points[-1][0] + _TOLERANCE
-        points.append((x, excess(x)))
     return math.exp(min(x for x, y in points if y <= 0))
 
 
@@ -333,6 +351,7 @@ def affordable_steps(
     sample_rate: float,
     before: Sequence[Release] = (),
     accountant: str = "pld",
+    at_most: int = _MAX_STEPS,
 ) -> int:
     """Return how many steps may be taken after ``before`` without exceeding the budget.
 
@@ -343,6 +362,10 @@ def affordable_steps(
         sample_rate: Of the steps to come.
         before: What was released already.
         accountant: One of :data:`BOUNDS`.
+        at_most: Steps of interest. More are not looked for.
+
+    Returns:
+        The last number that fits, up to ``at_most``; of more than 10,000, at most 0.01 % fewer.
     """
     require_accountant(accountant, bound=True)
 
@@ -350,43 +373,38 @@ def affordable_steps(
         releases = [*before, Release(noise_multiplier, sample_rate, steps)]
         return epsilon_by(accountant, releases, delta=delta)
 
-    low, at_low = 1, spent(1)
-    if at_low > target_epsilon:
+    with announced(f"counting the steps that epsilon {target_epsilon:g} affords by {accountant}"):
+        return _last_that_fits(spent, target_epsilon, at_most)
+
+
+def _last_that_fits(spent: Callable[[int], float], target: float, at_most: int) -> int:
+    def above(steps: int) -> float:
+        # Squares are almost in proportion to the steps while epsilon is small.
+        return spent(steps) ** 2 - target**2
+
+    low, high, at_low, at_high = 0, at_most + 1, above(0), math.inf
+    if at_low > 0:
         return 0
-    least = 2.0 if before else 1.05
-    while True:
-        # An epsilon grows with the root of the steps or faster, so this rarely takes many rounds.
-        factor = min(max(1.02 * (target_epsilon / max(at_low, 1e-9)) ** 1.5, least), 64.0)
-        high = low + max(1, int(low * (factor - 1)))
-        if high > _MAX_STEPS:
-            return _MAX_STEPS
-        at_high = spent(high)
-        if at_high > target_epsilon:
-            break
-        low, at_low = high, at_high
-    # Between the two the curve is almost straight: look where the line crosses the budget, and a
-    # little to the other side; halve what is left if that was of no use.
-    while high - low > 1:
-        gap, slope = high - low, (at_high - at_low) / (high - low)
-        guess = low + int((target_epsilon - at_low) / slope) if 0 < slope < math.inf else low
-        aside = max(1, gap // 50)
-        for probe in (guess, None, (low + high) // 2):
-            if probe is None:
-                probe = low + aside if low == guess else high - aside
-            elif probe != guess and high - low <= gap // 2:
-                break
-            if not low < probe < high:
-                continue
-            epsilon = spent(probe)
-            if epsilon <= target_epsilon:
-                low, at_low = probe, epsilon
-            else:
-                high, at_high = probe, epsilon
+    probe = 1 if at_most == _MAX_STEPS else at_most
+    while high - low > max(1, low // 10_000):
+        probe = min(max(probe, low + 1), high - 1)
+        value = above(probe)
+        if value > 0:
+            high, at_high = probe, value
+        else:
+            low, at_low = probe, value
+        if high > at_most:
+            probe = 64 * low
+            continue
+        # A little beyond where the line crosses, on the side of the farther end, so that it moves.
+        crossing = low + (high - low) * at_low / (at_low - at_high)
+        aside = max(1, (high - low) // 100)
+        probe = round(crossing) + (aside if high - crossing > crossing - low else -aside)
     return low
 
 
-@lru_cache(maxsize=32)
 def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
+    """Return dp_accounting's distribution of one step; only comparisons need it."""
     from dp_accounting.pld import privacy_loss_distribution
 
     build: Callable[..., Any] = privacy_loss_distribution.from_gaussian_mechanism

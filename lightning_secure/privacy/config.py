@@ -52,7 +52,7 @@ class DPConfig:
         planned_epochs: Epochs that the budget must last for, if the run is to be continued later.
             By default those of the Trainer.
         accountant: By which epsilon is reported and the budget kept: ``pld``, the tightest, or
-            ``rdp``, both by dp_accounting; ``opacus-rdp`` or ``opacus-prv``, to compare with runs
+            ``rdp``, by dp_accounting; ``opacus-rdp`` or ``opacus-prv``, to compare with runs
             of Opacus. All are upper bounds. Opacus' GDP is none and is refused.
         secure_noise: Whether noise, on every device, and the draws of rows come from an AES-256-CTR
             keystream under keys of the operating system, and each noise value is made of four in

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
 
 from torch.nn import Module
 
@@ -48,6 +48,8 @@ __all__ = [
     "ledger_of",
     "require_account",
 ]
+
+_AHEAD: Final = 1000
 
 
 @dataclass(kw_only=True)
@@ -101,6 +103,7 @@ class Ledger:
     weights: dict[str, WeightNote] | None = field(default=None, repr=False, compare=False)
     _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
+    _horizon: int = field(default=0, repr=False, compare=False)
     _planned: Planned = field(default_factory=Planned, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False, compare=False)
 
@@ -267,6 +270,8 @@ class Ledger:
             return True
         steps = self.steps
         if steps >= self._certified.get(target_epsilon, 0):
+            # No further than the run is planned, or as far again: the rest may never be asked for.
+            ahead = self._horizon - steps
             more = affordable_steps(
                 target_epsilon=target_epsilon,
                 delta=self.delta,
@@ -274,6 +279,7 @@ class Ledger:
                 sample_rate=self.step.sample_rate,
                 before=self.releases,
                 accountant=self.accountant,
+                at_most=ahead if ahead > 0 else max(steps, _AHEAD),
             )
             self._certified[target_epsilon] = steps + more
         return steps < self._certified[target_epsilon]
@@ -281,6 +287,7 @@ class Ledger:
     def certify(self, target_epsilon: float, *, steps: int) -> None:
         """Note that ``steps`` steps in all stay within the budget, as calibration has shown."""
         self._certified[target_epsilon] = steps
+        self._horizon = max(self._horizon, steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, for a checkpoint."""

@@ -16,6 +16,7 @@ from lightning_secure.privacy.accounting import (
     epsilon_pld,
 )
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.opacus_accounting import epsilon_by_opacus
 
 OURS = [Release(1.0, 0.01, 400), Release(1.0, 0.01, 600)]
 KINDS = {"opacus-prv": PRVAccountant, "opacus-rdp": RDPAccountant, "opacus-gdp": GaussianAccountant}
@@ -36,6 +37,13 @@ def test_which_of_them_bound_epsilon():
     for name in ACCOUNTANTS:
         bounds = epsilon_by(name, OURS, delta=1e-5) >= truth * (1 - 1e-6)
         assert bounds == (name in BOUNDS), name
+
+
+def test_the_exact_epsilon_counts_where_opacus_rounds_below_it():
+    release = [Release(300.0, 1.0, 10_000)]
+    alone = epsilon_by_opacus("opacus-prv", release, delta=1e-13)
+    assert alone < 2.3 < 2.3622  # which is exact
+    assert epsilon_by("opacus-prv", release, delta=1e-13) >= 2.3622
 
 
 @pytest.mark.parametrize("name", ACCOUNTANTS)

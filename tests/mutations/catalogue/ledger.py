@@ -6,6 +6,7 @@ from mutation import Mutation
 
 JOURNAL = "tests/privacy/test_journal.py"
 RUNS = "tests/strategies/test_journal.py"
+TRANSFORM = "tests/privacy/test_loss_transform.py"
 
 CATALOGUE = [
     Mutation(
@@ -63,5 +64,40 @@ CATALOGUE = [
         "    if bound and name not in BOUNDS:",
         "    if False:",
         "tests/privacy/test_opacus_accounting.py -k by_an_approximation",
+    ),
+    Mutation(
+        "the rounding of a composition is not added",
+        "privacy/loss_transform.py",
+        "        total = max(total, 0.0) + self._error + self._total + epsilon * self._turns\n",
+        "        total = max(total, 0.0) * (1 - 1e-3)\n",
+        f"{TRANSFORM} -k never_below",
+    ),
+    Mutation(
+        "losses are moved down to the lattice",
+        "privacy/loss_transform.py",
+        "share = np.expm1(-rest) / math.expm1(-width)",
+        "share = 0 * rest",
+        f"{TRANSFORM} -k never_below",
+    ),
+    Mutation(
+        "a full batch costs less than the closed form says",
+        "privacy/loss_transform.py",
+        "+ doubt) - math.log(delta)",
+        "- doubt) - math.log(delta) - 1e-6",
+        f"{TRANSFORM} -k full_batches",
+    ),
+    Mutation(
+        "Opacus' figure keeps a budget where it is below the exact one",
+        "privacy/accounting.py",
+        "return max(found, epsilon_pld(releases, delta=delta)) if accountant in BOUNDS else found",
+        "return found",
+        "tests/privacy/test_opacus_accounting.py -k rounds_below",
+    ),
+    Mutation(
+        "more steps are afforded than fit",
+        "privacy/accounting.py",
+        "    return low\n",
+        "    return high\n",
+        "tests/privacy/test_accounting.py -k last_that_fit",
     ),
 ]

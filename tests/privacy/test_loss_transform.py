@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from lightning_secure.privacy import accounting
+from lightning_secure.privacy.accounting import (
+    Release,
+    affordable_steps,
+    calibrate_noise,
+    epsilon_pld,
+    epsilon_truncated,
+)
+from lightning_secure.privacy.loss_transform import gaussian_epsilon, gaussian_shift
+
+# rate, noise multiplier, steps, delta, epsilon: in 60-digit arithmetic, by make.py beside it.
+EXACT = json.loads((Path(__file__).parents[1] / "vectors/epsilon/epsilon.json").read_text())
+FULL = [row for row in EXACT if row[0] == 1]
+SAMPLED = [row for row in EXACT if row[0] < 1]
+
+
+def seconds(function):
+    """Return the processor time of this thread, which other processes do not lengthen."""
+    begun = time.thread_time()
+    function()
+    return time.thread_time() - begun
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered():
+    accounting._epsilon.cache_clear()
+
+
+def test_the_reference_covers_what_is_promised():
+    rates, noises, steps, deltas, _ = zip(*EXACT, strict=True)
+    assert (min(rates), max(rates)) == (1e-6, 1)
+    assert (min(noises), max(noises)) == (0.3, 3000)
+    assert (min(steps), max(steps)) == (1, 10**7)
+    assert (min(deltas), max(deltas)) == (1e-15, 1e-5)
+    assert len(SAMPLED) >= 40
+    assert len(FULL) >= 50
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "exact"), FULL)
+def test_full_batches_have_the_exact_epsilon(rate, noise, steps, delta, exact):
+    found = epsilon_pld([Release(noise, rate, steps)], delta=delta)
+    assert float(exact) <= found <= float(exact) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "exact"), SAMPLED)
+def test_epsilon_is_never_below_the_exact_one_and_hardly_above(rate, noise, steps, delta, exact):
+    found = epsilon_pld([Release(noise, rate, steps)], delta=delta)
+    assert float(exact) <= found
+    # Of a single draw, the loss is one of two numbers almost surely; the small release shows.
+    assert found <= float(exact) * (1 + (2e-4 if steps > 1 else 5e-3))
+
+
+def test_dp_accounting_agrees_where_its_grid_and_rounding_do_not_matter():
+    step = accounting._one_step(1.0, 0.01, accounting.GRID)
+    theirs = step.self_compose(100).get_epsilon_for_delta(1e-5)
+    assert epsilon_pld([Release(1.0, 0.01, 100)], delta=1e-5) == pytest.approx(theirs, rel=5e-4)
+
+
+def test_a_calibrated_budget_is_not_exceeded():
+    for row in random.Random(1).sample(EXACT, 12):
+        rate, noise, steps, delta, exact = (float(value) for value in row)
+        if exact == 0:
+            continue
+        found = calibrate_noise(
+            target_epsilon=exact, delta=delta, sample_rate=rate, steps=int(steps)
+        )
+        assert noise <= found <= noise * 1.01
+
+
+def test_parts_of_a_run_cost_what_the_whole_does():
+    whole = epsilon_pld([Release(1.0, 0.01, 1000)], delta=1e-9)
+    parts = [Release(1.0 + k * 1e-12, 0.01, 100) for k in range(10)]  # mechanisms of their own
+    assert epsilon_pld(parts, delta=1e-9) == pytest.approx(whole, rel=1e-4)
+
+
+def test_releases_of_all_rows_join_the_sampled_ones():
+    sampled, full = Release(2.0, 0.3, 500), Release(9.0, 1.0, 40)
+    both = epsilon_pld([sampled, full], delta=1e-8)
+    almost = epsilon_pld([sampled, full._replace(sample_rate=1 - 1e-9)], delta=1e-8)
+    assert both == pytest.approx(almost, rel=1e-3)
+    assert both > max(epsilon_pld([r], delta=1e-8) for r in (sampled, full))
+
+
+def test_it_is_no_higher_than_moments_allow():
+    draw = random.Random(3)
+    for _ in range(15):
+        release = Release(
+            10 ** draw.uniform(-0.5, 3), 10 ** draw.uniform(-6, 0), int(10 ** draw.uniform(0, 7))
+        )
+        delta = 10 ** draw.uniform(-15, -5)
+        moments = accounting._by_moments([release], delta)
+        assert not moments or epsilon_pld([release], delta=delta) <= moments * (1 + 1e-4)
+
+
+def test_another_step_costs_more():
+    for steps in (1, 10, 1000, 10**5, 10**7):
+        costs = [epsilon_pld([Release(1.0, 1e-3, n)], delta=1e-6) for n in (steps, steps + 1)]
+        assert costs[0] < costs[1]
+
+
+@pytest.mark.parametrize(
+    "releases",
+    [
+        [Release(1e-3, 0.01, 10)],
+        [Release(0.05, 0.5, 10**7)],
+        [Release(1e9, 0.5, 10)],
+        [Release(0.3, 1e-6, 1)],
+        [Release(3000.0, 1e-6, 1)],
+        [Release(1.0, 0.01, 2**40)],
+        [Release(1.0, 1 - 2**-50, 100), Release(5.0, 1.0, 10**7), Release(0.3, 1e-9, 10**6)],
+    ],
+)
+@pytest.mark.parametrize("delta", [0.5, 1e-5, 1e-15, 1e-100])
+def test_extremes_have_an_answer(releases, delta):
+    assert 0 <= epsilon_pld(releases, delta=delta) < math.inf
+
+
+def test_the_edges():
+    release = [Release(1.0, 0.01, 10)]
+    assert epsilon_pld(release, delta=0.0) == math.inf
+    assert epsilon_pld(release, delta=1.0) == epsilon_pld([], delta=0.0) == 0
+    # A row that is drawn more rarely than delta, even once.
+    assert epsilon_pld([Release(0.3, 1e-6, 9)], delta=1e-5) == 0
+
+
+def test_the_shift_of_a_gaussian_is_found_back():
+    assert gaussian_shift(gaussian_epsilon(0.7, 1e-6), 1e-6) == pytest.approx(0.7, rel=2e-3)
+
+
+def test_cutting_off_all_or_no_draws():
+    plan = {"delta": 1e-6, "dataset_size": 1000}
+    never = epsilon_truncated(Release(1.0, 0.1, 100), max_batch_size=1000, **plan)
+    assert never == pytest.approx(epsilon_pld([Release(1.0, 0.1, 100)], delta=1e-6), rel=1e-3)
+    always = epsilon_truncated(Release(1.0, 0.1, 100), max_batch_size=1, **plan)
+    assert 0 < always < math.inf
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("steps", [10**3, 10**5, 10**7])
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 1.0])
+def test_more_steps_take_no_longer(rate, steps):
+    releases = [Release(1.0, rate, steps)]
+    epsilon_pld([Release(1.1, 0.2, 2)], delta=1e-6)  # imports
+    assert seconds(lambda: epsilon_pld(releases, delta=1e-7)) < 0.4
+
+
+def test_calibration_takes_no_longer_for_ten_million_steps():
+    plan = {"target_epsilon": 3.0, "delta": 1e-11, "sample_rate": 1e-3}
+    assert seconds(lambda: calibrate_noise(**plan, steps=10**7)) < 2
+
+
+def test_a_large_budget_takes_no_longer_and_little_memory():
+    plan = {"target_epsilon": 300.0, "delta": 1e-5, "noise_multiplier": 1.0, "sample_rate": 0.01}
+    tracemalloc.start()
+    assert seconds(lambda: affordable_steps(**plan, at_most=1000)) < 2
+    assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()
+
+
+def test_fifty_mechanisms_take_little_longer():
+    releases = [Release(1 + k / 100, 0.01, 1000) for k in range(50)] + [Release(20.0, 1.0, 3)]
+    assert seconds(lambda: epsilon_pld(releases, delta=1e-6)) < 4
+
+
+def test_waiting_is_explained(caplog, monkeypatch):
+    monkeypatch.setattr(accounting, "_PATIENCE", 0.0)  # no test waits for a second
+    with accounting.announced("calibrating"):
+        time.sleep(0.2)
+    assert "calibrating takes more than a second" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(accounting, "_PATIENCE", 60.0)
+    with accounting.announced("calibrating"):
+        pass
+    assert not caplog.text
