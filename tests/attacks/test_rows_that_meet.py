@@ -323,7 +323,8 @@ class InOrder(Callback):
         self.step = step
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        for chunk in batch.chunks if trainer.global_step < self.step else ():
+        drawn = trainer.strategy._drawn.chunks
+        for chunk in drawn if trainer.global_step < self.step else ():
             targets = chunk.data[1]
             targets[targets == -100] = 0
 

@@ -125,7 +125,10 @@ def test_the_installed_command_answers_quickly():
         (("epsilon", *plan(), "--plot", "x.pdf"), "draws .svg or .png"),
         (("epsilon", *plan(), "--plot", "nowhere/x.svg"), "no directory"),
         (("noise", *goal(target=-1)), "target_epsilon must be a finite number above 0"),
-        (("noise", *goal(target=0.1, delta=1e-30)), "no amount of noise"),
+        (
+            ("noise", *goal(target=0.1, delta=1e-30), "--accountant", "opacus-rdp"),
+            "no amount of noise",
+        ),
         (("show", "nothing.ckpt"), "there is no checkpoint"),
     ],
 )

@@ -33,7 +33,7 @@ def turns_red(mutation, file, name):
 
 
 def alternatives(words):
-    plain = re.sub(r" and (\w*\d\w*|max_grad_norm|weighted)\b", "", words.strip("'"))
+    plain = re.sub(r" and (\w*\d\w*|flooding|max_grad_norm|weighted)\b", "", words.strip("'"))
     return plain.split(" or ")
 
 

@@ -137,7 +137,10 @@ def test_a_run_is_found_by_what_it_has_spent_read_and_written(store, shards, key
         "metric.rate_epoch": "public",
     }
     assert run_of(logger).metrics["privacy/epsilon"] == epsilon
-    assert pickle.loads(pickle.dumps(logger._run_tags)).release({"a": 1.0}) == ({}, {})
+    assert pickle.loads(pickle.dumps(logger._run_tags)).release({"a": 1.0}, 0) == (
+        {},
+        {"a": 1.0},
+    )
     other = logger_at(store)
     other.log_metrics({"a": 1.0})
 

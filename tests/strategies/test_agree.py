@@ -52,7 +52,9 @@ TOLD = {
 
 def asked(request, scenarios):
     """Return the names of the scenarios that the tests to come look at."""
-    items = [item for item in request.session.items if item.module is request.module]
+    items = [
+        item for item in request.session.items if getattr(item, "module", None) is request.module
+    ]
     names = {item.callspec.params.get("name") for item in items if hasattr(item, "callspec")}
     return [name for name in scenarios if name in names]
 

@@ -246,7 +246,7 @@ def test_system_metrics_of_mlflow_are_stopped(tmp_path, monkeypatch, caplog, mlf
     shutil.copy(mlflow_database, tmp_path / "m.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/m.db")
     try:
-        with mlflow.start_run(log_system_metrics=True) as active:
+        with mlflow.start_run(experiment_id="0", log_system_metrics=True) as active:
             (monitor,) = fluent.run_id_to_system_metrics_monitor.values()
             running = []
 
