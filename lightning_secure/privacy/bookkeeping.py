@@ -147,9 +147,10 @@ class Recorder:
         if self._active:
             # Those that the user has frozen stay so afterwards.
             frozen = [p for p in unit.parameters if p.requires_grad]
+            self._frozen.append([])
             for parameter in frozen:
-                parameter.requires_grad_(False)
-            self._frozen.append(frozen)
+                _freeze(unit, parameter)
+            self._frozen[-1] = frozen
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, unit: Unit | None = None) -> None:
@@ -159,7 +160,7 @@ class Recorder:
                 parameter.requires_grad_(True)
 
     def _past_layer(self, grad: Tensor) -> Tensor | None:
-        """Drop a gradient that reaches a parameter past its layer's call, which nobody clips.
+        """Drop a gradient that reaches a parameter past its layer's call and so past the clipping.
 
         The preflight refuses where it is not zero.
         """
@@ -218,6 +219,17 @@ class _Anchored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def _freeze(unit: Unit, parameter: nn.Parameter) -> None:
+    try:
+        parameter.requires_grad_(False)
+    except RuntimeError:  # what torch.func says of any change of requires_grad inside it
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} is called inside a transform of torch.func (grad, vmap, jvp), "
+            "where its gradients cannot be recorded. Call it outside, or use torch.autograd.grad "
+            "with respect to the inputs. This step was not taken."
+        ) from None
 
 
 def _anchored(tensor: Tensor, anchor: Tensor) -> Tensor:

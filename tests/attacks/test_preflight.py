@@ -1006,3 +1006,18 @@ def test_a_refusal_in_the_middle_of_a_run_does_not_deny_the_steps_before(tmp_pat
             run.fit(kind(), loader())
         assert run.strategy.ledger.steps == 2
         assert "No step was taken" not in str(caught.value)
+
+
+def test_a_layer_inside_a_transform_of_torch_func_is_refused_by_name():
+    def sharpened(model, batch):
+        values = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(values):
+            return F.cross_entropy(torch.func.functional_call(model, values, batch[0]), batch[1])
+
+        slopes = torch.func.grad(loss)(values)
+        moved = {name: p + 0.05 * slopes[name] for name, p in model.named_parameters()}
+        return F.cross_entropy(torch.func.functional_call(model, moved, batch[0]), batch[1])
+
+    with pytest.raises(UnsupportedModelError, match=r"layer 'a' .*torch\.func"):
+        check(Net(), sharpened)

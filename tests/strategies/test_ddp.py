@@ -209,7 +209,7 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path, name, first, second):
 
 
 def test_where_one_process_is_terminated_all_end_at_once(tmp_path):
-    """Its scheduler ends one machine; nobody waits for a timeout, which is 15 seconds here."""
+    """Its scheduler ends one machine; no process waits for the timeout of 15 seconds."""
     first, second = results(tmp_path, "terminated")["terminated"]
     assert first["raised"][0] == "PrivacyError"
     assert second["raised"][0] == "SIGTERMException"
