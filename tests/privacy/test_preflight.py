@@ -422,6 +422,13 @@ def test_trial_rows_keep_the_batchs_form_and_its_values():
     assert (made["config"], made["number"]) == ("text", 5)
 
 
+def test_a_rare_class_is_as_likely_as_any_other_in_trial_rows():
+    classes = torch.zeros(100, dtype=torch.long)
+    classes[40] = 7
+    (made,) = recombined((classes,), 100, 200, torch.Generator().manual_seed(0))
+    assert 60 < int((made == 7).sum()) < 140
+
+
 def test_of_one_row_trial_rows_differ_nevertheless():
     x, tokens = torch.ones(1, 6), torch.arange(8)[None]
     made, ids = recombined((x, tokens), 1, 4, torch.Generator().manual_seed(0))

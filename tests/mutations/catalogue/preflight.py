@@ -96,11 +96,11 @@ CATALOGUE = [
     ),
     Mutation(
         "trial runs toss one coin only",
-        "privacy/preflight.py",
-        "if run.drew and kept:",
-        "if False:",
+        "privacy/seeds.py",
+        "return self._source.getrandbits(31)",
+        "return 0",
         f"{ATTACKS} -k 'half_of_the_steps'",
-        more=(("        for place, seed in", "        for place, seed in () and"),),
+        more=(("yield self.extreme(high=bool(high))", "yield 0"),),
     ),
     Mutation(
         "collate functions toss one coin only",
@@ -121,7 +121,7 @@ CATALOGUE = [
         "privacy/rows.py",
         "if places == 1 and",
         "if False and",
-        f"{ATTACKS} -k class_is_rare",
+        "tests/privacy/test_preflight.py -k as_likely_as_any",
     ),
     Mutation(
         "padding to the longest row is not looked at",
@@ -210,8 +210,8 @@ CATALOGUE = [
     Mutation(
         "autograd computes the gradients of weights",
         "privacy/bookkeeping.py",
-        "                parameter.requires_grad_(False)\n",
-        "                pass\n",
+        "        parameter.requires_grad_(False)\n",
+        "        pass\n",
         "tests/privacy/test_gradients.py -k autograd_computes",
     ),
     Mutation(
