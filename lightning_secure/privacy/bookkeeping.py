@@ -98,14 +98,10 @@ class Recorder:
         self._calls.clear()
         self._whole, self._rows = whole, rows
         self._active = True
-        # Attention in evaluation mode would go past its layers where nothing requires grad.
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
             self._active = False
-            torch.backends.mha.set_fastpath_enabled(fast)
             while self._frozen:
                 self.after()
 
@@ -137,8 +133,8 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks make a recorder part of the model's pickle, and records are not private.
-        nothing = {"_pending": [], "_handles": [], "_active": False, "_calls": Counter()}
-        return {**self.__dict__, **nothing, "_frozen": []}
+        nothing = {"_pending": [], "_handles": [], "_frozen": [], "_active": False}
+        return {**self.__dict__, **nothing, "_calls": Counter()}
 
     # Compiled, they would be traced once and run into what must happen each time.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -31,13 +31,6 @@ CATALOGUE = [
         f"{GRADIENTS} -k 'reused or tied'",
     ),
     Mutation(
-        "attention that is being evaluated goes past its layers",
-        "privacy/bookkeeping.py",
-        "torch.backends.mha.set_fastpath_enabled(False)",
-        "torch.backends.mha.set_fastpath_enabled(True)",
-        f"{UNITS} -k fast_path",
-    ),
-    Mutation(
         "the rows of a shared projection are mistaken",
         "privacy/units/attention.py",
         "whole[:, self._rows] = grads",
@@ -187,8 +180,8 @@ CATALOGUE = [
     Mutation(
         "un-noised records are in a pickle of the model",
         "privacy/bookkeeping.py",
-        "return {**self.__dict__, **nothing}",
-        'return {**self.__dict__, "_handles": []}',
+        "return {**self.__dict__, **nothing, ",
+        'return {**self.__dict__, "_handles": [], ',
         f"{GRADIENTS} -k pickled",
     ),
 ]
