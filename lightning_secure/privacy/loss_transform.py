@@ -109,6 +109,10 @@ def _log_ratio(x: Array, part: Part) -> tuple[Array, Array]:
     """Return log(dP/dQ) of ``remove`` at ``x``, and a bound on its rounding."""
     y = part.shift * x - part.shift**2 / 2
     near = np.log1p(part.rate * np.expm1(np.minimum(y, 500.0)))
+    if part.rate < 1:
+        # Next to -1, the argument's rounding would be magnified by exp(-ratio).
+        both = np.logaddexp(math.log1p(-part.rate), math.log(part.rate) + y)
+        near = np.where(near < -0.5, both, near)
     ratio = np.where(y < 500.0, near, y + math.log(part.rate))
     slope = 1.0 if part.rate == 1 else -np.expm1(np.minimum(math.log1p(-part.rate) - ratio, 0.0))
     return ratio, _U * (4 * np.abs(ratio) + slope * (np.abs(part.shift * x) + part.shift**2))
@@ -243,6 +247,15 @@ def _on_lattice(
     return math.log1p(grown) + 4 * _U, values, off
 
 
+def _log1p(z: Array) -> Array:
+    """Return log(1 + z) with a small relative error; numpy's real part has an absolute one."""
+    result = np.asarray(np.log1p(z))
+    near = np.abs(z) < 0.5
+    z = z[near]
+    result.real[near] = np.log1p(2 * z.real + z.real**2 + z.imag**2) / 2
+    return result
+
+
 def _turned(times: Array, losses: Array) -> Array:
     angle = np.multiply.outer(times, losses)
     turned = np.empty(angle.shape, complex)
@@ -346,6 +359,7 @@ class _Contour:
         count = math.ceil(_DECAY / (math.sqrt(variance) * spacing))
         t = spacing * np.arange(1, count + 1)
         log_ratio = variance * (1j * t * (tau + 0.5) - t**2 / 2)
+        added = np.abs(log_ratio)  # without what cancels between the steps
         log_mgf = variance * tau * (tau + 1) / 2
         wrong, dropped = np.zeros(count), 0.0
         kernel = 2 / ((tau + 1j * t) * (tau + 1 + 1j * t))
@@ -355,9 +369,9 @@ class _Contour:
             active = int(np.flatnonzero(log_ratio.real > -_NEGLIGIBLE).max(initial=0)) + 1
             dropped += float((np.abs(kernel[active:]) * np.exp(log_ratio.real[active:])).sum())
             t, kernel = t[:active], kernel[:active]
-            log_ratio, wrong = log_ratio[:active], wrong[:active]
+            log_ratio, added, wrong = log_ratio[:active], added[:active], wrong[:active]
             tilted = _tilted(step, tau, composition.reach)
-            size = math.ceil(period * math.sqrt(times / variance) * _LATTICE)
+            size = math.ceil(period * math.sqrt(times / needed) * _LATTICE)
             size = int(2 ** math.ceil(math.log2(max(min(size, _MAX_POINTS), 4 * active))))
             grown, off = 0.0, tilted.wrong
             if size * _PER_POINT < active * len(tilted.losses):
@@ -367,7 +381,8 @@ class _Contour:
                 gained = _transform(tilted, spacing, active)
             log_mgf += times * (tilted.log_mgf + grown)
             gained[gained == -1] += _U  # the logarithm of 0 would be no number times an angle
-            log_ratio = log_ratio + times * np.log1p(gained)
+            more_log = times * _log1p(gained)
+            log_ratio, added = log_ratio + more_log, added + np.abs(more_log)
             each = np.minimum(2 * tilted.wrong_shares, t * tilted.wrong_losses)
             wrong = wrong + times * (each + t * tilted.wrong_losses + off)
         self._tau, self._spacing, self._t = tau, spacing, t
@@ -378,7 +393,7 @@ class _Contour:
         cut *= 2 / (spacing * count * spacing) / max(1.0, variance * (count * spacing) ** 2)
         gauss = np.exp(-variance * t**2 / 2)
         self._error = cut + dropped + float((np.abs(kernel) * gauss * np.expm1(wrong)).sum())
-        self._error += _U * float((np.abs(self._ratio) * (16 + 8 * np.abs(log_ratio))).sum())
+        self._error += _U * float((np.abs(self._ratio) * (16 + 8 * added)).sum())
         self._turns = _U * float((np.abs(self._ratio) * (8 * t)).sum())
         self._total = _U * (self._first + float(np.abs(self._ratio).sum())) * (len(t) + 8)
 

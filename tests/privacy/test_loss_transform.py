@@ -7,9 +7,10 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lightning_secure.privacy import accounting
+from lightning_secure.privacy import accounting, loss_transform
 from lightning_secure.privacy.accounting import (
     Release,
     affordable_steps,
@@ -17,7 +18,7 @@ from lightning_secure.privacy.accounting import (
     epsilon_pld,
     epsilon_truncated,
 )
-from lightning_secure.privacy.loss_transform import gaussian_epsilon, gaussian_shift
+from lightning_secure.privacy.loss_transform import Part, gaussian_epsilon, gaussian_shift
 
 # rate, noise multiplier, steps, delta, epsilon: in 60-digit arithmetic, by make.py beside it.
 EXACT = json.loads((Path(__file__).parents[1] / "vectors/epsilon/epsilon.json").read_text())
@@ -90,6 +91,37 @@ def test_releases_of_all_rows_join_the_sampled_ones():
     almost = epsilon_pld([sampled, full._replace(sample_rate=1 - 1e-9)], delta=1e-8)
     assert both == pytest.approx(almost, rel=1e-3)
     assert both > max(epsilon_pld([r], delta=1e-8) for r in (sampled, full))
+
+
+def test_many_mechanisms_with_a_full_batch_cost_hardly_more_than_exactly():
+    sampled = [Release(5 * (1 + k / 50), 0.01, 3000) for k in range(10)]
+    found = epsilon_pld([*sampled, Release(3.0, 1.0, 1)], delta=1e-5)
+    exact = 1.832265  # in 80-bit arithmetic, on a line of its own
+    assert exact <= found <= exact * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.99, 1 - 1e-6, 1 - 2**-50])
+@pytest.mark.parametrize("shift", [1.0, 10.0])
+def test_losses_are_within_their_bound_of_the_exact_ones(rate, shift):
+    from mpmath import mp, mpf
+
+    points = np.linspace(-9, 9 + shift, 200)
+    losses, bounds = loss_transform._log_ratio(points, Part(1.0, shift, rate, "remove"))
+    with mp.workdps(50):
+        for x, loss, bound in zip(points, losses, bounds, strict=True):
+            moved = mp.exp(mpf(shift) * mpf(x) - mpf(shift) ** 2 / 2)
+            assert abs(mpf(loss) - mp.log(1 - mpf(rate) + mpf(rate) * moved)) <= mpf(bound)
+
+
+def test_logarithms_of_transforms_next_to_one_are_exact():
+    z = np.array([1e-18 + 1e-9j, -7e-17 + 1e-8j, -3e-7 + 1e-3j, 0.2 - 0.3j])
+    from mpmath import mp, mpc
+
+    with mp.workdps(60):
+        exact = np.array([complex(mp.log(1 + mpc(each))) for each in z])
+    found = loss_transform._log1p(z)
+    assert found.real == pytest.approx(exact.real, rel=1e-9, abs=0)
+    assert found.imag == pytest.approx(exact.imag, rel=1e-14, abs=0)
 
 
 def test_it_is_no_higher_than_moments_allow():
