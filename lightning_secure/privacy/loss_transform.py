@@ -175,7 +175,8 @@ def _tilted(step: Step, tau: float, reach: int) -> _Tilted:
     parts = [_dots(part, reach) for part in step]
     loss, off = (np.concatenate([p[i] for p in parts]) for i in (0, 2))
     mass = np.concatenate([part.share * p[1] for part, p in zip(step, parts, strict=True)])
-    loss, off, plain = loss[mass > 0], off[mass > 0], mass[mass > 0]
+    drawn = ~(mass <= 0)  # a mass that is not a number stays, and makes the bound infinite
+    loss, off, plain = loss[drawn], off[drawn], mass[drawn]
     base = np.log(plain)
     wrong = _MASS + _U * (np.abs(base) + len(plain) + 16)
     log_tilted = base + tau * loss
@@ -281,11 +282,11 @@ class _Composition:
         self.delta = delta * (1 - 2 * _BEYOND)
 
     def log_mgf(self, tau: float) -> float:
-        """Return an upper bound on ``log M(tau)`` of everything together."""
+        """Return an upper bound on ``log M(tau)`` of everything together; infinity for NaN."""
         total = self.shift**2 * tau * (tau + 1) / 2
         for step, times in self.steps.items():
             total += times * _tilted(step, tau, self.reach).log_mgf
-        return total
+        return math.inf if math.isnan(total) else total
 
     def renyi(self) -> tuple[float, float]:
         """Return the least epsilon that moments bound, and the ``tau`` that it is found at."""
@@ -331,8 +332,8 @@ class _Composition:
         bound; where the result is much smaller, so must the release be.
         """
         ceiling, tau = self.renyi()
-        if ceiling <= known:
-            return known
+        if ceiling <= known or math.isinf(ceiling):
+            return max(ceiling, known)
         guess, slope, best = 0.95 * ceiling, -math.log(self.delta) / ceiling, ceiling
         for _ in range(_MAX_PASSES):
             contour = _Contour(self, tau, guess, 1 / (1 + slope + 1 / guess))
@@ -432,13 +433,17 @@ def _least(excess: Callable[[float], float], ceiling: float) -> float:
     """Return where a falling function is no longer above 0, from above; at most ``ceiling``."""
     from scipy.optimize import brentq
 
-    if excess(0.0) <= 0:
+    def above(epsilon: float) -> float:
+        value = excess(epsilon)
+        return math.inf if math.isnan(value) else value
+
+    if above(0.0) <= 0:
         return 0.0
-    if excess(ceiling) >= 0:
+    if above(ceiling) >= 0:
         return ceiling
-    found = brentq(excess, 0.0, ceiling, xtol=1e-300, rtol=1e-12)
+    found = brentq(above, 0.0, ceiling, xtol=1e-300, rtol=1e-12)
     step = found * 1e-12
-    while found < ceiling and excess(found) > 0:
+    while found < ceiling and above(found) > 0:
         found, step = found + step, step * 2
     return float(min(found, ceiling))
 

@@ -124,6 +124,24 @@ def test_logarithms_of_transforms_next_to_one_are_exact():
     assert found.imag == pytest.approx(exact.imag, rel=1e-14, abs=0)
 
 
+def test_a_delta_that_is_no_number_is_above_any():
+    assert loss_transform._least(lambda _: math.nan, 3.0) == 3.0
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_mass_that_is_no_number_is_not_left_out(monkeypatch, column):
+    real = loss_transform._dots
+
+    def broken(part, reach):
+        columns = [values.copy() for values in real(part, reach)]
+        columns[column][1000] = math.nan
+        return tuple(columns)
+
+    monkeypatch.setattr(loss_transform, "_dots", broken)
+    with np.errstate(all="ignore"):
+        assert epsilon_pld([Release(1.0, 0.01, 100)], delta=1e-5) == math.inf
+
+
 def test_it_is_no_higher_than_moments_allow():
     draw = random.Random(3)
     for _ in range(15):
