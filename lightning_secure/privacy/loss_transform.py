@@ -477,6 +477,27 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
     return _least(excess, ceiling)
 
 
+def _one_step_epsilon(shift: float, rate: float, delta: float) -> float:
+    """Return the epsilon of one sampled Gaussian release, in closed form.
+
+    With the row in P only, ``delta(e) = rate * gaussian_delta(log1p(expm1(e) / rate))``. With the
+    row in Q only, it is ``c * gaussian_delta(log(rate * exp(e) / c))`` with
+    ``c = 1 - exp(e) * (1 - rate)``. The second is not larger: ``c <= rate``, and the argument of
+    ``gaussian_delta`` is not smaller.
+
+    Source:
+        Balle et al. 2018, arXiv:1807.01647, theorem 9 (the first direction).
+    """
+    share = delta / rate * (1 - 4 * _U)
+    if share >= 1:
+        return 0.0
+    whole = gaussian_epsilon(shift, share)
+    if whole < 500:
+        return math.log1p(rate * math.expm1(whole)) * (1 + 16 * _U)
+    moved = whole + math.log(rate)
+    return float(np.logaddexp(math.log1p(-rate), moved)) + 16 * _U * (whole + abs(moved))
+
+
 def gaussian_shift(epsilon: float, delta: float) -> float:
     """Return about what one row may move, in standard deviations, for :func:`gaussian_epsilon`."""
     low, high = 1e-9, 1e9
@@ -502,6 +523,9 @@ def epsilon_of(releases: Mapping[tuple[float, float], int], delta: float) -> flo
         return gaussian_epsilon(shift, delta) if shift else 0.0
     if _apart(shift, sampled) <= delta * (1 - 1e-9):
         return 0.0
+    if not shift and list(sampled.values()) == [1]:
+        ((noise, rate),) = sampled
+        return _one_step_epsilon(1 / noise, rate, delta)
 
     def steps(relation: str) -> dict[Step, int]:
         return {(Part(1.0, 1 / n, q, relation),): times for (n, q), times in sampled.items()}

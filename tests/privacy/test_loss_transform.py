@@ -58,8 +58,7 @@ def test_full_batches_have_the_exact_epsilon(rate, noise, steps, delta, exact):
 def test_epsilon_is_never_below_the_exact_one_and_hardly_above(rate, noise, steps, delta, exact):
     found = epsilon_pld([Release(noise, rate, steps)], delta=delta)
     assert float(exact) <= found
-    # Of a single draw, the loss is one of two numbers almost surely; the small release shows.
-    assert found <= float(exact) * (1 + (2e-4 if steps > 1 else 5e-3))
+    assert found <= float(exact) * (1 + (2e-4 if steps > 1 else 1e-9))
 
 
 def test_dp_accounting_agrees_where_its_grid_and_rounding_do_not_matter():
@@ -140,6 +139,29 @@ def test_a_mass_that_is_no_number_is_not_left_out(monkeypatch, column):
     monkeypatch.setattr(loss_transform, "_dots", broken)
     with np.errstate(all="ignore"):
         assert epsilon_pld([Release(1.0, 0.01, 100)], delta=1e-5) == math.inf
+
+
+@pytest.mark.parametrize("rate", [2.29e-6, 0.01, 0.5, 0.99, 1 - 2**-50])
+@pytest.mark.parametrize("noise", [0.02, 0.714, 30.0])
+@pytest.mark.parametrize("delta", [9.3e-8, 1e-30])
+def test_one_step_has_the_exact_epsilon(rate, noise, delta):
+    found = epsilon_pld([Release(noise, rate, 1)], delta=delta)
+    assert exact_delta(found, rate, noise) <= delta
+    assert found == 0 or exact_delta(found * (1 - 1e-7), rate, noise) > delta
+
+
+def exact_delta(epsilon, rate, noise):
+    """Return delta of one step in 60 digits, in the worse direction."""
+    from mpmath import mp, mpf
+
+    with mp.workdps(60):
+        q, s, e = mpf(rate), 1 / mpf(noise), mp.exp(mpf(epsilon))
+        x = mp.log((e - 1 + q) / q) / s + s / 2
+        in_p = (1 - q) * mp.ncdf(-x) + q * mp.ncdf(s - x) - e * mp.ncdf(-x)
+        if 1 / e - 1 + q <= 0:
+            return in_p
+        x = mp.log((1 / e - 1 + q) / q) / s + s / 2
+        return max(in_p, mp.ncdf(x) - e * ((1 - q) * mp.ncdf(x) + q * mp.ncdf(x - s)))
 
 
 def test_it_is_no_higher_than_moments_allow():
