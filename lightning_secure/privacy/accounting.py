@@ -51,7 +51,8 @@ GRID: Final = 1e-4
 _MAX_LOG_NOISE: Final = 25.0
 _MIN_LOG_NOISE: Final = -4.0
 _TOLERANCE: Final = 1e-3
-_MAX_SECANTS: Final = 20
+_MAX_SECANTS: Final = 60
+_CLOSE: Final = 1e-6  # logarithms of two noises that need not be told apart
 _PATIENCE: Final = 1.0
 _MAX_STEPS: Final = 2**40
 # Those of dp_accounting without the ones below 2, whose series does not converge for large rates
@@ -167,8 +168,9 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
         delta: Between 0 and 1. At 0, any release costs everything.
 
     Guarantees:
-        The exact epsilon is not larger. It is about 0.01 % smaller, and up to some tenths of a
-        percent where a row is hardly ever drawn.
+        The exact epsilon is not larger. The reported epsilon exceeds it by at most 0.02 % in the
+        reference values, and by some percent, in extremes by half, in two or few steps of a row
+        that is hardly ever drawn.
 
     >>> round(epsilon_pld([Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
     0.9469
@@ -270,7 +272,8 @@ def calibrate_noise(
         accountant: One of :data:`BOUNDS`.
 
     Returns:
-        A noise multiplier whose epsilon is at most ``target_epsilon`` and within 0.1 % of it.
+        A noise multiplier whose epsilon is at most ``target_epsilon``. Its epsilon is within 0.1 %
+        of the target, or jumps above it at a noise multiplier that is smaller by a millionth.
 
     Raises:
         ConfigError: ``accountant`` is not one of them.
@@ -336,6 +339,8 @@ def _calibrated(
             break
         within = [x for x, y in points if y > 0], [x for x, y in points if y <= 0]
         bottom, top = max(within[0]), min(within[1])
+        if top - bottom < _CLOSE:  # epsilon jumps between them
+            break
         x2 = x1 - (y1 + _TOLERANCE / 2) * (x1 - x0) / (y1 - y0) if y1 != y0 else bottom
         if not bottom < x2 < top:
             x2 = (bottom + top) / 2

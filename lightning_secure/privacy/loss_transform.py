@@ -62,6 +62,8 @@ _DIGITS: Final = 48.0  # shares below exp(-_DIGITS) of the largest are left out
 _CHUNK: Final = 8192
 #: Share of epsilon that the composed small release may cost, about.
 _SMOOTHING: Final = 4e-5
+#: How many times larger than that it may be: at most 1e-4 of epsilon.
+_TOO_LARGE: Final = 2.5
 _DECAY: Final = 6.5  # standard deviations of its transform at which the sum ends
 _ALIASES: Final = 18.0  # other terms of the Poisson sum are below exp(-_ALIASES) of delta
 _MAX_TERMS: Final = 2**17
@@ -334,25 +336,32 @@ class _Composition:
         ceiling, tau = self.renyi()
         if ceiling <= known or math.isinf(ceiling):
             return max(ceiling, known)
-        guess, slope, best = 0.95 * ceiling, -math.log(self.delta) / ceiling, ceiling
+        guess, best = 0.95 * ceiling, ceiling
+        small = _small(guess, -math.log(self.delta) / ceiling)
         for _ in range(_MAX_PASSES):
-            contour = _Contour(self, tau, guess, 1 / (1 + slope + 1 / guess))
+            contour = _Contour(self, tau, guess, small)
             found = contour.epsilon(best)
             best = min(best, found)
-            if found == 0 or found >= 0.75 * guess:
+            if found == 0:
                 break
-            # The small release was too large for so small an epsilon.
             nearby = contour.log_delta(found) - contour.log_delta(found * 1.05)
-            guess, slope = found, nearby / (0.05 * found)
+            needed = _small(found, nearby / (0.05 * found))
+            if small <= _TOO_LARGE * needed:
+                break
+            guess, small = found, needed
         return max(best, known)
+
+
+def _small(epsilon: float, slope: float) -> float:
+    """Return the variance that costs ``_SMOOTHING`` of epsilon where log delta falls so fast."""
+    return 2 * _SMOOTHING * epsilon / (1 + max(slope, 0.0) + 1 / epsilon)
 
 
 class _Contour:
     """Values of the transform on one line, of which any epsilon's delta follows."""
 
-    def __init__(self, composition: _Composition, tau: float, guess: float, scale: float) -> None:
+    def __init__(self, composition: _Composition, tau: float, guess: float, needed: float) -> None:
         self._log_delta = math.log(composition.delta)
-        needed = 2 * _SMOOTHING * guess * scale
         variance = max(needed, composition.shift**2)
         tau, period = self._line(composition, tau, guess)
         spacing = 2 * math.pi / period

@@ -78,6 +78,25 @@ def test_a_calibrated_budget_is_not_exceeded():
         assert noise <= found <= noise * 1.01
 
 
+def test_few_steps_of_a_rare_row_exceed_the_exact_epsilon_by_some_percent():
+    found = epsilon_pld([Release(0.714, 2.29e-6, 2)], delta=9.3e-8)
+    assert 5.67e-5 <= found <= 5.67e-5 * 1.05  # by 40-digit quadrature
+
+
+def test_calibration_ends_where_epsilon_jumps(monkeypatch):
+    asked = []
+
+    def jumping(_, releases, *, delta):
+        asked.append(releases[-1].noise_multiplier if releases else None)
+        return 0.0 if not releases else 2.0 if releases[-1].noise_multiplier < 1e5 else 0.5
+
+    monkeypatch.setattr(accounting, "epsilon_by", jumping)
+    plan = {"target_epsilon": 1.0, "delta": 1e-6, "sample_rate": 0.01, "steps": 10}
+    found = calibrate_noise(**plan)
+    assert 1e5 <= found <= 1e5 * (1 + 2e-6)
+    assert len(asked) < 60
+
+
 def test_parts_of_a_run_cost_what_the_whole_does():
     whole = epsilon_pld([Release(1.0, 0.01, 1000)], delta=1e-9)
     parts = [Release(1.0 + k * 1e-12, 0.01, 100) for k in range(10)]  # mechanisms of their own
