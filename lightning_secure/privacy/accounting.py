@@ -53,6 +53,11 @@ _MIN_LOG_NOISE: Final = -4.0
 _TOLERANCE: Final = 1e-3
 _MAX_SECANTS: Final = 60
 _CLOSE: Final = 1e-6  # logarithms of two noises that need not be told apart
+# Beyond these, squares and exponentials leave the range of floating point.
+_LEAST_NOISE: Final = 1e-50
+_MOST_NOISE: Final = 1e50
+_LEAST_RATE: Final = 1e-50
+_LEAST_DELTA: Final = 1e-300
 _PATIENCE: Final = 1.0
 _MAX_STEPS: Final = 2**40
 # Those of dp_accounting without the ones below 2, whose series does not converge for large rates
@@ -165,7 +170,7 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
 
     Args:
         releases: What was released. Nothing costs nothing.
-        delta: Between 0 and 1. At 0, any release costs everything.
+        delta: Between 0 and 1. Below 1e-300, or with noise below 1e-50, epsilon is infinite.
 
     Guarantees:
         The exact epsilon is not larger. The reported epsilon exceeds it by at most 0.02 % in the
@@ -178,9 +183,14 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
     totals = merged(releases)
     if not totals or delta >= 1:
         return 0.0
-    if delta <= 0 or any(noise == 0 for noise, _ in totals):
+    if delta < _LEAST_DELTA or any(noise < _LEAST_NOISE for noise, _ in totals):
         return math.inf
-    return _epsilon(tuple(sorted(totals.items())), delta)
+    calculable: dict[tuple[float, float], int] = {}
+    for (noise, rate), steps in totals.items():
+        # More noise and a smaller rate cost less.
+        mechanism = (min(noise, _MOST_NOISE), max(rate, _LEAST_RATE))
+        calculable[mechanism] = calculable.get(mechanism, 0) + steps
+    return _epsilon(tuple(sorted(calculable.items())), delta)
 
 
 @lru_cache(maxsize=256)

@@ -279,7 +279,7 @@ class _Composition:
         self.shift = shift
         # What lies beyond is left out, and charged as a part of delta.
         self.reach = math.ceil(
-            math.sqrt(2 * (math.log(sum(steps.values()) / delta) - math.log(_BEYOND)))
+            math.sqrt(2 * (math.log(sum(steps.values())) - math.log(delta) - math.log(_BEYOND)))
         )
         self.delta = delta * (1 - 2 * _BEYOND)
 
@@ -339,8 +339,11 @@ class _Composition:
         guess, best = 0.95 * ceiling, ceiling
         small = _small(guess, -math.log(self.delta) / ceiling)
         for _ in range(_MAX_PASSES):
-            contour = _Contour(self, tau, guess, small)
-            found = contour.epsilon(best)
+            try:
+                contour = _Contour(self, tau, guess, small)
+                found = contour.epsilon(best)
+            except ArithmeticError:  # no line within the numbers that there are
+                break
             best = min(best, found)
             if found == 0:
                 break
@@ -366,7 +369,10 @@ class _Contour:
         tau, period = self._line(composition, tau, guess)
         spacing = 2 * math.pi / period
         variance = max(variance, (_DECAY / (spacing * _MAX_TERMS)) ** 2)
-        count = math.ceil(_DECAY / (math.sqrt(variance) * spacing))
+        nodes = _DECAY / (math.sqrt(variance) * spacing)
+        if not math.isfinite(nodes):
+            raise ArithmeticError("No line lies within floating point.")
+        count = math.ceil(nodes)
         t = spacing * np.arange(1, count + 1)
         log_ratio = variance * (1j * t * (tau + 0.5) - t**2 / 2)
         added = np.abs(log_ratio)  # without what cancels between the steps

@@ -217,9 +217,22 @@ def test_extremes_have_an_answer(releases, delta):
     assert 0 <= epsilon_pld(releases, delta=delta) < math.inf
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("noise", [1e-155, 1e-50, 1e-3, 1e16, 1e308])
+@pytest.mark.parametrize("rate", [1e-320, 1e-9, 0.5, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize(("steps", "delta"), [(1, 1e-5), (2**40, 1e-299), (2**40, 1 - 2**-53)])
+def test_no_release_is_too_extreme_to_account_for(noise, rate, steps, delta):
+    alone = epsilon_pld([Release(noise, rate, steps)], delta=delta)
+    assert 0 <= alone <= math.inf
+    assert alone == math.inf or noise >= 1e-50
+    beside = epsilon_pld([Release(noise, rate, steps), Release(1.0, 0.1, 3)], delta=delta)
+    assert 0 <= beside <= math.inf
+    assert beside >= alone * (1 - 1e-3)
+
+
 def test_the_edges():
     release = [Release(1.0, 0.01, 10)]
-    assert epsilon_pld(release, delta=0.0) == math.inf
+    assert epsilon_pld(release, delta=0.0) == epsilon_pld(release, delta=1e-301) == math.inf
     assert epsilon_pld(release, delta=1.0) == epsilon_pld([], delta=0.0) == 0
     # A row that is drawn more rarely than delta, even once.
     assert epsilon_pld([Release(0.3, 1e-6, 9)], delta=1e-5) == 0
