@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from lightning_secure.errors import ConfigError, PrivacyError
 from lightning_secure.privacy.loss_transform import (
@@ -46,8 +46,6 @@ __all__ = [
 BOUNDS: Final = ("pld", "rdp", "opacus-rdp", "opacus-prv")
 #: All accountants. Opacus' GDP is an approximation that can lie below the true epsilon.
 ACCOUNTANTS: Final = (*BOUNDS, "opacus-gdp")
-#: Width of dp_accounting's grid of losses, on which the composition is compared with its own.
-GRID: Final = 1e-4
 _MAX_LOG_NOISE: Final = 25.0
 _MIN_LOG_NOISE: Final = -4.0
 _TOLERANCE: Final = 1e-3
@@ -416,15 +414,3 @@ def _last_that_fits(spent: Callable[[int], float], target: float, at_most: int) 
         aside = max(1, (high - low) // 100)
         probe = round(crossing) + (aside if high - crossing > crossing - low else -aside)
     return low
-
-
-def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
-    """Return dp_accounting's distribution of one step; only comparisons need it."""
-    from dp_accounting.pld import privacy_loss_distribution
-
-    build: Callable[..., Any] = privacy_loss_distribution.from_gaussian_mechanism
-    return build(
-        standard_deviation=noise_multiplier,
-        sampling_prob=sample_rate,
-        value_discretization_interval=grid,
-    )

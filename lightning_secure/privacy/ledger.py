@@ -305,7 +305,7 @@ class Ledger:
             ledger = parsed(cls, state)
         if ledger is None:
             raise LedgerError(
-                "the checkpoint's privacy ledger cannot be read, so nobody knows what was spent. "
+                "the checkpoint's privacy ledger cannot be read, so the spent epsilon is unknown. "
                 "Nothing was resumed."
             )
         return ledger

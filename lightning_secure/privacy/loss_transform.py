@@ -575,6 +575,9 @@ def epsilon_of_truncated(
     Where a draw is cut off, which happens with a probability that the attacker knows, a row may
     take another one's place, so the sum moves by two.
 
+    Not charged: the rounding of the binomial tails, and the number of rows, which is taken as
+    public though it differs by one between neighbours.
+
     Source:
         Chua et al. 2024, arXiv:2411.04205; dp_accounting's
         ``from_truncated_subsampled_gaussian_mechanism``, of which the two pairs are.

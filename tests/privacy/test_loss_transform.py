@@ -62,7 +62,11 @@ def test_epsilon_is_never_below_the_exact_one_and_hardly_above(rate, noise, step
 
 
 def test_dp_accounting_agrees_where_its_grid_and_rounding_do_not_matter():
-    step = accounting._one_step(1.0, 0.01, accounting.GRID)
+    from dp_accounting.pld import privacy_loss_distribution
+
+    step = privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=1.0, sampling_prob=0.01, value_discretization_interval=1e-4
+    )
     theirs = step.self_compose(100).get_epsilon_for_delta(1e-5)
     assert epsilon_pld([Release(1.0, 0.01, 100)], delta=1e-5) == pytest.approx(theirs, rel=5e-4)
 

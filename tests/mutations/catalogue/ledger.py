@@ -87,6 +87,27 @@ CATALOGUE = [
         f"{TRANSFORM} -k full_batches",
     ),
     Mutation(
+        "a mass that is no number is left out",
+        "privacy/loss_transform.py",
+        "    drawn = ~(mass <= 0)",
+        "    drawn = mass > 0",
+        f"{TRANSFORM} -k is_not_left_out",
+    ),
+    Mutation(
+        "one sampled step costs less than exactly",
+        "privacy/loss_transform.py",
+        "    share = delta / rate * (1 - 4 * _U)\n",
+        "    share = delta / rate * 1.01\n",
+        f"{TRANSFORM} -k one_step_has",
+    ),
+    Mutation(
+        "lattices follow the full batches",
+        "privacy/loss_transform.py",
+        "math.sqrt(times / needed)",
+        "math.sqrt(times / variance)",
+        f"{TRANSFORM} -k full_batch_cost",
+    ),
+    Mutation(
         "Opacus' figure keeps a budget where it is below the exact one",
         "privacy/accounting.py",
         "return max(found, epsilon_pld(releases, delta=delta)) if accountant in BOUNDS else found",
