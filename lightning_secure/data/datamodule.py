@@ -164,14 +164,14 @@ class EncryptedDataModule(pl.LightningDataModule):
         trainer = self.trainer
         # Not where the hook is called by hand, which other processes need not do.
         together = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        if not together or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        if not together or not _spans_processes(trainer):
             yield
             return
         try:
             yield
             statement = self._statement(stage)
         except Exception:
-            with contextlib.suppress(RuntimeError):  # who has gone already need not be told
+            with contextlib.suppress(RuntimeError):  # a process that has gone needs no word
                 compared(None)
             raise
         found: list[str] = ["another process has gone or did not answer in time"]
@@ -323,6 +323,15 @@ class EncryptedDataModule(pl.LightningDataModule):
                 "Nothing was read."
             )
         self._resume = saved.get("position")
+
+
+def _spans_processes(trainer: Any) -> bool:
+    """Whether the Trainer runs in every process of torch's group, which outlives the fit of DDP."""
+    return (
+        trainer.world_size > 1
+        and distributed.is_initialized()
+        and distributed.get_world_size() == trainer.world_size
+    )
 
 
 def _global_seed() -> int:

@@ -184,6 +184,29 @@ def plain(make, *, seed=None):
     return scenario
 
 
+def alone_after_ddp(ranks):
+    """After a fit of DDP, whose group of processes stays, some of them train for themselves."""
+
+    def scenario(folder):
+        found = plain(lambda f: module_of(f, "A", seed=5))(folder)
+        if found["raised"] is not None or RANK not in ranks:
+            return found
+        run = L.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, limit_val_batches=0,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder,
+        )  # fmt: skip
+        model = Plain()
+        try:
+            data = module_of(folder.parent, "B" if RANK else "A", batch_size=4 + RANK)
+            run.fit(model, datamodule=data)
+        except Exception as error:  # noqa: BLE001 # whatever it is is what is looked for
+            found["raised"] = (type(error).__name__, str(error))
+        return {**found, "alone": model.seen}
+
+    return scenario
+
+
 DIFFERENT = {
     "unseeded_split": refused(lambda: Subset(rows(), unseeded_split())),
     "seeded_split": refused(lambda: Subset(rows(), order_of(RANK)[:25])),
@@ -237,6 +260,8 @@ PLAIN = {
     ),
     "other_seed": plain(lambda f: module_of(f, "A", seed=RANK)),
     "global_seeds": plain(lambda f: module_of(f, "A"), seed=lambda: 42 + RANK),
+    "first_alone": alone_after_ddp([0]),
+    "each_alone": alone_after_ddp([0, 1]),
 }
 
 SCENARIOS = {**DIFFERENT, **ALIKE, **PLAIN}

@@ -139,3 +139,11 @@ def test_rows_that_one_process_cannot_open_are_read_in_none(plain, name, own):
 def test_seeds_of_each_process_do_not_give_each_another_order(plain, name):
     seen = [row for rank in plain[name] for row in rank["seen"]]
     assert sorted(seen) == list(range(32))
+
+
+@pytest.mark.parametrize(("name", "alone"), [("first_alone", [0]), ("each_alone", [0, 1])])
+def test_a_trainer_of_one_process_waits_for_no_other(plain, name, alone):
+    for rank, (found, count) in enumerate(zip(plain[name], (32, 24), strict=True)):
+        assert found["raised"] is None
+        if rank in alone:
+            assert sorted(found["alone"]) == list(range(count))

@@ -86,6 +86,14 @@ CATALOGUE = [
         f"{AGREE} -k other_generation",
     ),
     Mutation(
+        "a Trainer of one process waits for the others of a group that is over",
+        "data/datamodule.py",
+        "        trainer.world_size > 1\n",
+        "        True\n",
+        f"{AGREE} -k one_process_waits",
+        more=(("distributed.get_world_size() == trainer.world_size", "True"),),
+    ),
+    Mutation(
         "the others are not told that the rows could not be opened",
         "data/datamodule.py",
         "                compared(None)\n",
