@@ -66,7 +66,7 @@ class EncryptedCheckpointIO(CheckpointIO):
     safe loading refuses, or gives back as something else, is an error that names the
     hyperparameter. Hyperparameters of a module that is to be trained are tried when the run is set
     up. Scalars of numpy are written as the Python numbers that equal them. LightningCLI opens such
-    a checkpoint with ``--ckpt_path`` and reads no hyperparameter of it.
+    a checkpoint with ``--ckpt_path``. It reads no hyperparameter of any checkpoint then.
 
     Paths may be local or fsspec URLs. Local files appear whole or not at all. Memory beyond the
     checkpoint itself stays near two megabytes, and a copy of those tensors that are parts of a
@@ -89,9 +89,11 @@ class EncryptedCheckpointIO(CheckpointIO):
 
     Attributes:
         announces: It tells of each checkpoint by itself.
+        uses_of_ckpt_path: Which hyperparameters LightningCLI uses of a checkpoint, with this one.
     """
 
     announces: Final = True
+    uses_of_ckpt_path: Final = "nothing"
 
     def __init__(self, keys: KeyProvider, *, safe_globals: Sequence[type] = ()) -> None:
         self._keys = keys

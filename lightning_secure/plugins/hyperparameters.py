@@ -51,7 +51,7 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
         redactor: Decides what is taken out.
 
     ``save_hyperparameters`` puts every argument of a module or datamodule into every checkpoint:
-    in the clear for everybody who gets the file, and encrypted for everybody who gets the key. Here
+    in the clear for every reader of the file, and encrypted for every holder of the key. Here
     what is found is replaced by ``REDACTED``, and must be given again when the module is loaded:
     ``load_from_checkpoint(path, db_password=...)``. A run is resumed without it.
 
@@ -63,8 +63,13 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
         Numbers, tensors and arrays of them, types and functions stay what they are, and so do
         dicts, lists, tuples, sets, namespaces and dataclasses with what is in them. Containers of
         other libraries become dicts and lists, members of an Enum of objects their names, other
-        objects and methods text: what pickle would write of them nobody has looked at.
+        objects and methods text: the redactor cannot look at what pickle would write of them.
+
+    Attributes:
+        uses_of_ckpt_path: Which hyperparameters LightningCLI uses of a checkpoint, with this one.
     """
+
+    uses_of_ckpt_path: Final = "plain values"
 
     def __init__(
         self, checkpoint_io: CheckpointIO | None = None, *, redactor: Redactor | None = None
@@ -180,7 +185,7 @@ def _with_fields(given: Any, inner: dict[str, tuple[str, Any]]) -> Any:
     if isinstance(given, tuple):
         return type(given)(*values)
     if dataclasses.is_dataclass(given):
-        # Its fields only: what else it has, nobody has looked at.
+        # Its fields only: the redactor has looked at nothing else.
         made = object.__new__(type(given))
         for (name, _), value in zip(inner.values(), values, strict=True):
             object.__setattr__(made, name, value)

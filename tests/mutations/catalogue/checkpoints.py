@@ -176,9 +176,23 @@ CATALOGUE = [
     Mutation(
         "LightningCLI reads an encrypted checkpoint by itself",
         "plugins/command_line.py",
-        "        if path and _is_encrypted(Path(path)):",
+        '        if "nothing" in used or _is_encrypted(Path(path)):',
         "        if False:",
-        "tests/plugins/test_command_line.py -k encrypted",
+        "tests/plugins/test_command_line.py -k is_opened",
+    ),
+    Mutation(
+        "LightningCLI makes what a planted checkpoint in the clear names",
+        "plugins/command_line.py",
+        'if "nothing" in used or _is_encrypted(Path(path)):',
+        "if _is_encrypted(Path(path)):",
+        "tests/plugins/test_command_line.py -k 'makes_nothing and plain'",
+    ),
+    Mutation(
+        "LightningCLI makes what a checkpoint names beside redacted hyperparameters",
+        "plugins/command_line.py",
+        '        if "plain values" in used:\n',
+        "        if False:\n",
+        "tests/plugins/test_command_line.py -k 'names_nothing and act'",
     ),
     Mutation(
         "what was redacted wins over what is given again",
