@@ -35,6 +35,8 @@ _HYPERPARAMETERS: Final = {
 }
 #: What pickle raises of objects that have no form for it.
 _UNPICKLABLE: Final = (pickle.PicklingError, TypeError, AttributeError, RecursionError)
+#: What ``==`` compares as a whole.
+_COMPARED: Final = (str, int, float, complex, bytes, bytearray, set, frozenset, type)
 #: How torch names what it would import.
 _GLOBAL: Final = re.compile(
     r"(?<=GLOBAL )[\w.]+(?= was not an allowed)|(?<=`add_safe_globals`, but got <class ')[\w.]+"
@@ -173,7 +175,7 @@ def _problem(value: Any, safe_globals: Sequence[Any], planned: bool) -> _Problem
         return _Problem(
             f"{_kinds(value)}, which safe loading cannot build again, whatever safe_globals names"
         )
-    if not _same(value, loaded, set()):
+    if not _same(value, loaded, {}):
         return _Problem(f"{_kinds(value)}, of which safe loading would make something else")
     return None
 
@@ -217,8 +219,14 @@ def _kinds(value: Any) -> str:
     return ", ".join(sorted(kinds)) or "such a value"
 
 
-def _same(given: Any, loaded: Any, seen: set[int]) -> bool:
-    """Whether a value came back as it was, as far as plain containers and ``==`` tell."""
+def _same(given: Any, loaded: Any, seen: dict[int, Any]) -> bool:
+    """Whether a value came back as it was, as far as its parts and ``==`` tell.
+
+    Args:
+        given: What was written.
+        loaded: What was read.
+        seen: Parts by their id. It holds them, so that no other object gets the id of one.
+    """
     if isinstance(given, Tensor) and isinstance(loaded, Tensor):
         return given.shape == loaded.shape and given.dtype == loaded.dtype
     if torch.is_storage(given):
@@ -227,21 +235,37 @@ def _same(given: Any, loaded: Any, seen: set[int]) -> bool:
         return False
     if id(given) in seen:
         return True
-    seen.add(id(given))
+    seen[id(given)] = given
     if isinstance(given, dict):
         return _same([*given.items()], [*loaded.items()], seen)
     if isinstance(given, list | tuple):
         return len(given) == len(loaded) and all(
             _same(one, other, seen) for one, other in zip(given, loaded, strict=True)
         )
-    equality: Any = type(given).__eq__
-    if equality is object.__eq__:
-        own, other = getattr(given, "__dict__", {}), getattr(loaded, "__dict__", {})
-        return given is loaded or isinstance(given, type) or _same(own, other, seen)
+    same: bool | None = None
     try:
-        return bool(given == loaded) or given != given
+        same = bool(given == loaded) or bool(given != given)
     except Exception:  # noqa: BLE001 # of an array, the comparison is an array
-        return True
+        same = None
+    if same or isinstance(given, _COMPARED):
+        return same is not False
+    # Objects in it may know no other equality than identity.
+    if fields := _fields(given):
+        return _same(fields, _fields(loaded), seen)
+    return same is None or type(given).__eq__ is object.__eq__
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, also those in slots."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    inside = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**inside, **getattr(value, "__dict__", {})}
+
+
+def _slots(kind: type[Any]) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ())
+    names = (found,) if isinstance(found, str) else tuple(found)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 # ---------------------------------------------------------------- before the first step
@@ -249,6 +273,9 @@ def _same(given: Any, loaded: Any, seen: set[int]) -> bool:
 
 def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
     """Return the hyperparameters that a fit's checkpoints would bring to ``target``.
+
+    They are none where no callback writes checkpoints, or where a hook of the module, the
+    datamodule or a callback may still change them: the save tells then.
 
     Args:
         strategy: The Trainer's.
@@ -260,6 +287,9 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
     module = getattr(strategy, "lightning_module", None)
     trainer = getattr(module, "_trainer", None)
     if module is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return {}
+    hooked = (module, getattr(trainer, "datamodule", None), *trainer.callbacks)
+    if not trainer.checkpoint_callbacks or any(map(_changes_checkpoints, hooked)):
         return {}
     planned: dict[str, Any] = {
         one.CHECKPOINT_HYPER_PARAMS_KEY: one.hparams  # a container of OmegaConf is written as such
@@ -277,6 +307,13 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
             planned = prepared(planned)
         outer = getattr(outer, "checkpoint_io", None)
     return planned
+
+
+def _changes_checkpoints(one: Any) -> bool:
+    """Whether it has a hook of the user's own that gets each checkpoint before it is saved."""
+    hook = getattr(type(one), "on_save_checkpoint", None)
+    library = getattr(hook, "__module__", "lightning").partition(".")[0]
+    return library not in ("lightning", "lightning_secure")
 
 
 def _require_copied(planned: Mapping[str, Any]) -> None:

@@ -170,6 +170,75 @@ def test_what_comes_back_as_something_else_is_refused(tmp_path, keys):
         files.save_checkpoint({"x": Forgets()}, tmp_path / "x.ckpt")
 
 
+class Odd(collections.OrderedDict):
+    def __reduce__(self):
+        return (collections.OrderedDict, ([("a", 1)],))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 10, 20, 40])
+def test_entries_before_it_hide_nothing(count, tmp_path, keys):
+    state = {**{f"k{i}": {"x": i} for i in range(count)}, "callbacks": {"thing": Odd(a=1)}}
+    with pytest.raises(ConfigError, match=r"'thing'"):
+        EncryptedCheckpointIO(keys).save_checkpoint(state, tmp_path / "x.ckpt")
+
+
+class Schedule:
+    def __init__(self, step=1):
+        self.step = step
+
+
+@dataclasses.dataclass
+class Config:
+    schedule: object = dataclasses.field(default_factory=Schedule)
+    weights: torch.Tensor = dataclasses.field(default_factory=lambda: torch.ones(()))
+    table: dict[str, object] = dataclasses.field(default_factory=lambda: {"a": [Schedule(2)]})
+
+
+class Changes(Schedule):
+    def __setstate__(self, state):
+        self.step = 7
+
+
+def test_objects_that_know_no_equality_are_compared_by_their_fields(tmp_path, keys):
+    files = EncryptedCheckpointIO(keys, safe_globals=[Config, Schedule, Changes])
+    files.save_checkpoint({"x": Config()}, tmp_path / "x.ckpt")
+    loaded = files.load_checkpoint(tmp_path / "x.ckpt")["x"]
+    assert loaded.schedule.step == 1
+    assert loaded.table["a"][0].step == 2
+    with pytest.raises(ConfigError, match="would make something else"):
+        files.save_checkpoint({"x": Config(Changes())}, tmp_path / "y.ckpt")
+
+
+class Tidy(Model):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["hyper_parameters"] = {"thing": "a"}
+
+
+class Tidies(L.Callback):
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        checkpoint["hyper_parameters"] = {"thing": "a"}
+
+
+@pytest.mark.parametrize("wrap", [lambda io: io, AsyncCheckpointIO], ids=["plain", "async"])
+@pytest.mark.parametrize("how", ["module", "callback"])
+def test_what_a_hook_makes_plain_is_not_refused(how, wrap, tmp_path, keys):
+    files = EncryptedCheckpointIO(keys)
+    hooks = [Tidies()] if how == "callback" else []
+    run = trainer(tmp_path, wrap(files), callbacks=hooks)
+    run.fit((Tidy if how == "module" else Model)(pathlib.Path("a")))
+    path = run.checkpoint_callback.best_model_path
+    assert files.load_checkpoint(path)["hyper_parameters"] == {"thing": "a"}
+
+
+def test_where_no_checkpoint_is_written_nothing_is_refused(tmp_path, keys):
+    model = Model(range(3))
+    run = trainer(tmp_path, EncryptedCheckpointIO(keys), enable_checkpointing=False)
+    run.fit(model)
+    assert model.steps == 2
+    with pytest.raises(ConfigError, match=r"'thing'"):
+        run.save_checkpoint(tmp_path / "x.ckpt")
+
+
 class Forgets:
     def __init__(self):
         self.value = 3

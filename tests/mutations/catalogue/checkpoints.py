@@ -138,9 +138,16 @@ CATALOGUE = [
     Mutation(
         "what comes back as something else is written",
         "plugins/readable.py",
-        "    if not _same(value, loaded, set()):",
+        "    if not _same(value, loaded, {}):",
         "    if False:",
         f"{READABLE} -k something_else",
+    ),
+    Mutation(
+        "what has the id of a part that is gone is not compared",
+        "plugins/readable.py",
+        "    seen[id(given)] = given\n",
+        "    seen[id(given)] = None\n",
+        f"{READABLE} -k hide_nothing",
     ),
     Mutation(
         "a number of numpy that no other equals is written as one",
