@@ -76,7 +76,7 @@ class EncryptedCheckpointIO(CheckpointIO):
     Guarantees:
         A checkpoint is authenticated before any of it is parsed: a truncated file fails at once, a
         flipped bit when its chunk is read. It is always loaded with ``weights_only=True``, so it
-        cannot run code, whoever wrote it.
+        cannot run code of its author.
 
     It does not show that a checkpoint is the latest one of its run: an older one, put in its
     place, opens.
@@ -102,7 +102,7 @@ class EncryptedCheckpointIO(CheckpointIO):
 
     @property
     def keys(self) -> KeyProvider:
-        """Who guards the keys."""
+        """The provider that guards the keys."""
         return self._keys
 
     def meet(self, strategy: Strategy, *, loaded: bool) -> None:
@@ -190,7 +190,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         """
         if weights_only is False:
             raise ConfigError(
-                "weights_only=False would let whoever wrote the checkpoint run code here. Name the "
+                "weights_only=False would let the checkpoint's author run code here. Name the "
                 "classes that it needs in EncryptedCheckpointIO(safe_globals=[...]) instead."
             )
         with opened(path, keys=self._keys) as stream, self._allowed():
@@ -257,7 +257,7 @@ def load_encrypted_checkpoint(
         # Without reading the tensors.
         with FakeTensorMode():
             seen: Any = torch.load(stream, weights_only=True)
-            arguments = constructor_arguments(module_class, seen, kwargs)
+        arguments = constructor_arguments(module_class, seen, kwargs)
         ledger = Ledger.from_checkpoint(seen)
         stream.seek(0)
         module = module_class.load_from_checkpoint(

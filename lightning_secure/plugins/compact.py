@@ -19,8 +19,11 @@ __all__ = ["save_named", "save_without_data"]
 _PROTOCOL: Final = 2  # of torch.save
 #: A multiple of the size of every dtype's elements, in bytes.
 _ALIGNED: Final = 16
-#: Smaller ones are written as they are: the state of a generator is not read back of zeros.
+#: Smaller tensors keep their data, which some objects need when they are read, within a total.
 _SMALL_BYTES: Final = 65536
+_TOTAL_BYTES: Final = 1 << 20
+#: Tensors of bytes that are smaller always do: the state of a generator is not read back of zeros.
+_STATE_BYTES: Final = 8192
 
 
 def save_named(value: Any, file: IO[bytes]) -> None:
@@ -54,10 +57,11 @@ def save_without_data(value: Any, file: IO[bytes]) -> None:
         file: Where to.
 
     Guarantees:
-        Each tensor keeps its class, dtype, shape and attributes, and takes 64 KiB at most. Only
-        storages that stand by themselves and tensors of unusual layouts are written whole.
+        Each tensor keeps its class, dtype, shape and attributes. Tensors of up to 64 KiB keep
+        their data until 1 MiB is full, and those of bytes always up to 8 KiB. Only storages that
+        stand by themselves and tensors of unusual layouts are written whole.
     """
-    _save(value, file, _stand_in)
+    _save(value, file, _StandIns())
 
 
 def _save(value: Any, file: IO[bytes], replaced: Callable[[Tensor], Tensor | None]) -> None:
@@ -72,11 +76,25 @@ def _own_memory(tensor: Tensor, copies: dict[tuple[Any, ...], Tensor]) -> Tensor
     return None if copy is None else copy.detach().requires_grad_(tensor.requires_grad)
 
 
-def _stand_in(tensor: Tensor) -> Tensor | None:
-    if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= _SMALL_BYTES:
-        return tensor.resolve_conj().resolve_neg() if _lazy(tensor) else None
-    zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-    return zero.requires_grad_(tensor.requires_grad)
+class _StandIns:
+    """Gives zeros for tensors that take too much."""
+
+    def __init__(self) -> None:
+        self._left = _TOTAL_BYTES
+
+    def __call__(self, tensor: Tensor) -> Tensor | None:
+        if tensor.device.type == "cpu" and self._keeps(tensor):
+            return tensor.resolve_conj().resolve_neg() if _lazy(tensor) else None
+        zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        return zero.requires_grad_(tensor.requires_grad)
+
+    def _keeps(self, tensor: Tensor) -> bool:
+        size = tensor.untyped_storage().nbytes()
+        if tensor.dtype is torch.uint8 and size <= _STATE_BYTES:
+            return True
+        kept = size <= min(_SMALL_BYTES, self._left)
+        self._left -= size if kept else 0
+        return kept
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ the caller's, and its constructor is called with values.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import inspect
@@ -189,7 +190,7 @@ def _converted(
         hints = typing.get_type_hints(kind.__init__)
     except Exception:  # noqa: BLE001 # names that are known to type checkers only
         hints = {}
-    converted, named = {}, []
+    converted, named, refused = {}, [], []
     for name, value in values.items():
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if isinstance(value, str) and value == _import_path(default):
@@ -199,6 +200,9 @@ def _converted(
             continue
         try:
             fitted = _fitted(hints.get(name, Any), value)
+        except _RefusedError:
+            refused.append(name)
+            continue
         except (_UnfitError, TypeError):  # a protocol may know no instances
             named.append(name)
             continue
@@ -206,11 +210,21 @@ def _converted(
             converted[name] = fitted
     if named:
         raise _to_be_given(kind, sorted(named))
+    if refused:
+        raise ConfigError(
+            f"the classes of the hyperparameters {', '.join(map(repr, sorted(refused)))} of "
+            f"{kind.__name__} refused the values in the checkpoint. Nothing was loaded. Give each "
+            "of them as an object: load_encrypted_checkpoint(..., NAME=OBJECT)."
+        )
     return converted
 
 
 class _UnfitError(Exception):
     """A value of YAML that is none of the parameter's type."""
+
+
+class _RefusedError(_UnfitError):
+    """A value of which the caller's own class makes no object."""
 
 
 def _import_path(value: Any) -> str | None:
@@ -240,20 +254,44 @@ def _fitted(hint: Any, value: Any) -> Any:
         return value
     if isinstance(origin, type):
         return _fitted_to_container(origin, inner, value)
+    if isinstance(hint, typing.NewType):
+        return _fitted(hint.__supertype__, value)
     if not isinstance(hint, type):
         raise _UnfitError
+    if issubclass(hint, dict) and hasattr(hint, "__total__"):  # a TypedDict knows no instances
+        _accepted(value, isinstance(value, dict))
+        return _with_fields(dict, hint, value)
     if issubclass(hint, enum.Enum):
         return _accepted(hint.__members__.get(value, value), value in hint.__members__)
     if issubclass(hint, PurePath) and isinstance(value, str):
         return hint(value)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        fields = typing.get_type_hints(hint)
-        return hint(**{name: _fitted(fields.get(name, Any), one) for name, one in value.items()})
+        return _with_fields(hint, hint, value)
     if hint is float and type(value) is int:
         return float(value)
+    if hint not in _PLAIN and issubclass(hint, int | float | str) and type(value) in _PLAIN:
+        return _made(hint, value)
     if hint in (tuple, set, frozenset) and isinstance(value, list):
         return hint(value)
     return _accepted(value, isinstance(value, hint))
+
+
+def _with_fields(made: type[Any], hint: type[Any], value: dict[Any, Any]) -> Any:
+    fields = typing.get_type_hints(hint)
+    fitted = {name: _fitted(fields.get(name, Any), one) for name, one in value.items()}
+    with contextlib.suppress(Exception):  # of the class's own code
+        return made(**fitted)
+    raise _RefusedError
+
+
+def _made(hint: type[Any], value: Any) -> Any:
+    """Return a number or text as the class that restricts it, such as ``PositiveInt``."""
+    plain: Any = next(one for one in (int, float, str) if issubclass(hint, one))
+    fits = type(value) is plain or (plain is float and type(value) is int)
+    _accepted(value, fits)
+    with contextlib.suppress(Exception):  # of the class's own code
+        return hint(value)
+    raise _RefusedError
 
 
 def _accepted(value: Any, fits: bool) -> Any:
@@ -264,12 +302,15 @@ def _accepted(value: Any, fits: bool) -> Any:
 
 def _fitted_to_one(hints: tuple[Any, ...], value: Any) -> Any:
     exact = [hint for hint in hints if hint is type(value)]
+    why = _UnfitError
     for hint in (*exact, *hints):
         try:
             return _fitted(hint, value)
+        except _RefusedError:
+            why = _RefusedError
         except _UnfitError:
             continue
-    raise _UnfitError
+    raise why
 
 
 def _fitted_to_container(origin: type[Any], inner: tuple[Any, ...], value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from lightning_secure.data.datamodule import EncryptedDataModule
 from lightning_secure.data.writer import EncryptedShardWriter
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO, opened
-from lightning_secure.plugins.compact import save_named
+from lightning_secure.plugins.compact import save_named, save_without_data
 
 
 def written(value, save=save_named):
@@ -161,3 +161,17 @@ def test_a_view_of_another_kind_comes_back_alone(kind):
     assert vars(back) == vars(view)
     assert back.requires_grad == view.requires_grad
     assert len(data) < len(written([view], torch.save)) - 10_000
+
+
+def test_a_trial_copies_few_of_many_small_tensors():
+    many = {f"w{i}": torch.ones(15000) for i in range(100)}
+    states = {f"s{i}": torch.full((5000,), 7, dtype=torch.uint8) for i in range(20)}
+    buffer = io.BytesIO()
+    save_without_data({**many, **states}, buffer)
+    assert len(buffer.getvalue()) < 1.3e6
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert {name: one.shape for name, one in loaded.items() if name in many} == {
+        name: one.shape for name, one in many.items()
+    }
+    assert all(torch.equal(loaded[name], one) for name, one in states.items())

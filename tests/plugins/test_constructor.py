@@ -10,11 +10,12 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType, TypedDict
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import DictConfig, OmegaConf
@@ -285,3 +286,62 @@ def test_no_environment_is_read(tmp_path, files, monkeypatch):
     path = written(files, tmp_path / "x.ckpt", {"width": "${oc.env:LSEC_SECRET}"})
     module = load_encrypted_checkpoint(Victim, path, keys=files.keys)
     assert module.width == "${oc.env:LSEC_SECRET}"  # a text like any other
+
+
+Uid = NewType("Uid", int)
+
+
+class Table(TypedDict):
+    a: int
+    where: Path
+
+
+@dataclasses.dataclass
+class Checked:
+    rate: float = 0.1
+
+    def __post_init__(self):
+        if self.rate > 1:
+            raise ValueError(f"hunter2 {self.rate}")
+        torch.ones(1).item()  # is not possible with a tensor that has no data
+
+
+class Restricted(BoringModel):
+    def __init__(
+        self,
+        uid: Uid = Uid(1),
+        table: Table | None = None,
+        count: PositiveInt = 1,
+        share: NonNegativeFloat = 0.5,
+        checked: Checked | None = None,
+    ):
+        super().__init__()
+        self.got = (uid, table, count, share, checked)
+
+
+def test_types_that_restrict_plain_values_get_them(tmp_path, files):
+    saved = {
+        "uid": 4, "table": {"a": 2, "where": "x"}, "count": 3, "share": 2, "checked": {"rate": 1},
+    }  # fmt: skip
+    path = written(files, tmp_path / "x.ckpt", {"_instantiator": INSTANTIATOR, **saved})
+    got = load_encrypted_checkpoint(Restricted, path, keys=files.keys).got
+    assert got == (4, {"a": 2, "where": Path("x")}, 3, 2, Checked(1.0))
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"count": -1}, "refused the values"),
+        ({"count": "os.system"}, "neither imported nor called"),
+        ({"uid": "os.system"}, "neither imported nor called"),
+        ({"table": "os.system"}, "neither imported nor called"),
+        ({"checked": {"rate": 2.0}}, "refused the values"),
+        ({"checked": {"other": 2.0}}, "refused the values"),
+    ],
+)
+def test_values_that_their_own_class_refuses_are_named(saved, words, tmp_path, files):
+    path = written(files, tmp_path / "x.ckpt", {"_instantiator": INSTANTIATOR, **saved})
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_encrypted_checkpoint(Restricted, path, keys=files.keys)
+    assert caught.value.__context__ is None
+    assert "hunter2" not in str(caught.value)

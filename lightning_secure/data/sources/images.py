@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.data.sources.base import Batch, Source, extra, files_identity, gathered
 from lightning_secure.data.sources.metadata import strip_metadata
 from lightning_secure.errors import ConfigError, DataError
+from lightning_secure.files import open_regular
 
 __all__ = ["ImageFolderSource"]
 
@@ -107,7 +110,7 @@ class ImageFolderSource(Source):
 
     def _decoded(self, path: Path, number: int) -> torch.Tensor:
         ops = extra("PIL.ImageOps", "images", what="an image folder")
-        data = path.read_bytes()
+        data = _content(path, number)
         pixels = None
         try:
             with _opened(data) as image:
@@ -122,7 +125,7 @@ class ImageFolderSource(Source):
         return torch.from_numpy(pixels)
 
     def _stripped(self, path: Path, number: int) -> bytes:
-        data = path.read_bytes()
+        data = _content(path, number)
         bare = None
         try:
             with _opened(data) as image:
@@ -141,6 +144,12 @@ class ImageFolderSource(Source):
         if left or bare is None:
             raise _unreadable(number, "it is damaged, or its metadata could not be taken out")
         return bare
+
+
+def _content(path: Path, number: int) -> bytes:
+    with contextlib.suppress(OSError), os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+    raise _unreadable(number, "it cannot be read, or it is no regular file")
 
 
 def _opened(data: bytes) -> Any:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
 import struct
 import zlib
 
@@ -266,6 +268,17 @@ def test_a_picture_that_cannot_be_read_is_named_by_its_number(
         )
     assert "Ada" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_pipe_among_pictures_is_refused(folder, tmp_path, keys, decode, request):
+    os.mkfifo(folder / "cat" / "x.png")
+    options = {"size": (8, 8)} if decode else {}
+    request.addfinalizer(lambda: signal.alarm(0))
+    signal.alarm(30)  # what waits for the pipe is ended
+    with pytest.raises(DataError, match=r"picture 3.*regular file") as caught:
+        seal(folder, tmp_path / "o", keys=keys, decode=decode, **options)
+    assert caught.value.__context__ is None
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused(folder, tmp_path, keys, monkeypatch):
