@@ -8,6 +8,7 @@ names, before a CheckpointIO can refuse that checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import importlib.util
@@ -204,14 +205,14 @@ def _hints(kind: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in reversed(getattr(kind, "__mro__", ())):
         init = vars(one).get("__init__")
+        annotated: dict[str, Any] | None = None
+        names: Mapping[str, Any] = {}
         try:
             annotated = typing.get_type_hints(init) if init is not None else {}
         except Exception:  # noqa: BLE001 # names that are known to type checkers only
             annotated = None
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             names = inspect.signature(init).parameters if init is not None else {}
-        except (TypeError, ValueError):
-            names = {}
         for name in names:
             found[name] = None if annotated is None else annotated.get(name, Any)
     return found
