@@ -7,6 +7,7 @@ where trial rows reach the part of it that bends; its graph shows it in every st
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,8 +67,10 @@ _TAKING: Final = _names(
     "Narrow Diagonal Clone Alias ToCopy AsStrided Unfold Sort PackPaddedSequence Cat Stack Roll "
     "Flip Repeat RepeatInterleave CopySlices Embedding"
 )
-_ONE_ROW: Final = frozenset({"Select", "Unbind", "Slice", "Split", "SplitWithSizes"})
+_INDEXING: Final = frozenset({"Index", "IndexSelect"})
+_PICKING: Final = _INDEXING | {"Select", "Unbind", "Slice", "Split", "SplitWithSizes"}
 _NEAR: Final = 6
+_SEARCHED: Final = 1 << 16  # operations below those that lie next to the loss
 _NUMBER: Final = re.compile(r"Backward\d*$")
 _SAID: Final = {
     "Mul": "a product of two of them",
@@ -141,47 +144,218 @@ def require_linear(fault: str | None, *, outcome: str) -> None:
 
 
 def loss_graph(loss: Tensor, rows: int) -> LossGraph:
-    """Look at a loss's graph, from the loss down to where rows are added up.
+    """Look at a loss's graph, from the loss down to where rows are still apart.
 
     Args:
         loss: A scalar, before it goes backward.
         rows: Rows of the batch, more than one.
 
-    A tensor is taken to have rows if its first dimension is a multiple of their number. So rows
-    that lie in another dimension are not seen, nor what depends on them without a gradient, nor
-    the inside of a function that has its own backward or was compiled.
+    A tensor is taken to have rows if its first dimension is a multiple of their number. Where such
+    rows are moved to another dimension, picked or split, they are followed from there on. So rows
+    that never lie in the first dimension are not seen, nor what depends on them without a gradient,
+    nor the inside of a function that has its own backward or was compiled.
     """
-    found = LossGraph()
-    names: dict[str, None] = {}
-    # Nodes are held: another one could come to have the id of one that is gone.
-    seen: dict[tuple[int, int, bool], Node] = {}
-    places = [(loss.grad_fn, loss.output_nr, "")]
-    of_rows: list[Node] = []
-    while places:
-        node, output, bent = places.pop()
-        if node is None or (id(node), output, bool(bent)) in seen:
-            continue
-        seen[id(node), output, bool(bent)] = node
+    found = _Walk(rows).over(loss)
+    # The inside of one row, as in a loop over the rows, may be as long by chance.
+    return found if found.fault is None else _Walk(rows, picks=_Picks(rows)).over(loss)
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """Rows that are apart in a tensor: one of its dimensions is a multiple of their number.
+
+    Attributes:
+        count: Their number.
+        lead: The first dimensions, where only their product is a multiple.
+    """
+
+    count: int
+    lead: tuple[int, ...] = ()
+
+    def still(self, shape: tuple[int, ...]) -> bool:
+        """Return whether they are in a tensor of this shape, too."""
+        if self.lead and shape[: len(self.lead)] == self.lead:
+            return True
+        return any(size and size % self.count == 0 for size in shape)
+
+
+@dataclass(frozen=True)
+class _One:
+    """A tensor that depends on one row only, which goes by ``row``."""
+
+    row: object
+
+
+#: Rows that were added up, or brought together otherwise.
+_MET: Final = "met"
+_State = _Apart | _One | str | None
+
+
+class _Walk:
+    """Finds how rows arrive at a loss, from below.
+
+    Args:
+        rows: Their number.
+        picks: Tells which row a tensor is about, even if it seems to have all of them.
+    """
+
+    def __init__(self, rows: int, picks: _Picks | None = None) -> None:
+        self._rows, self._picks = rows, picks
+        self._found = LossGraph()
+        # Nodes are held: another one could come to have the id of one that is gone.
+        self._held: list[Node] = []
+        self._states: dict[tuple[int, int], _State] = {}
+        self._leaves: list[Node] = []
+
+    def over(self, loss: Tensor) -> LossGraph:
+        """Return what lies between the rows and a loss."""
+        names: dict[str, None] = {}
+        places: list[tuple[Node, int, Any]] = [(loss.grad_fn, loss.output_nr, None)]
+        while places:
+            node, output, inputs = places.pop()
+            if inputs is not None:
+                self._states[id(node), output] = self._state(node, output, inputs)
+            elif node is not None and (id(node), output) not in self._states:
+                names[_name(node)] = None
+                self._held.append(node)
+                self._states[id(node), output] = None
+                inputs = [edge for edge in node.next_functions if edge[0] is not None]
+                places.append((node, output, inputs))
+                places += [(*edge, None) for edge in inputs if not self._is_leaf(*edge)]
+        self._found.structure = (*names, "", *_nearest(self._leaves))
+        return self._found
+
+    def _is_leaf(self, node: Node, place: int) -> bool:
+        key = id(node), place
+        if key not in self._states and _has_rows(node, place, self._rows):
+            row = self._picks.row_of(node, place) if self._picks else None
+            self._states[key] = _Apart(self._rows) if row is None else _One(row)
+            self._held.append(node)
+            self._leaves.append(node)
+        return key in self._states
+
+    def _state(self, node: Node, output: int, inputs: list[tuple[Node, int]]) -> _State:
+        states = [(self._states[id(item), place], item, place) for item, place in inputs]
         name = _name(node)
-        names[name] = None
-        inputs = [
-            (item, place, _has_rows(item, place, rows))
-            for item, place in node.next_functions
-            if item is not None
-        ]
-        if name not in _TAKING and any(has_rows for _, _, has_rows in inputs):
-            found.sums.append((node, output))
-            fault = bent or (_said(name) if name in _BENT else "")
-            if fault and found.fault is None and not _of_one_row(node, rows):
-                found.fault = fault
-        inner = bent or _bent_by(node, name)
-        for item, place, has_rows in inputs:
-            if has_rows:
-                of_rows.append(item)
+        if any(state is _MET for state, _, _ in states):
+            return self._met(_bent_by(node, name))
+        apart = [(state, _shape(i, p)) for state, i, p in states if isinstance(state, _Apart)]
+        single = {state for state, _, _ in states if isinstance(state, _One)}
+        if not apart and len(single) < 2:
+            return single.pop() if single else None
+        shape = _shape(node, output)
+        if apart and name in _PICKING:
+            row = _picked(node, output, self._rows, apart[0][1])
+            if row is not None:
+                return _One(row)
+        if apart and all(state.still(shape) for state, _ in apart):
+            return apart[0][0]
+        if apart and name in _TAKING:
+            return _moved(node, output, apart[0][0])
+        if name in _TAKING and shape[:1] > (1,):
+            return _Apart(shape[0])
+        self._found.sums.append((node, output))
+        bent = _said(name) if name in _BENT else ""
+        return self._met(bent if apart else bent or _bent_by(node, name))
+
+    def _met(self, fault: str) -> str:
+        self._found.fault = self._found.fault or fault or None
+        return _MET
+
+
+def _moved(node: Node, output: int, apart: _Apart) -> _State:
+    """Return what rows become of which many are picked, or that lie otherwise."""
+    shape = _shape(node, output)
+    for end in range(2, len(shape) + 1):
+        if math.prod(shape[:end]) % apart.count == 0:
+            return _Apart(apart.count, shape[:end])
+    return _Apart(shape[0]) if shape[:1] > (1,) else _One((id(node), output))
+
+
+class _Picks:
+    """Tells which single row a tensor was computed of.
+
+    Args:
+        rows: Their number.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._left = rows, _SEARCHED
+
+    def row_of(self, node: Node, place: int) -> object | None:
+        """Return the row that all that lies below was picked from, if it is one."""
+        found: set[object] = set()
+        seen: dict[tuple[int, int], Node] = {}
+        places: list[tuple[Node, int, object]] = [(node, place, None)]
+        while places:
+            node, place, piece = places.pop()
+            if (id(node), place) in seen:
+                continue
+            seen[id(node), place] = node
+            self._left -= 1
+            inputs = [edge for edge in node.next_functions if edge[0] is not None]
+            row, whole = None, _shape(*inputs[0]) if inputs else ()
+            if whole and _name(node) in _PICKING:
+                row = _picked(node, place, self._rows, whole)
+            if row is not None and whole[0] == self._rows:
+                found.add(row)
+            elif inputs:  # of a row, the inside may be taken in pieces as well
+                places += [(*edge, piece if row is None else row) for edge in inputs]
+            elif piece is not None:
+                found.add(piece)
             else:
-                places.append((item, place, inner))
-    found.structure = (*names, "", *_nearest(of_rows))
-    return found
+                return None
+            if len(found) > 1 or self._left < 0:
+                return None
+        return found.pop()
+
+
+def _picked(node: Node, output: int, rows: int, whole: tuple[int, ...]) -> object | None:
+    """Return which row a node takes of a tensor, if it takes one only.
+
+    Of what is longer than there are rows, or shorter, a piece is taken for a row's own.
+    """
+    name, size = _name(node), whole[0] if whole else 0
+    if name in _INDEXING:
+        return _indexed(node, rows, size) if _shape(node, output)[:1] == (1,) else None
+    if size == 0 or _signed(node._saved_dim) % len(whole):
+        return None
+    start, stop = _ends(node, output, name, size)
+    if size % rows == 0 and start * rows // size == (stop - 1) * rows // size:
+        return start * rows // size
+    return None if size == rows else ("piece", start, stop)
+
+
+def _ends(node: Node, output: int, name: str, size: int) -> tuple[int, int]:
+    """Return where what a node takes of the first dimension begins and ends."""
+    if name == "Select":
+        start = _signed(node._saved_index) % size
+        return start, start + 1
+    if name == "Unbind":
+        return output, output + 1
+    if name == "Slice":
+        ends = (node._saved_start, node._saved_end)
+        start, stop, _ = slice(*(e if e is None else _signed(e) for e in ends)).indices(size)
+        return start, stop
+    if name == "Split":
+        start = output * node._saved_split_size
+        return start, min(start + node._saved_split_size, size)
+    start = sum(node._saved_split_sizes[:output])
+    return start, start + node._saved_split_sizes[output]
+
+
+def _indexed(node: Node, rows: int, size: int) -> object | None:
+    """Return the row that an index of one entry, or a mask with one, takes."""
+    index = node._saved_index if _name(node) == "IndexSelect" else node._saved_indices[0]
+    if index is None or size % rows:
+        return None
+    if index.dtype in {torch.bool, torch.uint8}:
+        index = index.nonzero()[:, 0]
+    return int(index.flatten()[0]) % size * rows // size
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _nearest(nodes: list[Node]) -> list[str]:
@@ -230,27 +404,3 @@ def _bent_by(node: Node, name: str) -> str:
 def _opaque(node: Node) -> bool:
     """Return whether a node's own code cannot be seen: of Python, compiled, or of an extension."""
     return isinstance(node, torch.autograd.function.BackwardCFunction) or "::" in node.name()
-
-
-def _of_one_row(node: Node, rows: int) -> bool:
-    """Return whether what is added up is the inside of one row, as in a loop over the rows.
-
-    Its length may be a multiple of their number by chance.
-    """
-    places = [node]
-    seen: dict[int, Node] = {}
-    while places:
-        node = places.pop()
-        for item, place in node.next_functions:
-            if item is None or id(item) in seen:
-                continue
-            seen[id(item)] = item
-            if _name(item) in _ONE_ROW and _takes_one(item, place, rows):
-                return True
-            places.append(item)
-    return False
-
-
-def _takes_one(node: Node, place: int, rows: int) -> bool:
-    whole = next((_shape(item, p) for item, p in node.next_functions if item is not None), ())
-    return tuple(whole[:1]) == (rows,) and _shape(node, place) in (whole[1:], (1, *whole[1:]))

@@ -150,7 +150,83 @@ def deviation(z, y, o, m):
     return ce(z, y) + 0.1 * o.std()
 
 
+def floods(loss):
+    return ((loss - 0.3).abs() + 0.3).sum()
+
+
+def each_of(z, y):
+    return ce(z, y, reduction="none")
+
+
+def loop(z, y, o, m):
+    return floods(sum(ce(z[i : i + 1], y[i : i + 1]) for i in range(len(z))) / len(z))
+
+
+def loop_select(z, y, o, m):
+    target = F.one_hot(y, 3).float()
+    return floods(sum(F.mse_loss(z[i], target[i]) for i in range(len(z))) / len(z))
+
+
+def loop_indexed(z, y, o, m):
+    return floods(sum(z[torch.tensor([i])].square().mean() for i in range(len(z))) / len(z))
+
+
+def unbound(z, y, o, m):
+    return floods(sum(each_of(z, y).unbind(0)) / len(z))
+
+
+def split(z, y, o, m):
+    return floods(sum(part.sum() for part in each_of(z, y).split(2)) / len(z))
+
+
+def stacked_tasks(z, y, o, m):
+    return floods(torch.stack([each_of(z, y), o.square().sum(1)]).mean(1))
+
+
+def transposed(z, y, o, m):
+    return floods((z - F.one_hot(y, 3)).square().T.mean(1))
+
+
+def transposed_whole(z, y, o, m):
+    return floods(z.square().T.mean())
+
+
+def moved(z, y, o, m):
+    return floods(torch.stack([z, 2 * z], 2).square().movedim(0, 2).mean(2))
+
+
+def one_row_besides(z, y, o, m):
+    return floods((each_of(z, y) + 0 * z[0].sum()).mean())
+
+
+def every_row_besides(z, y, o, m):
+    return floods((each_of(z, y) + 0 * sum(part.sum() for part in z)).mean())
+
+
+def halves(z, y, o, m):
+    each = each_of(z, y)
+    return floods(each[::2].sum() / len(z) + each[1::2].sum() / len(z))
+
+
+def picked_by_a_mask(z, y, o, m):
+    each = each_of(z, y)
+    return floods((each[y == 1].sum() + each[y != 1].sum()) / len(z))
+
+
+def in_pairs(z, y, o, m):
+    each = each_of(z, y)[: len(z) // 2 * 2]
+    return each.view(-1, 2).mean(1).sqrt().mean()
+
+
+def neighbours(z, y, o, m):
+    return sum((z[i].sum() * z[i - 1].sum()).cos() for i in range(len(z))) / len(z)
+
+
 BENT = {
+    loop: "abs", loop_select: "abs", loop_indexed: "abs", unbound: "abs", split: "abs",
+    stacked_tasks: "abs", transposed: "abs", transposed_whole: "abs", moved: "abs",
+    one_row_besides: "abs", every_row_besides: "abs", halves: "abs", picked_by_a_mask: "abs",
+    in_pairs: "sqrt", neighbours: "cos|product",
     flooding: "abs", clamped: "clamp", floor: "maximum", root: "sqrt", logarithm: "log",
     perplexity: "exp", square: "pow", product: "product", quotient: "division",
     largest: "max", soft_largest: "logsumexp", relu: "relu", leaky: "leaky",
@@ -385,6 +461,36 @@ def row_by_row(z, y, o, m):
     return sum(F.mse_loss(z[i], o[i, :1].expand(3)).sqrt() for i in range(len(z))) / len(z)
 
 
+def rows_by_mask(z, y, o, m):
+    places = torch.arange(len(z))
+    return sum(
+        (z[places == i].square().mean() + o[i[None]].sum().exp()).log() for i in places
+    ) / len(z)
+
+
+def rows_unbound(z, y, o, m):
+    pairs = zip(z.unbind(), o.split(1), strict=True)
+    return sum((a.square().mean() + b.square().mean()).sqrt() for a, b in pairs) / len(z)
+
+
+def rows_of_unlike_lengths(z, y, o, m):
+    kept = [2 + i % 2 for i in range(len(z))]
+    mask = torch.arange(3)[None] < torch.tensor(kept)[:, None]
+    return sum(part.square().mean().sqrt() for part in z[mask].split(kept)) / len(z)
+
+
+def sequence_first(z, y, o, m):
+    return (torch.stack([z, 2 * z]) - 1).square().mean(2).add(0.1).sqrt().mean()
+
+
+def by_class(z, y, o, m):
+    return sum((z[:, c] - (y == c).float()).square().add(0.1).sqrt().mean() for c in range(3))
+
+
+def transposed_rows(z, y, o, m):
+    return (z.square().T.sum(0) + 0.1).sqrt().mean() + (z.T.exp() + 1).log().mean()
+
+
 def stacked(z, y, o, m):
     losses = torch.stack([ce(z, y), o.square().mean(), z.abs().mean()])
     return (losses * torch.tensor([1.0, 0.5, 0.1])).sum().double().view(1).squeeze()
@@ -446,7 +552,8 @@ def reversed_gradient(z, y, o, m):
 ORDINARY = [
     several, smoothed, binary, masked_by_row, mean_of_row_means, both_errors, variational,
     row_by_row, stacked, focal, roots_of_rows, triplet, in_numbers, as_einsum, divergence,
-    sequences, reversed_gradient,
+    sequences, reversed_gradient, rows_by_mask, rows_unbound, rows_of_unlike_lengths,
+    sequence_first, by_class, transposed_rows,
 ]  # fmt: skip
 
 

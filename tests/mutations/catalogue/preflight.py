@@ -245,16 +245,38 @@ CATALOGUE = [
     Mutation(
         "rows are norms and deviations of, and not added up",
         "privacy/loss_graph.py",
-        'bent or (_said(name) if name in _BENT else "")',
-        "bent",
+        'bent = _said(name) if name in _BENT else ""',
+        'bent = ""',
         f"{MEETING} -k 'graph_alone and norm'",
     ),
     Mutation(
         "a loss of one row in a loop is taken for a mean over rows",
         "privacy/loss_graph.py",
-        "and not _of_one_row(node, rows)",
-        "",
+        "found if found.fault is None else _Walk(rows, picks=_Picks(rows)).over(loss)",
+        "found",
         f"{MEETING} -k in_a_loop",
+    ),
+    Mutation(
+        "rows that were moved or picked are not followed",
+        "privacy/loss_graph.py",
+        "        if apart and name in _TAKING:\n            return _moved(node, output, apart[0][0])\n",
+        "        if apart and name in _TAKING:\n            return None\n",
+        f"{MEETING} -k 'graph_alone and halves'",
+    ),
+    Mutation(
+        "rows that were picked one by one are not seen to meet",
+        "privacy/loss_graph.py",
+        "if not apart and len(single) < 2:",
+        "if not apart:",
+        f"{MEETING} -k 'graph_alone and unbound'",
+    ),
+    Mutation(
+        "one row that is picked excuses all others",
+        "privacy/loss_graph.py",
+        "            elif piece is not None:\n                found.add(piece)\n"
+        "            else:\n                return None\n",
+        "            elif piece is not None:\n                found.add(piece)\n",
+        f"{MEETING} -k 'graph_alone and one_row_besides'",
     ),
     Mutation(
         "trial rows resemble each other",
