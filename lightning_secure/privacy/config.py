@@ -79,7 +79,7 @@ class DPConfig:
     What breaks the promise, for tests:
 
     Attributes:
-        insecure_seed: Makes draws and noise repeatable. Whoever knows it can subtract the noise.
+        insecure_seed: Makes draws and noise repeatable. With it, the noise can be subtracted.
         insecure_noise_off: Clips without adding noise.
 
     Both mark the run, its ledger and its checkpoints as not private; epsilon is then infinite.
@@ -145,8 +145,8 @@ class DPConfig:
         require_accountant(self.accountant, bound=True)
         if self.secure_noise and self.insecure:
             raise ConfigError(
-                f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, and "
-                "nobody may know it."
+                f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, "
+                "and it must be unknown."
             )
         rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:

@@ -1,8 +1,8 @@
 """Whatever draws at random between the rows and their gradients: dropout, augmentation.
 
-A mask that depends on the user's seed is a mask that somebody can compute. Worse, masks are drawn
+A mask that depends on the user's seed can be computed. Worse, masks are drawn
 one row after the other, so with a fixed seed one more row shifts the mask of every row behind it,
-and the sum of the clipped gradients moves by far more than one row's. Only masks that nobody knows
+and the sum of the clipped gradients moves by far more than one row's. Only unknown masks
 are as likely with the row as without it.
 """
 

@@ -48,8 +48,8 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
         public: Names of entries that do not depend on the rows.
 
     Returns:
-        Not a number for the loss, which is computed from rows without noise: whoever decides by it
-        fails where it can be seen. A dict with the public entries of the last chunk, if it had any.
+        Not a number for the loss, which is computed from rows without noise: code that decides by
+        it fails visibly. A dict with the public entries of the last chunk, if it had any.
     """
     last: Any = None
     for output in outputs:

@@ -18,7 +18,7 @@ __all__ = ["PUBLIC_METRICS", "GuardedResults"]
 log = logging.getLogger(__name__)
 
 #: What the package itself logs while training; none of it depends on the rows, lower bounds on
-#: epsilon only on canaries, which are nobody's.
+#: epsilon only on canaries, which are rows of no person.
 PUBLIC_METRICS: Final = frozenset(
     {
         "privacy/epsilon",

@@ -199,7 +199,7 @@ class PrivateTraining(SteppingStrategy):
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""
-        self._banded = None  # and the noise in it, which nobody may have
+        self._banded = None  # and the noise in it, which must not be kept
         self._expected = self._drawn = self._told = None
         if fitted := self._engine is not None:
             required(self._engine).detach()
