@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["first_rows", "leaves", "mapped", "recombined", "with_row"]
+__all__ = ["copied", "first_rows", "leaves", "mapped", "recombined", "with_row"]
 
 
 def recombined(
@@ -17,8 +19,8 @@ def recombined(
     """Return a batch of ``rows`` rows made of values from ``batch``.
 
     Args:
-        batch: Tensors of shape ``(size, ...)`` and lists of length ``size``, in dicts, lists
-            and tuples. Anything else is passed on.
+        batch: Tensors of shape ``(size, ...)`` and lists of length ``size``, in dicts, lists,
+            tuples and dataclasses. Anything else is passed on.
         size: Rows of ``batch``.
         rows: Rows to make.
         generator: Decides which.
@@ -71,6 +73,11 @@ def first_rows(batch: Any, size: int, rows: int) -> Any:
     return mapped(batch, size, lambda value: value[:rows], lambda value: list(value[:rows]))
 
 
+def copied(batch: Any, size: int) -> Any:
+    """Return a batch whose rows a module may change in place."""
+    return mapped(batch, size, Tensor.clone, list)
+
+
 def leaves(batch: Any, size: int) -> list[Any]:
     """Return everything in a batch that has one entry for each of its ``size`` rows."""
     found: list[Any] = []
@@ -101,6 +108,12 @@ def mapped(
         return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(again, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        again_in = copy.copy(value)  # as Lightning does, which moves it to a device
+        for item in dataclasses.fields(value):
+            if hasattr(value, item.name):
+                setattr(again_in, item.name, again(getattr(value, item.name)))
+        return again_in
     if isinstance(value, list | tuple):
         per_row = len(value) == size and not any(
             isinstance(item, Tensor) and item.ndim and len(item) == size for item in value

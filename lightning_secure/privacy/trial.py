@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.bookkeeping import add_clipped_sums
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.loss_graph import ISOLATE, loss_graph
+from lightning_secure.privacy.rows import copied
 from lightning_secure.privacy.units.base import Gradients, Record, accumulate
 
 __all__ = [
@@ -97,7 +98,7 @@ class Trial:
         seed_all(seed)
         states = random_states()
         with self.engine.recording(rows=rows, whole=True):
-            loss = self._loss(batch)
+            loss = self._loss(batch, rows)
             if not loss.requires_grad:
                 raise UnsupportedModelError(
                     f"the loss does not depend on any trainable layer. {NO_STEP}"
@@ -119,14 +120,14 @@ class Trial:
         """
         seed_all(0)
         with self.engine.recording(rows=rows):
-            self.backward(self.engine.scaled(self._loss(batch), rows))
+            self.backward(self.engine.scaled(self._loss(batch, rows), rows))
         sums: dict[nn.Parameter, Tensor] = {}
         add_clipped_sums(sums, self.engine.take(rows), max_grad_norm=_UNCLIPPED)
         return sums
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _loss(self, batch: Any, rows: int) -> Tensor:
         try:
-            return self.loss_of(batch)
+            return self.loss_of(copied(batch, rows))
         except Exception as error:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
@@ -142,7 +143,7 @@ class Trial:
         seed_all(0)
         self.model.zero_grad(set_to_none=True)
         with _without_hooks(self.engine.parameters), self.engine.means.applied(rows):
-            self.backward(self.engine.scaled(self.loss_of(batch), rows))
+            self.backward(self.engine.scaled(self.loss_of(copied(batch, rows)), rows))
         gradients = [
             None if p.grad is None else self.engine.unscaled(p.grad) for p in self.engine.parameters
         ]
@@ -287,6 +288,19 @@ _DROPOUTS: Final = frozenset(
 )
 
 
+def _backward(
+    self: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """Do what ``Tensor.backward`` does; given a tensor, it would call the mode for ever."""
+    slope = torch.ones_like(self) if gradient is None else gradient
+    edge = torch.autograd.graph.get_gradient_edge(self)
+    torch.autograd.backward((edge,), (slope,), retain_graph, create_graph, inputs=inputs)
+
+
 class _Without(TorchFunctionMode):
     """Has dropout drop nothing."""
 
@@ -306,6 +320,9 @@ class _Without(TorchFunctionMode):
             kwargs.pop("dropout_p", None)
         elif func is functional.multi_head_attention_forward:
             kwargs["training"] = False  # which decides over its dropout only
+        elif func is Tensor.backward:  # in which checkpointed layers run again
+            with self:
+                return _backward(*args, **kwargs)
         return func(*args, **kwargs)
 
 

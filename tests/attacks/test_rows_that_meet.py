@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import lightning as L
@@ -214,7 +215,9 @@ def picked_by_a_mask(z, y, o, m):
 
 
 def in_pairs(z, y, o, m):
-    each = each_of(z, y)[: len(z) // 2 * 2]
+    each = each_of(z, y)[: len(z) // 2 * 2 or 1]
+    if len(each) == 1:
+        return each.sum()
     return each.view(-1, 2).mean(1).sqrt().mean()
 
 
@@ -594,6 +597,71 @@ def test_ordinary_losses_of_transformers_train(tmp_path, isolate):
             DataLoader(data, batch_size=8), steps=3, isolate_rows=isolate,
         )  # fmt: skip
         assert run.strategy.ledger.steps == 3
+
+
+class Checkpointing(L.LightningModule):
+    def __init__(self, reentrant):
+        super().__init__()
+        small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BertConfig(
+            intermediate_size=8, max_position_embeddings=16, num_labels=3, vocab_size=11,
+            pad_token_id=0, **small,
+        )  # fmt: skip
+        self.model = BertForSequenceClassification(config).train()
+        with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+            self.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    configure_optimizers = Module.configure_optimizers
+
+
+def padded(samples):
+    ids = nn.utils.rnn.pad_sequence([ids for ids, _ in samples], batch_first=True)
+    labels = torch.stack([label for _, label in samples])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_padded_rows_train_with_dropout_in_layers_that_run_again(tmp_path, reentrant):
+    data = [(torch.arange(1, 4 + i % 7), torch.tensor(i % 3)) for i in range(48)]
+    module = Checkpointing(reentrant)
+    run = fit(tmp_path, module, DataLoader(data, batch_size=16, collate_fn=padded), steps=2)
+    assert run.strategy.ledger.steps == 2
+
+
+class InPlace(Module):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch[0].sub_(0.5).div_(0.5)
+        return batch
+
+
+def test_a_batch_that_is_changed_in_place_trains(tmp_path):
+    assert fit(tmp_path, InPlace(several), steps=5).strategy.ledger.steps == 5
+
+
+@dataclasses.dataclass
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+    names: list = dataclasses.field(default_factory=list, init=False)
+
+
+class OfFields(Module):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch.x, batch.y), batch_idx)
+
+
+def of_fields(samples):
+    return Sample(*default_collate(samples))
+
+
+def test_rows_of_a_dataclass_are_tried_and_train(tmp_path):
+    data = loader(collate_fn=of_fields)
+    assert fit(tmp_path / "a", OfFields(several), data).strategy.ledger.steps == 4
+    with pytest.raises(UnsupportedModelError, match="mixed"):
+        fit(tmp_path / "b", OfFields(weighed), data)
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,8 @@ CATALOGUE = [
     Mutation(
         "rows that were moved or picked are not followed",
         "privacy/loss_graph.py",
-        "        if apart and name in _TAKING:\n            return _moved(node, output, apart[0][0])\n",
-        "        if apart and name in _TAKING:\n            return None\n",
+        "return _moved(node, output, apart[0][0])",
+        "return None",
         f"{MEETING} -k 'graph_alone and halves'",
     ),
     Mutation(
