@@ -30,6 +30,7 @@ __all__ = [
     "preserved",
     "remembered_attributes",
     "return_freed_memory",
+    "uncopied",
 ]
 
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -65,7 +66,7 @@ class Kept:
         self._copies: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor, for whoever asks for it later too."""
+        """Copy a tensor, and keep the copy for :meth:`of`."""
         copy = _clone(tensor)
         # Held, so that no other one comes to lie in its place.
         self._copies[_place(tensor)] = tensor, copy
@@ -269,13 +270,19 @@ def copied(
     return result
 
 
+def uncopied(value: Any) -> Any:
+    """Return a value in the form of :func:`copied`, to be compared at once: tensors are shared."""
+    return copied(value, Tensor.detach)
+
+
 def _copied(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         return tensor(value)
     if type(value) is np.ndarray and not value.dtype.hasobject:
         return value.copy()
     if isinstance(value, np.generic) and not isinstance(value, np.void):
-        return copied(value.item(), tensor, memo)
+        item = value.item()  # a longdouble gives itself
+        return value if type(item) is type(value) else copied(item, tensor, memo)
     if isinstance(value, nn.Module):
         return copied(_content(value), tensor, memo)
     if isinstance(value, _REFERRED_TO) or type(value) is object:
@@ -296,11 +303,15 @@ def _copied(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]
 
 
 def _content(module: nn.Module) -> dict[str, Any]:
-    """Return what a pickle holds of a module, without hooks, which are ours."""
+    """Return what a pickle holds of a module, without hooks, which are ours.
+
+    A pickle holds all buffers, also those that ``state_dict`` leaves out.
+    """
     state: Any = getattr(module, "__getstate__", lambda: vars(module))()
     own = {name: item for name, item in dict(state or {}).items() if name not in _INTERNALS}
     children = {name: _content(child) for name, child in module.named_children()}
-    return {**own, **dict(module.state_dict()), **children}
+    buffers = dict(module.named_buffers(recurse=False))
+    return {**own, **buffers, **dict(module.state_dict()), **children}
 
 
 def _attributes_of(

@@ -11,17 +11,19 @@ nothing that a checkpoint holds may change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import LightningSecureError, UnsupportedModelError
-from lightning_secure.privacy.clocks import Snapshot, first_change
+from lightning_secure.privacy.clocks import Snapshot
 from lightning_secure.privacy.counted_trial import settle_counted_means
 from lightning_secure.privacy.engine import GradientEngine
 from lightning_secure.privacy.exact import exact_arithmetic
-from lightning_secure.privacy.leftovers import MADE_OF, Stateful, copied, preserved
+from lightning_secure.privacy.held import held, require_unchanged
+from lightning_secure.privacy.leftovers import Stateful, copied, preserved, uncopied
 from lightning_secure.privacy.loss_graph import ISOLATE, require_linear
 from lightning_secure.privacy.mixing import require_unmoved
 from lightning_secure.privacy.rows import first_rows, leaves, recombined, with_row
@@ -93,7 +95,8 @@ def preflight(
         )
     trial, seeds = Trial(engine, model, loss_of, backward), Seeds(seed)
     with preserved(model, stateful) as kept, exact_arithmetic():
-        before = Snapshot.of(lambda: copied(_held(model, checkpoint), kept.of))
+        hold = partial(held, model, checkpoint, outcome=NO_STEP)
+        before = Snapshot.of(hold, lambda content: copied(content, kept.of))
         if isolated:  # each row's mean is over its own targets anyhow
             engine.means.by_row = engine.means.settled = True
         else:
@@ -102,9 +105,7 @@ def preflight(
         _require_autograd_agrees(trial, batch, size, rows=1 if isolated else _ROWS)
         if not isolated:
             _require_apart(trial, batch, size, seeds)
-        _require_unchanged(
-            before, lambda: Snapshot.of(lambda: copied(_held(model, checkpoint), Tensor.detach))
-        )
+        require_unchanged(before, lambda: Snapshot.of(hold, uncopied), outcome=NO_STEP)
 
 
 def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:
@@ -115,42 +116,6 @@ def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:
             f"loss may not depend on the batch, or be constant. {NO_STEP}"
         )
     require_strangers_apart(trial, batch, size, seeds=seeds)
-
-
-def _held(model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return all that a checkpoint would hold, and buffers that none does."""
-    own = {**dict(model.named_buffers()), **model.state_dict()}
-    try:
-        written = dict(checkpoint())
-    except LightningSecureError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"a checkpoint cannot be put together before the first step ({type(error).__name__}, "
-            "as from an on_save_checkpoint that needs what training makes), so it could not be "
-            f"checked for what it takes up of the rows. {NO_STEP}"
-        ) from error
-    weights = written.pop("state_dict", {})
-    known = {value.data_ptr() for value in own.values() if isinstance(value, Tensor)}
-    added = {
-        f"state_dict.{name}": value
-        for name, value in weights.items()
-        if not isinstance(value, Tensor) or value.data_ptr() not in known
-    }
-    # First, so that it is what the error names, and not the name under which it is written.
-    given = {"hyper_parameters": written.pop("hyper_parameters", {})}
-    return {**given, **written, **added, **own}
-
-
-def _require_unchanged(before: Snapshot, take: Callable[[], Snapshot]) -> None:
-    name = first_change(before, take(), take)
-    if name is not None:
-        raise UnsupportedModelError(
-            f"{name.split('.' + MADE_OF)[0]!r} changes in a training step: it takes up the rows "
-            "without noise, or counts how often the step runs, which tells how many rows were "
-            "drawn, and would stand in every checkpoint. Count steps by self.global_step, and "
-            f"keep what comes from rows out of checkpoints. {NO_STEP}"
-        )
 
 
 def _independent(trial: Trial, batch: Any, size: int, jitter: int, seeds: Seeds) -> bool:

@@ -7,7 +7,7 @@ a divisor that counts what is left out or a factor that follows the largest loss
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_secure.privacy.clocks import Snapshot
 from lightning_secure.privacy.exact import exact_arithmetic
-from lightning_secure.privacy.leftovers import Stateful, preserved
+from lightning_secure.privacy.held import held, require_unchanged, without_optimizer_states
+from lightning_secure.privacy.leftovers import Stateful, copied, preserved, uncopied
 from lightning_secure.privacy.mixing import require_unmoved_by_strangers
 from lightning_secure.privacy.rows import mapped, recombined, with_row
 from lightning_secure.privacy.seeds import Seeds
@@ -62,7 +64,13 @@ def require_strangers_apart(trial: Trial, batch: Any, size: int, *, seeds: Seeds
 
 
 def try_again(
-    trial: Trial, batch: Any, size: int, *, stateful: Iterable[Stateful], seeds: Seeds
+    trial: Trial,
+    batch: Any,
+    size: int,
+    *,
+    stateful: Iterable[Stateful],
+    seeds: Seeds,
+    checkpoint: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Run trial rows in the middle of a fit, and leave everything as it was.
 
@@ -72,20 +80,32 @@ def try_again(
         size: Its rows.
         stateful: Optimizers and schedulers. Of an optimizer only the settings are put back.
         seeds: For the passes.
+        checkpoint: Returns what a checkpoint would hold if it were written now. Of an optimizer's
+            states only places and versions are compared.
 
     Raises:
-        UnsupportedModelError: One row's gradient depends on another row.
+        UnsupportedModelError: One row's gradient depends on another row, or something that
+            checkpoints hold changes with the training step.
 
     Where there is no memory for it, nothing is tried.
     """
     light = [_Settings(s) if isinstance(s, Optimizer) else s for s in stateful]
     with (
         contextlib.suppress(torch.OutOfMemoryError),
-        preserved(trial.model, light),
+        preserved(trial.model, light) as kept,
         exact_arithmetic(),
     ):
+
+        def hold() -> dict[str, Any]:
+            return without_optimizer_states(held(trial.model, checkpoint, outcome=trial.outcome))
+
+        before = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            before = Snapshot.of(hold, lambda content: copied(content, kept.of))
         require_strangers_apart(trial, batch, size, seeds=seeds)
         _require_coins_apart(trial, batch, size, seeds)
+        if before is not None:
+            require_unchanged(before, lambda: Snapshot.of(hold, uncopied), outcome=trial.outcome)
 
 
 def _require_coins_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:

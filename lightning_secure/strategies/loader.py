@@ -107,7 +107,7 @@ class PrivateDataLoader(DataLoader[Any]):
     def trial_batch(
         self, rows: Sequence[int], before_collating: Callable[[], None] = lambda: None
     ) -> Any:
-        """Return the batch that a collate function of the user's own makes of some rows.
+        """Fetch some rows, and return the batch that a collate function of the user's own makes.
 
         Args:
             rows: Their numbers, modulo the number of rows.
@@ -115,8 +115,12 @@ class PrivateDataLoader(DataLoader[Any]):
 
         Returns:
             The batch; None if torch's own collate function is used, which keeps rows apart.
+
+        Fetching may change what the dataset keeps, which a checkpoint could hold. With workers and
+        torch's own collate function nothing is fetched: only copies of the dataset change there.
         """
-        if self._user_collate is default_collate:
+        own = self._user_collate is not default_collate
+        if self.num_workers and not own:
             return None
         rows = [row % len(self.dataset) for row in rows]  # type: ignore[arg-type]
         if hasattr(self.dataset, "__getitems__"):
@@ -124,7 +128,7 @@ class PrivateDataLoader(DataLoader[Any]):
         else:
             samples = [self.dataset[row] for row in rows]
         before_collating()
-        return self._user_collate(samples)
+        return self._user_collate(samples) if own else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing; with it Lightning knows that the loader can resume."""

@@ -252,8 +252,13 @@ class SteppingStrategy(AccountedStrategy):
         def loss(batch: Any) -> Tensor:
             return loss_of(output(batch))
 
+        loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
+
+        def fetched() -> None:
+            for row in range(5):  # each by itself, as they run
+                loader.trial_batch([row])
+
         def kept_apart() -> None:
-            loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
             require_rows_kept_apart(
                 loader.trial_batch,
                 engine,
@@ -274,7 +279,7 @@ class SteppingStrategy(AccountedStrategy):
                 backward=self._backward,
                 checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
                 stateful=self._stateful,
-                first=(lambda: None) if isolated else kept_apart,
+                first=fetched if isolated else kept_apart,
                 isolated=isolated,
                 seed=seed,
             )
@@ -301,7 +306,15 @@ class SteppingStrategy(AccountedStrategy):
                 chunk.size,
                 stateful=self._stateful,
                 seeds=Seeds(self.config.insecure_seed),
+                checkpoint=self._held_alone,
             )
+
+    def _held_alone(self) -> dict[str, Any]:
+        """Return what a checkpoint would hold, as far as that takes no other process."""
+        trainer = self._module.trainer
+        if trainer.world_size > 1:  # which may not run trial rows in this step
+            return {"hyper_parameters": dict(self._module.hparams)}
+        return trainer._checkpoint_connector.dump_checkpoint(False)
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any

@@ -605,6 +605,115 @@ def test_a_new_key_is_not_told(tmp_path):
         trainer(tmp_path).fit(module, loader())
 
 
+def test_a_number_that_python_has_no_type_for_is_compared_by_itself():
+    assert difference(copied(np.longdouble(1)), copied(np.longdouble(1))) is None
+    assert difference(copied(np.longdouble(1)), copied(np.longdouble(2))) == ""
+
+
+def test_a_module_pickled_whole_holds_buffers_that_its_state_leaves_out():
+    kept = nn.Identity()
+    kept.register_buffer("seen", torch.zeros(1), persistent=False)
+    before = copied([kept])
+    kept.seen.add_(1)
+    assert difference(before, copied([kept])) == "0.seen"
+
+
+class Late(Module):
+    """Does in later steps what it does not in the first, in which a preflight looks."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(4))
+        self.frozen = nn.Linear(4, 1).requires_grad_(False)
+        self.change, self.kept = change, []
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step > 0:
+            with torch.no_grad():
+                self.change(self, batch[0])
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.layer.parameters())
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["kept"] = list(self.kept)
+
+
+def into_the_state(module, x):
+    (state, *_) = module.optimizers().optimizer.state.values()
+    state["exp_avg"].add_(1e-3)
+
+
+LATE = {
+    "center": lambda m, x: m.center.mul_(0.9).add_(x.mean(0), alpha=0.1),
+    "frozen.weight": lambda m, x: m.frozen.weight.add_(x.mean(0)),
+    r"hyper_parameters.last[.0-9]*": lambda m, x: m.hparams.update(last=x[0].tolist()),
+    "kept": lambda m, x: m.kept.append(len(x)),
+    "optimizer_states.0.state.0.exp_avg.1": into_the_state,
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_takes_up_rows_in_a_later_step_is_seen_there(tmp_path, name):
+    run = trainer(tmp_path, max_epochs=2)
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}' changes.*This step was not taken"):
+        run.fit(Late(LATE[name]), loader())
+    assert run.strategy.ledger.steps == 1
+
+
+class Fetching(torch.utils.data.Dataset):
+    """Keeps of the rows what it has fetched."""
+
+    def __init__(self, keep):
+        self.rows, self.keep, self.kept = loader().dataset, keep, [0.0]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        self.keep(self.kept, float(self.rows[row][0].sum()))
+        return self.rows[row]
+
+
+class Fetched(L.LightningDataModule):
+    """Its state is what the dataset keeps."""
+
+    def __init__(self, keep, **options):
+        super().__init__()
+        self.rows, self.options = Fetching(keep), options
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=8, **self.options)
+
+    def state_dict(self):
+        return {"kept": self.rows.kept}
+
+
+def counted(kept, _):
+    kept[0] += 1
+
+
+def last(kept, value):
+    kept[0] = value
+
+
+@pytest.mark.parametrize("keep", [counted, last])
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("collate", [default_collate, lambda samples: default_collate(samples)])
+def test_what_a_dataset_keeps_of_rows_is_in_no_checkpoint(tmp_path, keep, isolated, collate):
+    run = trainer(tmp_path, dp={"isolate_rows": isolated})
+    with pytest.raises(UnsupportedModelError, match=r"'Fetched.kept.0' changes"):
+        run.fit(Module(), datamodule=Fetched(keep, collate_fn=collate))
+
+
+def test_what_copies_of_the_dataset_keep_in_workers_is_in_none_either(tmp_path):
+    data, run = Fetched(counted, num_workers=1), trainer(tmp_path)
+    run.fit(Module(), datamodule=data)
+    assert run.strategy.ledger.steps == 4
+    assert data.state_dict() == {"kept": [0.0]}
+
+
 class Clock(Kept):
     """Its checkpoints say when they were written."""
 
@@ -621,6 +730,7 @@ def saved_at(kept):
     return kept
 
 
+NAMES = [f"C-{100371 + 7 * row}" for row in range(999)]
 CLOCKS = {
     "seconds": lambda _: time.time(),
     "nanoseconds": lambda _: [{"now": time.time_ns()}],
@@ -632,6 +742,15 @@ CLOCKS = {
     "name": lambda _: f"run-{uuid.uuid4()}",
     "count": lambda kept: kept.append(0) or len(kept),
     "list": saved_at,
+    "elapsed": lambda _: time.perf_counter() - 5,
+    "hundredths": lambda _: round(time.time(), 2),
+    "milliseconds in a text": lambda _: f"at {time.time():.3f}",
+    "local": lambda _: datetime.datetime.now().isoformat(),
+    "as in C": lambda _: time.ctime(),
+    "in a file's name": lambda _: time.strftime("run_%Y%m%d-%H%M%S.ckpt"),
+    "elapsed in a text": lambda _: str(datetime.timedelta(seconds=time.monotonic())),
+    "hex": lambda _: uuid.uuid4().hex,
+    "drawn": lambda _: random.choice("abc"),
 }
 
 
@@ -651,6 +770,14 @@ def test_a_clock_takes_up_no_rows(tmp_path, clock):
         lambda kept: f"{datetime.datetime.now(datetime.UTC)} {sum(kept)}",
         lambda kept: time.time() + sum(map(abs, kept)),
         lambda kept: {"at": time.time(), "n": kept[-1:]},
+        lambda kept: f"C-{random.choice(kept or [0]):.6f}",
+        lambda kept: random.choice(NAMES[: 1 + len(kept)]),
+        lambda kept: f"{uuid.uuid4().hex} {uuid.uuid4().hex[:6] if not kept else kept[-1]}",
+        lambda kept: f"{uuid.uuid4().hex[:8]}",
+        lambda kept: round(time.time(), 2) + sum(map(abs, kept)) * 1e-4,
+        lambda kept: time.time() + 0.05 * len(kept),
+        lambda kept: f"{time.time() + len(kept):.1f}",
+        lambda kept: f"{datetime.datetime.now() + datetime.timedelta(seconds=len(kept))}",
     ],
 )
 def test_nothing_hides_behind_a_clock(tmp_path, now):

@@ -31,7 +31,7 @@ CATALOGUE = [
     ),
     Mutation(
         "trial runs look at the weights only",
-        "privacy/preflight.py",
+        "privacy/held.py",
         "return {**given, **written, **added, **own}",
         "return own",
         f"{ATTACKS} -k takes_up_rows",
@@ -189,9 +189,37 @@ CATALOGUE = [
     Mutation(
         "whatever moves by itself may move by anything",
         "privacy/clocks.py",
-        "                return least <= sign * moved <= most\n",
-        "                return least <= sign * moved\n",
+        " <= rate * most + slack",
+        "",
         f"{ATTACKS} -k hides_behind",
+    ),
+    Mutation(
+        "a row that is chosen at random passes for a clock",
+        "privacy/clocks.py",
+        "(place % 2 == 1 and self._part(one, two, three))",
+        "len({one, two, three}) == 3",
+        f"{ATTACKS} -k hides_behind",
+    ),
+    Mutation(
+        "what a checkpoint would hold is compared in the first step only",
+        "privacy/strangers.py",
+        "        if before is not None:\n",
+        "        if False:\n",
+        f"{ATTACKS} -k 'later_step and center'",
+    ),
+    Mutation(
+        "trial runs fetch no rows where torch's own function collates them",
+        "strategies/loader.py",
+        "        if self.num_workers and not own:",
+        "        if not own:",
+        f"{ATTACKS} -k 'keeps_of_rows and default_collate-False'",
+    ),
+    Mutation(
+        "trial runs fetch no rows that run by themselves",
+        "strategies/stepping.py",
+        "first=fetched if isolated",
+        "first=(lambda: None) if isolated",
+        f"{ATTACKS} -k 'keeps_of_rows and default_collate-True'",
     ),
     Mutation(
         "a new key stands in an error",

@@ -60,7 +60,7 @@ CATALOGUE = [
     Mutation(
         "a checkpoint takes up rows",
         "privacy/preflight.py",
-        "        _require_unchanged(before, copied(_held(model, checkpoint), Tensor.detach))\n",
+        "        require_unchanged(before, lambda: Snapshot.of(hold, uncopied), outcome=NO_STEP)\n",
         "",
         f"{PRIVACY} -k takes_up",
     ),
