@@ -252,7 +252,8 @@ def _same(given: Any, loaded: Any, seen: dict[int, Any]) -> bool:
     # Objects in it may know no other equality than identity.
     if fields := _fields(given):
         return _same(fields, _fields(loaded), seen)
-    return same is None or type(given).__eq__ is object.__eq__
+    equality: Any = type(given).__eq__
+    return same is None or equality is object.__eq__
 
 
 def _fields(value: Any) -> dict[str, Any]:
