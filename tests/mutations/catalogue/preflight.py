@@ -344,8 +344,8 @@ CATALOGUE = [
     Mutation(
         "later trials leave their traces",
         "privacy/strangers.py",
-        "        preserved(trial.model, light),\n",
-        "",
+        "        preserved(trial.model, light) as kept,\n",
+        "        preserved(nn.Module(), light) as kept,\n",
         f"{MEETING} -k leave_nothing",
     ),
     Mutation(
