@@ -345,7 +345,7 @@ CATALOGUE = [
         "later trials leave their traces",
         "privacy/strangers.py",
         "        preserved(trial.model, light) as kept,\n",
-        "        preserved(nn.Module(), light) as kept,\n",
+        "        preserved(torch.nn.Module(), light) as kept,\n",
         f"{MEETING} -k leave_nothing",
     ),
     Mutation(
