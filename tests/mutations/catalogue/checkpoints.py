@@ -118,7 +118,7 @@ CATALOGUE = [
         "hyperparameters hide in pairs",
         "plugins/constructor.py",
         "        if not isinstance(part, Mapping):",
-        "        if False:",
+        "        part = dict(part)\n        if False:",
         f"{CONSTRUCTOR} -k no_checkpoint_of_a_trainer",
     ),
     Mutation(
@@ -148,16 +148,6 @@ CATALOGUE = [
         "    seen[id(given)] = given\n",
         "    seen[id(given)] = None\n",
         f"{READABLE} -k hide_nothing",
-    ),
-    Mutation(
-        "a number of numpy that no other equals is written as one",
-        "plugins/readable.py",
-        'if same and value.dtype.kind in "biufcSU" else value',
-        "",
-        f"{READABLE} -k 'refused_by_name and date'",
-        more=(
-            ("    if type(plain) not in (bool, int, float, complex, str, bytes):", "    if False:"),
-        ),
     ),
     Mutation(
         "hyperparameters that cannot be read back cost the steps before the first save",
