@@ -115,13 +115,6 @@ CATALOGUE = [
         f"{CONSTRUCTOR} -k resolver",
     ),
     Mutation(
-        "hyperparameters hide in pairs",
-        "plugins/constructor.py",
-        "        if not isinstance(part, Mapping):",
-        "        part = dict(part)\n        if False:",
-        f"{CONSTRUCTOR} -k no_checkpoint_of_a_trainer",
-    ),
-    Mutation(
         "a checkpoint chooses the class",
         "plugins/constructor.py",
         'path.rpartition(".")[2] != kind.__name__:',
