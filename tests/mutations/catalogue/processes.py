@@ -61,13 +61,6 @@ CATALOGUE = [
         f"{DDP} -k paid_for",
     ),
     Mutation(
-        "a process goes on under a promise of its own",
-        "strategies/training.py",
-        "                require_same_promise(self.config, ledger)\n",
-        "                pass\n",
-        f"{DDP} -k 'fails_in_all and promises'",
-    ),
-    Mutation(
         "a metric that is computed in a step waits for other processes' chunks",
         "strategies/processes.py",
         "metric.sync_on_compute = metric._to_sync = False",

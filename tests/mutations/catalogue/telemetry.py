@@ -86,14 +86,6 @@ CATALOGUE = [
         f"{PRIVACY} -k embeddings",
     ),
     Mutation(
-        "the transfer hooks mix rows",
-        "strategies/stepping.py",
-        "                loss,\n                chunk.data,\n",
-        "                lambda data: loss_of(self._module.training_step(data, *rest, **kwargs)),\n"
-        "                self._on_device(chunk.data),\n",
-        f"{PRIVACY} -k transfer_hook",
-    ),
-    Mutation(
         "the collate function mixes rows",
         "privacy/collation.py",
         "    if row_differs(run, changed, kept, tolerance=_TOLERANCE):",
