@@ -164,3 +164,21 @@ def test_a_wrapped_key_travels_as_json(keys):
 def test_a_malformed_wrapped_key_is_refused(value):
     with pytest.raises(IntegrityError):
         WrappedKey.from_json(value)
+
+
+def _recorded(event):
+    """A listener that can be pickled."""
+
+
+def test_a_pickled_provider_takes_along_the_listeners_that_follow_it(keys):
+    events.subscribe("follower", _recorded, follows_keys=True)
+    try:
+        sent = pickle.dumps(keys)
+    finally:
+        events.unsubscribe("follower")
+    assert "follower" not in events.following()
+    try:
+        assert pickle.loads(sent).key_id == keys.key_id
+        assert events.following()["follower"] is _recorded
+    finally:
+        events.unsubscribe("follower")
