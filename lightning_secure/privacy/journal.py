@@ -223,6 +223,9 @@ class Journal:
                 failure = str(error).rstrip(".")
             except OSError as error:
                 failure = f"it cannot be written: {error.strerror or type(error).__name__}"
+            except BaseException:  # an interruption must not keep the lock
+                file.close()
+                raise
         if file is not None:
             file.close()
         raise LedgerError(f"privacy journal {str(path)!r}: {failure}. No step was taken.")

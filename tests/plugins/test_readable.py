@@ -60,6 +60,8 @@ UNSAFE = {
     "module": torch.nn.MSELoss(),
     "long double": np.longdouble("0.1"),
     "date": np.datetime64("2026-01-01"),
+    "duration": np.timedelta64(5, "ns"),  # which equals 5
+    "text that numpy cuts": np.str_("a\0"),
     "lock": threading.Lock(),
 }
 

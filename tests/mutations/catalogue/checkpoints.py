@@ -143,6 +143,20 @@ CATALOGUE = [
         f"{READABLE} -k hide_nothing",
     ),
     Mutation(
+        "a duration is written as a number",
+        "plugins/readable.py",
+        'plain if same and value.dtype.kind in "biufcSU" else value',
+        "plain if same else value",
+        f"{READABLE} -k 'refused_by_name and duration'",
+    ),
+    Mutation(
+        "a scalar of numpy is written as what does not equal it",
+        "plugins/readable.py",
+        'plain if same and value.dtype.kind in "biufcSU" else value',
+        'plain if value.dtype.kind in "biufcSU" else value',
+        f"{READABLE} -k 'refused_by_name and cuts'",
+    ),
+    Mutation(
         "hyperparameters that cannot be read back cost the steps before the first save",
         "plugins/checkpoint.py",
         "        require_readable(planned, safe_globals=self._safe_globals, planned=True)\n",

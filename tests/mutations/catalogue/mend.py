@@ -147,6 +147,14 @@ CATALOGUE = [
         "tests/privacy/test_journal.py -k forked_child",
     ),
     Mutation(
+        "a pipe in place of a privacy journal hangs the run",
+        "privacy/journal.py",
+        "os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)",
+        "os.O_RDWR | os.O_CLOEXEC)",
+        "tests/privacy/test_journal.py -k 'at_once and pipe'",
+        more=(("        require_regular(fd)\n", "        pass\n"),),
+    ),
+    Mutation(
         "a line of a privacy journal fills the memory",
         "privacy/journal.py",
         "            if len(line) >= _MAX_LINE:\n",

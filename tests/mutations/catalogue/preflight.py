@@ -335,6 +335,13 @@ CATALOGUE = [
         f"{MEETING} -k 'scales_otherwise and 4'",
     ),
     Mutation(
+        "targets that are left out later are not tried",
+        "privacy/repeats.py",
+        "        if self._unlike(batch, rows):",
+        "        if False:",
+        f"{MEETING} -k left_out_later",
+    ),
+    Mutation(
         "later trials leave their traces",
         "privacy/strangers.py",
         "        preserved(trial.model, light) as kept,\n",
