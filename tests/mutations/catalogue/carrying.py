@@ -105,7 +105,7 @@ CATALOGUE = [
         "privacy/carrying.py",
         "            prefix + name.removeprefix(below): note\n",
         "            name: note\n",
-        f"{ACCOUNT} -k 'trained_without_noise_is_seen and itself'",
+        f"{ACCOUNT} -k 'part_brings and itself-False'",
     ),
     Mutation(
         "one of several runs is forgotten",
