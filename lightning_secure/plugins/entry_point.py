@@ -45,9 +45,16 @@ class Introduction(pl.Callback):
         introduce(trainer.strategy)
         bring_ledger_with_weights(trainer.strategy)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look for ledgers once more, in parts that the module's own ``setup`` has made."""
+        from lightning_secure.privacy.ledger import bring_ledger_with_weights
+
+        bring_ledger_with_weights(trainer.strategy)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a checkpoint that was read past it."""
         introduce(trainer.strategy, loaded=bool(trainer.ckpt_path))
+        self.on_fit_start(trainer, pl_module)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 

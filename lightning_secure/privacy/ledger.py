@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lightning_secure.privacy.carrying import (
     drop_ledger,
     keep_ledger,
     ledger_of,
+    watch_ledger,
 )
 from lightning_secure.privacy.ledger_state import parsed, state_of
 from lightning_secure.privacy.public import PublicNumbers
@@ -81,6 +82,7 @@ class Ledger:
         declared_public: How often changes of the weights were declared to depend on no row.
         weights: What the weights were when the ledger was last complete in this process, by name;
             None while a private fit changes them.
+        change_told: Whether a log has said, in this fit, that the weights have changed.
     """
 
     delta: float
@@ -101,6 +103,7 @@ class Ledger:
     journal_directory: Path | None = None
     declared_public: int = 0
     weights: dict[str, WeightNote] | None = field(default=None, repr=False, compare=False)
+    change_told: bool = field(default=False, repr=False, compare=False)
     _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _certified: dict[float, int] = field(default_factory=dict, repr=False)
     _horizon: int = field(default=0, repr=False, compare=False)
@@ -340,18 +343,29 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
     return ledger
 
 
-def bring_ledger(module: Module, checkpoint: Mapping[str, Any]) -> None:
-    """Let a module that takes over a checkpoint's weights carry their ledger, if they have one.
+def bring_ledger(module: Module, checkpoint: Mapping[str, Any], load: Callable[[], object]) -> None:
+    """Let a module take over a checkpoint's weights, and carry their ledger if they have one.
+
+    Args:
+        module: Carries the ledger also if loading fails.
+        checkpoint: Holds the weights.
+        load: Loads them into the module. A hook of the module may rename them.
 
     Raises:
-        LedgerError: They have one that cannot be read.
+        LedgerError: if they have one that cannot be read. Nothing was loaded.
     """
     ledger = Ledger.from_checkpoint(checkpoint)
-    if ledger is not None:
+    if ledger is None:
+        load()
+        return
+    state = checkpoint.get("state_dict", {})
+    try:
+        load()
+    finally:
         # Of the second, Lightning's WeightAveraging makes the module's weights in some cases.
-        taken_over = (checkpoint.get(key, {}) for key in ("state_dict", "current_model_state"))
-        ledger.weights = noted_weights(module, *taken_over)
-        keep_ledger(module, ledger)
+        average = checkpoint.get("current_model_state", {})
+        ledger.weights = noted_weights(module, *((state, average) if average else ()))
+        keep_ledger(module, ledger, covers=state.keys())
 
 
 def bring_ledger_with_weights(strategy: Any) -> None:
@@ -362,11 +376,12 @@ def bring_ledger_with_weights(strategy: Any) -> None:
     """
     if not isinstance(strategy, HasLedger):
         vars(strategy)["load_model_state_dict"] = partial(_load_weights, strategy)
+        watch_ledger(strategy.lightning_module)
 
 
 def _load_weights(strategy: Any, checkpoint: Mapping[str, Any], *args: Any, **options: Any) -> None:
-    bring_ledger(strategy.lightning_module, checkpoint)
-    type(strategy).load_model_state_dict(strategy, checkpoint, *args, **options)
+    load = partial(type(strategy).load_model_state_dict, strategy, checkpoint, *args, **options)
+    bring_ledger(strategy.lightning_module, checkpoint, load)
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from torch.nn import Module
 from lightning_secure import events
 from lightning_secure.errors import LedgerError, PrivacyError
 from lightning_secure.privacy.accounting import Release
-from lightning_secure.privacy.ledger import Ledger, drop_ledger, ledger_of
+from lightning_secure.privacy.ledger import Ledger, drop_ledger, keep_ledger, ledger_of
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 from lightning_secure.privacy.weights import noted_weights
 
@@ -20,6 +20,7 @@ __all__ = [
     "announce_plain",
     "lend_account",
     "settle_account",
+    "trainable_names",
 ]
 
 
@@ -96,6 +97,14 @@ def settle_account(module: Module, ledger: Ledger, *, fitted: bool) -> None:
         drop_ledger(module)
     elif fitted:
         ledger.weights = noted_weights(module)
+        if ledger_of(module) is ledger:
+            keep_ledger(module, ledger, covers=trainable_names(module))
+
+
+def trainable_names(module: Module) -> frozenset[str]:
+    """Return the names of the parameters that a fit trains."""
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if parameter.requires_grad)
 
 
 def announce_plain(checkpoint_io: CheckpointIO, path: str, step: int) -> None:

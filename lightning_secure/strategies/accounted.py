@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -94,8 +95,8 @@ class AccountedStrategy(Strategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take over weights and their account together, also where the run is then refused."""
-        bring_ledger(self._module, checkpoint)
-        super().load_model_state_dict(checkpoint, strict=strict)
+        load = partial(super().load_model_state_dict, checkpoint, strict=strict)
+        bring_ledger(self._module, checkpoint, load)
 
     # Where several processes train together, they go on or fail together.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -48,6 +50,22 @@ _OPTIONS: Final = (
     "precision",
     "num_nodes",
 )
+#: When callbacks save or stop, which takes all processes; as far as a callback has them.
+_CALLBACK_OPTIONS: Final = (
+    "monitor",
+    "mode",
+    "save_top_k",
+    "save_last",
+    "save_weights_only",
+    "_every_n_train_steps",
+    "_every_n_epochs",
+    "_train_time_interval",
+    "_save_on_train_epoch_end",
+    "patience",
+    "min_delta",
+    "stopping_threshold",
+    "_check_on_train_epoch_end",
+)
 _MOST_NUMBERS: Final = 16
 
 
@@ -75,6 +93,36 @@ def run_statement(
         elif field.name not in _OF_ONE_PROCESS:
             stated[f"DPConfig({field.name}=)"] = str(value)
     stated["public_metrics"] = ", ".join(sorted(public_metrics))
+    return {**stated, **_validation_statement(trainer), **_callbacks_statement(trainer)}
+
+
+def _validation_statement(trainer: pl.Trainer) -> Statement:
+    """Return whether a fit validates, and on how many loaders if it was given them."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return {}
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not trainer.enable_validation:
+        return {"validation": "none"}
+    if source.is_module():
+        return {"validation": f"by {type_name(source.instance)}"}
+    loaders = source.instance
+    number = len(loaders) if isinstance(loaders, list | tuple | Mapping) else 1
+    return {"validation": f"{number} DataLoader{'s' * (number != 1)}"}
+
+
+def _callbacks_statement(trainer: pl.Trainer) -> Statement:
+    """Return which callbacks save checkpoints or stop training, and when."""
+    stated: dict[str, str | bytes] = {}
+    for kind, callbacks in (
+        ("checkpoint", trainer.checkpoint_callbacks),
+        ("early stopping", trainer.early_stopping_callbacks),
+    ):
+        stated[f"the {kind} callbacks"] = ", ".join(map(type_name, callbacks)) or "none"
+        for number, callback in enumerate(callbacks):
+            for name in _CALLBACK_OPTIONS:
+                if hasattr(callback, name):
+                    option = f"{name.removeprefix('_')} of {kind} callback {number}"
+                    stated[option] = _plain(getattr(callback, name))
     return stated
 
 
@@ -184,6 +232,6 @@ def _plain(value: Any) -> str:
         return f"{{{', '.join(sorted(map(_plain, value)))}}}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_plain(item)}' for key, item in value.items())}}}"
-    if isinstance(value, torch.dtype | torch.device):
+    if isinstance(value, torch.dtype | torch.device | timedelta):
         return str(value)
     return type_name(value)

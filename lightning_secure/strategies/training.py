@@ -22,6 +22,7 @@ from lightning_secure.strategies.account import (
     account_of,
     lend_account,
     settle_account,
+    trainable_names,
 )
 from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.expected import ExpectedBatch
@@ -186,7 +187,7 @@ class PrivateTraining(SteppingStrategy):
 
         self._ledger = ledger = self._once(covered)
         if ledger is not None:
-            keep_ledger(self._module, ledger)
+            keep_ledger(self._module, ledger, covers=trainable_names(self._module))
             with self._together():
                 require_same_promise(self.config, ledger)
 

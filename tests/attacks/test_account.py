@@ -565,3 +565,187 @@ def test_a_ledger_without_a_release_leaves_nothing_on_the_module(tmp_path):
         trainer(tmp_path).fit(module, loader())
     assert ledger_of(module) is None
     assert not {"on_save_checkpoint", "on_fit_start", "on_fit_end"} & (set(vars(module)) - before)
+
+
+# ---------------------------------------------------------------- parts of other modules
+
+
+class Net(Model):
+    """Everything in one part that can be taken out."""
+
+    def __init__(self):
+        super().__init__()
+        self.back.requires_grad_(True)
+        self.net = nn.Sequential(self.back, nn.ReLU(), self.head)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Outer(L.LightningModule):
+    """Has parts that were modules of their own, and as many elements elsewhere."""
+
+    def __init__(self, *parts, freeze=False):
+        super().__init__()
+        self.parts = nn.ModuleList(parts).requires_grad_(not freeze)
+        self.head = nn.Linear(6, 3)
+        self.tail = nn.Linear(3, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.tail(sum(part(batch[0]) for part in self.parts)), batch[1])
+
+    validation_step = Model.validation_step
+
+    def configure_optimizers(self):
+        used = (*self.parts.parameters(), *self.tail.parameters())
+        return torch.optim.SGD([p for p in used if p.requires_grad], 0.1)
+
+
+def _pickled(part):
+    torch.save(part, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+TAKEN = {
+    "itself": lambda module: module,
+    "a copy": copy.deepcopy,
+    "its net": lambda module: module.net,
+    "a copy of its net": lambda module: copy.deepcopy(module.net),
+    "its net from a pickle": lambda module: _pickled(module.net),
+    "its layers": lambda module: nn.Sequential(module.back, nn.ReLU(), module.head),
+    "in a wrapper": lambda module: nn.Sequential(nn.Identity(), module),
+}
+
+
+def saved(tmp_path, module):
+    """Return the ledger in what a plain Trainer saves of a module."""
+    run = plain(tmp_path)
+    run.validate(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    return in_file(tmp_path / "saved.ckpt")
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("taken", TAKEN)
+def test_a_part_brings_its_ledger_into_another_module(tmp_path, taken, freeze):
+    module, _ = trained(tmp_path, Net())
+    outer = Outer(TAKEN[taken](module), freeze=freeze)
+    ledger = saved(tmp_path, outer)
+    assert (ledger.steps, ledger.private) == (STEPS, True)
+    assert saved(tmp_path, module).private, "and keeps it"
+    trained(tmp_path, outer)
+    ledger = saved(tmp_path, outer)
+    assert (ledger.steps, ledger.private) == (2 * STEPS, True)
+    assert ledger.run_id == carried(module).run_id
+    if "copy" not in taken and "pickle" not in taken:
+        after = saved(tmp_path, module)
+        assert (after.steps, after.private) == ((STEPS if freeze else 2 * STEPS), True)
+    trained(tmp_path, outer)
+    assert carried(outer).steps == 3 * STEPS
+
+
+def test_teacher_and_student_of_one_run_have_one_ledger(tmp_path):
+    student, _ = trained(tmp_path, Net())
+    teacher = copy.deepcopy(student)
+    trained(tmp_path, student)
+    outer = Outer(student, teacher.requires_grad_(False))
+    assert saved(tmp_path, outer).steps == 2 * STEPS
+    trained(tmp_path, outer)
+    assert (carried(outer).steps, carried(outer).private) == (3 * STEPS, True)
+
+
+@pytest.mark.parametrize("taken", ["itself", "its net", "its layers"])
+def test_parts_of_several_runs_claim_nothing(tmp_path, taken):
+    first, second = (TAKEN[taken](trained(tmp_path, Net())[0]) for _ in range(2))
+    outer = Outer(first, second)
+    assert "weights_of_several_private_runs" in saved(tmp_path, outer).insecure
+    with pytest.raises(LedgerError, match="different private runs"):
+        trained(tmp_path, outer)
+
+
+def test_a_part_of_another_run_in_a_private_module_is_refused(tmp_path):
+    (module, _), (other, _) = (trained(tmp_path, Net()) for _ in range(2))
+    module.teacher = other.net.requires_grad_(False)
+    with pytest.raises(LedgerError, match="different private runs"):
+        trained(tmp_path, module)
+
+
+@pytest.mark.parametrize("taken", ["itself", "its net"])
+def test_a_part_that_was_trained_without_noise_is_seen_in_another_module(tmp_path, taken):
+    module, _ = trained(tmp_path, Net())
+    outer = Outer(TAKEN[taken](module))
+    _plainly(tmp_path, outer)
+    assert not saved(tmp_path, outer).private
+    assert not saved(tmp_path, module).private
+    with pytest.raises(LedgerError, match="have changed since"):
+        trained(tmp_path, outer)
+    declare_public_weights(outer)
+    trained(tmp_path, outer)
+    assert carried(outer).private
+
+
+def test_a_part_that_is_made_in_setup_brings_its_ledger(tmp_path):
+    module, _ = trained(tmp_path, Net())
+
+    class Late(Outer):
+        def setup(self, stage):
+            self.parts.append(module.net)
+
+    assert saved(tmp_path, Late()).steps == STEPS
+
+
+def test_public_parts_and_layers_without_weights_bring_nothing(tmp_path):
+    public = nn.Linear(4, 6).requires_grad_(False)
+    module = Model()
+    module.back, module.act = public, nn.ReLU()
+    trained(tmp_path, module)
+    other = Model()
+    other.back, other.act = public, module.act
+    assert ledger_of(other) is None
+    trained(tmp_path, other)
+    assert carried(other).run_id != carried(module).run_id
+
+
+class Renames(Model):
+    """A later version, whose head has another name than in checkpoints of the earlier one."""
+
+    def __init__(self):
+        super().__init__()
+        self.top = self.head
+        del self.head
+        self._register_load_state_dict_pre_hook(self._rename)
+
+    def _rename(self, state, prefix, *_):
+        for key in ("weight", "bias"):
+            if f"head.{key}" in state:
+                state[f"top.{key}"] = state.pop(f"head.{key}")
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.top(self.scale * self.back(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_weights_that_a_hook_renames_are_noted_as_they_were_loaded(tmp_path, private):
+    _, run = trained(tmp_path)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    module = Renames()
+    again = trainer(tmp_path) if private else plain(tmp_path)
+    again.validate(
+        module, loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
+    )
+    assert saved(tmp_path, module).private
+    trained(tmp_path, module)
+    assert carried(module).steps == 2 * STEPS
+
+
+def test_a_plain_fit_warns_once_of_changed_weights(tmp_path, caplog):
+    module, _ = trained(tmp_path)
+    best = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
+    run = plain(tmp_path, callbacks=[best], enable_checkpointing=True)
+    run.fit(module, loader())
+    assert len(list((tmp_path / "c").glob("*.ckpt"))) == 4
+    assert caplog.text.count("have changed since the last private fit") == 1

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import scenarios
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from scenarios import rows
 from torch import nn
@@ -148,6 +149,20 @@ class Decays(Model):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3 + RANK)]
 
 
+class Validates(Model):
+    """Is given a validation loader in the first process only."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        return DataLoader(rows(8), batch_size=4)
+
+
+def saving(*steps):
+    return [ModelCheckpoint(every_n_train_steps=count) for count in steps]
+
+
 def fine(model, kind=PrivateDDPStrategy):
     """Run two steps or so, and return what happened."""
     return failing(model, kind, max_steps=2)
@@ -233,6 +248,10 @@ DIFFERENT = {
     "delta": failing(Model, config={"delta": 1e-5 * (1 + RANK)}),
     "seed": failing(Model, config={"insecure_seed": 3 if RANK else None}),
     "public": failing(Model, strategy={"public_metrics": ["a"] if RANK else ["b"]}),
+    "validation": failing(lambda: (Model if RANK else Validates)(), limit_val_batches=1.0),
+    "checkpoints": failing(Model, callbacks=saving(1 + RANK), enable_checkpointing=True),
+    "no_checkpoints": failing(Model, callbacks=saving(1)[RANK:], enable_checkpointing=not RANK),
+    "patience": failing(Model, callbacks=[EarlyStopping("loss", patience=1 + RANK)]),
     "sharded_rows": failing(lambda: Sharded(OwnIndices(order_of(RANK))), PrivateFSDPStrategy),
     "sharded_width": failing(lambda: Sharded(width=8 + RANK), PrivateFSDPStrategy),
     "sharded_lr": failing(lambda: Sharded(lr=0.1 + RANK), PrivateFSDPStrategy),

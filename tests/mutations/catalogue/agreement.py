@@ -79,6 +79,20 @@ CATALOGUE = [
         f"{AGREE} -k 'named and epochs'",
     ),
     Mutation(
+        "one process validates and the other does not",
+        "strategies/statements.py",
+        "**_validation_statement(trainer), ",
+        "",
+        f"{AGREE} -k 'named and validation'",
+    ),
+    Mutation(
+        "each process saves checkpoints as often as it was told",
+        "strategies/statements.py",
+        ", **_callbacks_statement(trainer)}",
+        "}",
+        f"{AGREE} -k 'named and checkpoints and not no_'",
+    ),
+    Mutation(
         "a plain strategy reads whatever each process has opened",
         "data/datamodule.py",
         "            differing = compared(statement)\n",

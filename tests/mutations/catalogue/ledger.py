@@ -54,8 +54,8 @@ CATALOGUE = [
     Mutation(
         "weights of a refused resume get a fresh account",
         "strategies/accounted.py",
-        "        bring_ledger(self._module, checkpoint)\n",
-        "",
+        "        bring_ledger(self._module, checkpoint, load)\n",
+        "        load()\n",
         f"{RUNS} -k only_validated",
     ),
     Mutation(

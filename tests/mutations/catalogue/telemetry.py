@@ -95,7 +95,7 @@ CATALOGUE = [
     Mutation(
         "a fit after a resume begins a new account",
         "strategies/training.py",
-        "            keep_ledger(self._module, ledger)\n",
+        "            keep_ledger(self._module, ledger, covers=trainable_names(self._module))\n",
         "",
         f"{PRIVACY} -k after_a_resume",
     ),
