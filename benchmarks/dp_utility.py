@@ -42,7 +42,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure import DPConfig, PrivateStrategy
-from lightning_secure.privacy.accounting import calibrate_noise
+from lightning_secure.privacy.accounting.pld import calibrate_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Rows divide by the batch, so that both sides have the same sampling rate.

@@ -34,7 +34,7 @@ from redaction_data import (
 )
 from redaction_speed import metrics_overhead, texts_speed
 
-from lightning_secure.redaction.detectors import (
+from lightning_secure.redaction.detect.detectors import (
     AssignmentDetector,
     KeyNameDetector,
     PersonalDataDetector,

@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING, Any
 from lightning_secure._version import __version__
 
 if TYPE_CHECKING:
+    from lightning_secure.anonymize import (
+        AnonymizationPlan,
+        AnonymizationReport,
+        Generalize,
+        Keep,
+        Pseudonymize,
+        Pseudonyms,
+        Redact,
+        Suppress,
+        Tokenize,
+        Tokens,
+    )
     from lightning_secure.audit.log import AuditLog, AuditSummary
     from lightning_secure.callbacks.audit_trail import AuditTrail
     from lightning_secure.callbacks.budget import PrivacyBudget
@@ -30,24 +42,24 @@ if TYPE_CHECKING:
         VaultTransitKeyProvider,
     )
     from lightning_secure.data.datamodule import EncryptedDataModule
-    from lightning_secure.data.dataset import EncryptedShardDataset
-    from lightning_secure.data.erasure import ErasureReport, erase_shard, erase_subject
-    from lightning_secure.data.finishing import finish_erasure
-    from lightning_secure.data.format import Column, Schema
-    from lightning_secure.data.leftovers import collect_garbage
-    from lightning_secure.data.ray import EncryptedShardDatasink
-    from lightning_secure.data.rotation import (
+    from lightning_secure.data.erasure.erase import ErasureReport, erase_shard, erase_subject
+    from lightning_secure.data.erasure.finish import finish_erasure
+    from lightning_secure.data.format.columns import Column, Schema
+    from lightning_secure.data.key_rotation.rotate import (
         add_recipient,
         remove_recipient,
         rotate_data,
         rotate_kek,
         rotate_partition,
     )
-    from lightning_secure.data.seal import seal
+    from lightning_secure.data.manifests.garbage import collect_garbage
+    from lightning_secure.data.reading.dataset import EncryptedShardDataset
     from lightning_secure.data.sources.arrow import Fill, Stack
-    from lightning_secure.data.splits import SplitByColumn, SplitByRatio
     from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
-    from lightning_secure.data.writer import EncryptedShardWriter
+    from lightning_secure.data.writing.ray_sink import EncryptedShardDatasink
+    from lightning_secure.data.writing.seal import seal
+    from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
+    from lightning_secure.data.writing.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.loggers.redacting import RedactingLogger
     from lightning_secure.metrics.membership import MembershipInferenceAdvantage
@@ -57,26 +69,14 @@ if TYPE_CHECKING:
         load_encrypted_checkpoint,
     )
     from lightning_secure.plugins.hyperparameters import RedactingCheckpointIO
-    from lightning_secure.privacy.audit.one_run import OneRunAudit
-    from lightning_secure.privacy.carrying import declare_public_weights
-    from lightning_secure.privacy.clipping.rules import AdaptiveClipping, PerLayerClipping
+    from lightning_secure.privacy.accounting.carried_ledger import declare_public_weights
+    from lightning_secure.privacy.auditing.one_run import OneRunAudit
     from lightning_secure.privacy.config import DPConfig
+    from lightning_secure.privacy.gradients.clipping.rules import AdaptiveClipping, PerLayerClipping
     from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
     from lightning_secure.privacy.released.sums import PrivacyAccount
-    from lightning_secure.redaction.anonymize import (
-        AnonymizationPlan,
-        AnonymizationReport,
-        Generalize,
-        Keep,
-        Pseudonymize,
-        Pseudonyms,
-        Redact,
-        Suppress,
-        Tokenize,
-        Tokens,
-    )
-    from lightning_secure.redaction.canary import CanaryHit, CanarySearch, WriteWatch
-    from lightning_secure.redaction.encrypted import decrypt_artifacts, open_artifact
+    from lightning_secure.redaction.artifacts.encrypted import decrypt_artifacts, open_artifact
+    from lightning_secure.redaction.leak_search.search import CanaryHit, CanarySearch, WriteWatch
     from lightning_secure.redaction.logs import RedactingFilter
     from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
     from lightning_secure.redaction.policy import RedactionPolicy
@@ -171,38 +171,38 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdaptiveClipping": "privacy.clipping.rules",
-    "AnonymizationPlan": "redaction.anonymize",
-    "AnonymizationReport": "redaction.anonymize",
+    "AdaptiveClipping": "privacy.gradients.clipping.rules",
+    "AnonymizationPlan": "anonymize",
+    "AnonymizationReport": "anonymize",
     "AuditLog": "audit.log",
     "AuditSummary": "audit.log",
     "AuditTrail": "callbacks.audit_trail",
     "AwsKmsKeyProvider": "crypto.providers",
-    "CanaryHit": "redaction.canary",
-    "CanarySearch": "redaction.canary",
+    "CanaryHit": "redaction.leak_search.search",
+    "CanarySearch": "redaction.leak_search.search",
     "CiphertextCache": "data.storage",
     "ClippedFraction": "privacy.released.steps",
-    "Column": "data.format",
+    "Column": "data.format.columns",
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
     "EncryptedDataModule": "data.datamodule",
-    "EncryptedShardDataset": "data.dataset",
-    "EncryptedShardDatasink": "data.ray",
-    "EncryptedShardWriter": "data.writer",
+    "EncryptedShardDataset": "data.reading.dataset",
+    "EncryptedShardDatasink": "data.writing.ray_sink",
+    "EncryptedShardWriter": "data.writing.writer",
     "EnvironmentSecret": "crypto.providers",
-    "ErasureReport": "data.erasure",
+    "ErasureReport": "data.erasure.erase",
     "FileSecret": "crypto.providers",
     "Fill": "data.sources.arrow",
-    "Generalize": "redaction.anonymize",
+    "Generalize": "anonymize",
     "GradientNorm": "privacy.released.steps",
     "HpkeKeyProvider": "crypto.providers",
     "HpkePrivateKey": "crypto.providers",
-    "Keep": "redaction.anonymize",
+    "Keep": "anonymize",
     "KeyProvider": "crypto.keys",
     "LocalKeyProvider": "crypto.providers",
     "MembershipInferenceAdvantage": "metrics.membership",
-    "OneRunAudit": "privacy.audit.one_run",
-    "PerLayerClipping": "privacy.clipping.rules",
+    "OneRunAudit": "privacy.auditing.one_run",
+    "PerLayerClipping": "privacy.gradients.clipping.rules",
     "Pkcs11KeyProvider": "crypto.providers",
     "PrivacyAccount": "privacy.released.sums",
     "PrivacyAudit": "callbacks.privacy_audit",
@@ -212,9 +212,9 @@ _HOMES = {
     "PrivateFSDPStrategy": "strategies.fsdp",
     "PrivateMean": "metrics.private",
     "PrivateStrategy": "strategies.private",
-    "Pseudonymize": "redaction.anonymize",
-    "Pseudonyms": "redaction.anonymize",
-    "Redact": "redaction.anonymize",
+    "Pseudonymize": "anonymize",
+    "Pseudonyms": "anonymize",
+    "Redact": "anonymize",
     "RedactingCheckpointIO": "plugins.hyperparameters",
     "RedactingFilter": "redaction.logs",
     "RedactingLogger": "loggers.redacting",
@@ -224,32 +224,32 @@ _HOMES = {
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
     "RowMean": "privacy.released.steps",
-    "Schema": "data.format",
+    "Schema": "data.format.columns",
     "SigningKey": "crypto.providers",
-    "SplitByColumn": "data.splits",
-    "SplitByRatio": "data.splits",
+    "SplitByColumn": "data.writing.split_rules",
+    "SplitByRatio": "data.writing.split_rules",
     "Stack": "data.sources.arrow",
-    "Suppress": "redaction.anonymize",
-    "Tokenize": "redaction.anonymize",
-    "Tokens": "redaction.anonymize",
+    "Suppress": "anonymize",
+    "Tokenize": "anonymize",
+    "Tokens": "anonymize",
     "VaultTransitKeyProvider": "crypto.providers",
-    "WriteWatch": "redaction.canary",
-    "add_recipient": "data.rotation",
-    "collect_garbage": "data.leftovers",
-    "declare_public_weights": "privacy.carrying",
-    "decrypt_artifacts": "redaction.encrypted",
+    "WriteWatch": "redaction.leak_search.search",
+    "add_recipient": "data.key_rotation.rotate",
+    "collect_garbage": "data.manifests.garbage",
+    "declare_public_weights": "privacy.accounting.carried_ledger",
+    "decrypt_artifacts": "redaction.artifacts.encrypted",
     "enforce_mlflow_redaction": "redaction.mlflow_store.enforce",
-    "erase_shard": "data.erasure",
-    "erase_subject": "data.erasure",
-    "finish_erasure": "data.finishing",
+    "erase_shard": "data.erasure.erase",
+    "erase_subject": "data.erasure.erase",
+    "finish_erasure": "data.erasure.finish",
     "load_encrypted_checkpoint": "plugins.checkpoint",
-    "open_artifact": "redaction.encrypted",
+    "open_artifact": "redaction.artifacts.encrypted",
     "register_strategies": "strategies.registry",
-    "remove_recipient": "data.rotation",
-    "rotate_data": "data.rotation",
-    "rotate_kek": "data.rotation",
-    "rotate_partition": "data.rotation",
-    "seal": "data.seal",
+    "remove_recipient": "data.key_rotation.rotate",
+    "rotate_data": "data.key_rotation.rotate",
+    "rotate_kek": "data.key_rotation.rotate",
+    "rotate_partition": "data.key_rotation.rotate",
+    "seal": "data.writing.seal",
     "upload_split": "data.storage",
 }
 

@@ -18,11 +18,11 @@ import fsspec
 import pytest
 from hypothesis import settings
 
-from lightning_secure import events
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.mlflow_store import enforce, transport
 from lightning_secure.redaction.policy import Rules
+from lightning_secure.util import events
 
 REQUIRE_SERVICES = "LIGHTNING_SECURE_REQUIRE_SERVICES"
 
@@ -178,7 +178,7 @@ def _no_redactors_left() -> Iterator[None]:
     known[:] = before or known[:1]
     enforce._POLICY.rules = Rules()
     transport._in_the_clear.clear()
-    for counter in (tally._found, tally._told, tally._due):
+    for counter in (finding_counts._found, finding_counts._told, finding_counts._due):
         counter.clear()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_secure.agreement import differences, ranks
+from lightning_secure.util.agreement import differences, ranks
 
 
 def test_the_same_is_no_difference():

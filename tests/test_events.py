@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_secure import events
+from lightning_secure.util import events
 
 
 def test_every_listener_hears_every_event_in_order():

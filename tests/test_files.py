@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from lightning_secure.files import (
+from lightning_secure.util.files import (
     atomic_writer,
     exclusive_lock,
     make_private_directories,
@@ -65,7 +65,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old")
     code = (
         "import sys, time, pathlib\n"
-        "from lightning_secure.files import atomic_writer\n"
+        "from lightning_secure.util.files import atomic_writer\n"
         "with atomic_writer(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write(b'new'); file.flush(); print('ready', flush=True); time.sleep(60)\n"
     )

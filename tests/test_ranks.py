@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from lightning_secure import ranks
+from lightning_secure.util import ranks
 
 NAMES = (
     *ranks._GLOBAL, *ranks._JOBS,

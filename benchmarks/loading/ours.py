@@ -32,11 +32,11 @@ from lightning_secure import (
     EncryptedShardDataset,
     EncryptedShardWriter,
     LocalKeyProvider,
-    events,
 )
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.segments import TAG_BYTES, SegmentCipher
-from lightning_secure.data.samples import collate
+from lightning_secure.data.reading.samples import collate
+from lightning_secure.util import events
 from loading.serving import Cell, Epoch, serve
 from loading.source import open_rows
 

@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
-from lightning_secure.files import open_regular, release_lock, require_regular
-from lightning_secure.forks import ForkLock
-from lightning_secure.ranks import host_name, job_id, rank_of_process
+from lightning_secure.util.files import open_regular, release_lock, require_regular
+from lightning_secure.util.fork_lock import ForkLock
+from lightning_secure.util.ranks import host_name, job_id, rank_of_process
 
 __all__ = ["AuditLog", "AuditSummary"]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_secure import events
 from lightning_secure.audit.log import AuditLog
+from lightning_secure.util import events
 
 __all__ = ["Recorder"]
 
 
 class Recorder:
-    """A listener of :mod:`~lightning_secure.events` that can be pickled.
+    """A listener of :mod:`~lightning_secure.util.events` that can be pickled.
 
     Args:
         log: Where events are written.

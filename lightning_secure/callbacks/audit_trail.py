@@ -14,13 +14,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_secure import events
 from lightning_secure._version import __version__
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.audit.recorder import Recorder
 from lightning_secure.errors import AuditWriteError
-from lightning_secure.privacy.ledger import HasLedger, Ledger
-from lightning_secure.redaction import tally
+from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
+from lightning_secure.redaction import finding_counts
+from lightning_secure.util import events
 
 __all__ = ["AuditTrail"]
 
@@ -78,7 +78,7 @@ class AuditTrail(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Record the end of a run that ended by itself."""
-        tally.announce_all()
+        finding_counts.announce_all()
         details = {"stage": stage, "step": trainer.global_step, **_privacy(trainer)}
         self._record("run.end", details)
 
@@ -90,7 +90,7 @@ class AuditTrail(Callback):
         name = f"{kind.__module__}.{kind.__qualname__}"
         details = {"exception": name, "step": trainer.global_step, **_privacy(trainer)}
         try:
-            tally.announce_all()
+            finding_counts.announce_all()
             self._record("run.exception", details, outcome="failure")
         except AuditWriteError as error:
             # The run is ending, by an error that must not be hidden behind this one. Without a

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_secure.errors import BudgetExhaustedError, ConfigError
-from lightning_secure.privacy.ledger import HasLedger, Ledger
-from lightning_secure.validate import positive, positive_int
+from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
+from lightning_secure.util.validate import positive, positive_int
 
 __all__ = ["PrivacyBudget"]
 

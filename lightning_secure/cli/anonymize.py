@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 import click
 
+from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.anonymize.check import CheckedColumn, PlanCheck
 from lightning_secure.cli.seal import SOURCE_KEYS, read_options, summary
-from lightning_secure.configuration import parsed
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.redaction.anonymize import AnonymizationPlan, AnonymizationReport
-from lightning_secure.redaction.anonymize.check import CheckedColumn, PlanCheck
+from lightning_secure.util.yaml_config import parsed
 
 __all__ = ["anonymize"]
 
@@ -87,8 +87,8 @@ def anonymize(
 
 
 def _checked(source: Path, plan: AnonymizationPlan, options: Mapping[str, Any]) -> PlanCheck:
-    from lightning_secure.data.columns import count_rows
     from lightning_secure.data.sources import open_source
+    from lightning_secure.data.writing.convert import count_rows
 
     result = PlanCheck(plan)
     for columns in open_source(source, **options).shown(plan).batches():

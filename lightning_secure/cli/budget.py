@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.privacy.accounting import (
+from lightning_secure.privacy.accounting.pld import (
     ACCOUNTANTS,
     BOUNDS,
     Release,
@@ -23,7 +23,7 @@ from lightning_secure.privacy.accounting import (
     epsilon_rdp,
     epsilon_truncated,
 )
-from lightning_secure.validate import open_unit_interval, positive, positive_int
+from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
 __all__ = ["budget"]
 
@@ -217,7 +217,7 @@ def show(
             "releases": [list(release) for release in ledger.releases],
         }
         if journal is not None:
-            from lightning_secure.privacy.journal import known_releases
+            from lightning_secure.privacy.accounting.journal import known_releases
 
             known = known_releases(ledger, journal)
             answer["run_steps"] = sum(release.steps for release in known)
@@ -253,7 +253,7 @@ def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) 
     small.
     """
     with _reported():
-        from lightning_secure.privacy.journal import restore_journal
+        from lightning_secure.privacy.accounting.journal import restore_journal
 
         path = restore_journal(_account(checkpoint, key_file), journal, steps=steps)
         click.echo(f"{path}: {steps} steps")

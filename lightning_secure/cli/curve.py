@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from lightning_secure.errors import ConfigError, MissingExtraError
-from lightning_secure.files import atomic_writer
-from lightning_secure.privacy.accounting import Release, epsilon_by, epsilon_rdp
+from lightning_secure.privacy.accounting.pld import Release, epsilon_by, epsilon_rdp
+from lightning_secure.util.files import atomic_writer
 
 __all__ = ["draw", "require_drawable"]
 

@@ -14,7 +14,7 @@ from lightning_secure.cli.local import failures, key_file, pins, provider, recip
 
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider
-    from lightning_secure.data.erasure import ErasureReport
+    from lightning_secure.data.erasure.erase import ErasureReport
 
 __all__ = ["erase"]
 
@@ -58,7 +58,7 @@ def erase() -> None:
 @failures
 def shard(root: Path, split: str, numbers: tuple[int, ...], **options: Any) -> None:
     """Erase the shards NUMBERS of SPLIT."""
-    from lightning_secure.data.erasure import erase_shard
+    from lightning_secure.data.erasure.erase import erase_shard
 
     _confirm(f"Erase {len(numbers)} shards of {split!r}", options)
     arguments = _keys(options)
@@ -75,7 +75,7 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
 
     Arguments of a command can be seen by other users of the machine and stay in a shell's history.
     """
-    from lightning_secure.data.erasure import erase_subject
+    from lightning_secure.data.erasure.erase import erase_subject
 
     if _at_a_terminal():
         name = click.prompt("Subject", hide_input=True)
@@ -119,7 +119,7 @@ def finish(
     **pinned: Any,
 ) -> None:
     """Finish an erasure that broke off after the rows went."""
-    from lightning_secure.data.finishing import finish_erasure
+    from lightning_secure.data.erasure.finish import finish_erasure
 
     if old_key_file is not None and not yes:
         click.confirm(f"Finish the erasure, and destroy {old_key_file} if it says so?", abort=True)
@@ -160,7 +160,7 @@ def _unfinished(root: Path, *keys: KeyProvider | None) -> Iterator[None]:
 def _erased(root: Path, keys: Sequence[KeyProvider]) -> bool:
     """Whether the manifest in place is without the rows of a record that can be believed."""
     from lightning_secure.crypto.manifest import read_manifest
-    from lightning_secure.data.unfinished import UnfinishedErasure
+    from lightning_secure.data.erasure.pending_record import UnfinishedErasure
     from lightning_secure.errors import IntegrityError
 
     trusted = {name: key for one in keys for name, key in one.trusted_signers.items()}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lightning_secure.configuration import parsed, shown, typed
 from lightning_secure.errors import ConfigError
+from lightning_secure.util.yaml_config import parsed, shown, typed
 
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider

@@ -27,7 +27,7 @@ def recipients() -> None:
 def show(root: Path, key_path: Path, **pinned: Any) -> None:
     """Show the recipients of each partition: kind of provider, and id of the key."""
     from lightning_secure.crypto.manifest import read_manifest
-    from lightning_secure.data.pins import check_pins
+    from lightning_secure.data.manifests.rollback_pins import check_pins
 
     manifest = read_manifest(root, trusted=provider(key_path).trusted_signers)
     check_pins(manifest, pinned["min_generation"], pinned["manifest_digest"])
@@ -49,7 +49,7 @@ def show(root: Path, key_path: Path, **pinned: Any) -> None:
 @failures
 def add(root: Path, partition: str, key_path: Path, recipient: Path, **pinned: Any) -> None:
     """Let another key open PARTITION: the name of a split, or SPLIT.KEY."""
-    from lightning_secure.data.rotation import add_recipient
+    from lightning_secure.data.key_rotation.rotate import add_recipient
 
     manifest = add_recipient(
         root, partition, keys=provider(key_path), recipient=provider(recipient), **pinned
@@ -77,7 +77,7 @@ def remove(
 
     What its holder has read or copied it keeps; `rotate data` encrypts the rows anew.
     """
-    from lightning_secure.data.rotation import remove_recipient
+    from lightning_secure.data.key_rotation.rotate import remove_recipient
 
     manifest = remove_recipient(
         root,

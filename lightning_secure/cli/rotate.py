@@ -33,7 +33,7 @@ def kek(root: Path, key_path: Path, to: Path, **pinned: Any) -> None:
     Every reader has to use, or trust, the new one from now on. An old copy of the manifest still
     opens under the old key; destroy that, or rotate the data too.
     """
-    from lightning_secure.data.rotation import rotate_kek
+    from lightning_secure.data.key_rotation.rotate import rotate_kek
 
     manifest = rotate_kek(root, keys=provider(key_path), to=provider(to), **pinned)
     click.echo(f"generation {manifest.generation}, manifest {manifest.digest}")
@@ -50,7 +50,7 @@ def partition(
     root: Path, name: str, key_path: Path, recipients: tuple[Path, ...], **pinned: Any
 ) -> None:
     """Give partition NAME a new key, for the recipients that it has."""
-    from lightning_secure.data.rotation import rotate_partition
+    from lightning_secure.data.key_rotation.rotate import rotate_partition
 
     manifest = rotate_partition(
         root,
@@ -70,7 +70,7 @@ def partition(
 @failures
 def data(root: Path, split: str, key_path: Path, **pinned: Any) -> None:
     """Encrypt the rows of SPLIT anew. It is on the disk twice until that is done."""
-    from lightning_secure.data.rotation import rotate_data
+    from lightning_secure.data.key_rotation.rotate import rotate_data
 
     manifest = rotate_data(root, split, keys=provider(key_path), **pinned)
     click.echo(f"generation {manifest.generation}, manifest {manifest.digest}")
@@ -87,7 +87,7 @@ def data(root: Path, split: str, key_path: Path, **pinned: Any) -> None:
 @failures
 def clean(root: Path, key_path: Path, min_age_days: float, **pinned: Any) -> None:
     """Remove what crashed sealings and rotations left behind."""
-    from lightning_secure.data.leftovers import collect_garbage
+    from lightning_secure.data.manifests.garbage import collect_garbage
 
     removed = collect_garbage(
         root, keys=provider(key_path), min_age_s=min_age_days * 86400, **pinned

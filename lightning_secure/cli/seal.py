@@ -19,15 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lightning_secure.anonymize import AnonymizationReport
+from lightning_secure.anonymize.classes import ClassCount
+from lightning_secure.anonymize.reading import PLAN_KEYS, plan_of
+from lightning_secure.anonymize.report import BeforeAndAfter
 from lightning_secure.cli.local import pins
 from lightning_secure.cli.providers import provider_of
-from lightning_secure.configuration import known, parsed, typed
 from lightning_secure.errors import ConfigError, LightningSecureError
-from lightning_secure.files import as_path, atomic_writer
-from lightning_secure.redaction.anonymize import AnonymizationReport
-from lightning_secure.redaction.anonymize.classes import ClassCount
-from lightning_secure.redaction.anonymize.reading import PLAN_KEYS, plan_of
-from lightning_secure.redaction.anonymize.report import BeforeAndAfter
+from lightning_secure.util.files import as_path, atomic_writer
+from lightning_secure.util.yaml_config import known, parsed, typed
 
 __all__ = ["SOURCE_KEYS", "read_config", "read_options", "seal"]
 
@@ -83,7 +83,7 @@ def seal(
     configuration are wrong; 1 anything else was refused or failed; 130 interrupted. Unless it is 0
     or 4, no split of this call that was not there before is in the dataset.
     """
-    from lightning_secure.data.seal import seal as run
+    from lightning_secure.data.writing.seal import seal as run
 
     console = Console(stderr=True)
     try:
@@ -165,7 +165,7 @@ def _fail(console: Console, error: Exception, status: int) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the arguments of :func:`lightning_secure.data.seal.seal` that a file asks for.
+    """Return the arguments of :func:`lightning_secure.data.writing.seal.seal` that a file asks for.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or has a key that is not known.
@@ -202,7 +202,7 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(value: Any) -> Any:
-    from lightning_secure.data.splits import SplitByColumn, SplitByRatio
+    from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
 
     if isinstance(value, str):
         return value

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from lightning_secure import events
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, utf8
 from lightning_secure.crypto.signing import Signer
 from lightning_secure.errors import (
@@ -25,6 +24,7 @@ from lightning_secure.errors import (
     KeyUnavailableError,
     WrongKeyError,
 )
+from lightning_secure.util import events
 
 __all__ = ["DataKey", "KeyProvider", "UnwrapDeniedError", "WrappedKey"]
 

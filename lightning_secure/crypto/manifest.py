@@ -27,7 +27,7 @@ from lightning_secure.crypto.parsing import NAME_PATTERN
 from lightning_secure.crypto.partitions import PartitionKey, partition_context
 from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
 from lightning_secure.errors import DataError, IntegrityError, ManifestMismatchError
-from lightning_secure.files import atomic_writer, read_regular
+from lightning_secure.util.files import atomic_writer, read_regular
 
 __all__ = [
     "MANIFEST_NAME",

@@ -1,8 +1,8 @@
 """Who may open a partition, and under which key: a manifest with its keys exchanged.
 
 Nothing here reads or writes a file. Every function takes a verified manifest and returns a changed
-one; :func:`successor` makes it the next generation, and :mod:`lightning_secure.data.rotation` puts
-that in place.
+one; :func:`successor` makes it the next generation, and
+:mod:`lightning_secure.data.key_rotation.rotate` puts that in place.
 """
 
 from __future__ import annotations

@@ -13,17 +13,17 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from lightning_secure.agreement import Statement, compared, gathered
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
-from lightning_secure.data.pins import check_pins
-from lightning_secure.data.samples import Output
+from lightning_secure.data.manifests.rollback_pins import check_pins
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
-from lightning_secure.introductions import introduce
-from lightning_secure.privacy.ledger import bring_ledger_with_weights
+from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
+from lightning_secure.util.agreement import Statement, compared, gathered
+from lightning_secure.util.strategy_check import introduce
 
 __all__ = ["EncryptedDataModule"]
 

@@ -9,11 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction import tally
-from lightning_secure.redaction.calls import Parameters
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.artifacts.copy import as_it_is, copy_checked, copy_tree_checked
+from lightning_secure.redaction.bound_call import Parameters
+from lightning_secure.redaction.clean_metrics import known_clean
 from lightning_secure.redaction.containers import number_of
-from lightning_secure.redaction.files import as_it_is, copy_checked, copy_tree_checked
-from lightning_secure.redaction.metrics import known_clean
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
@@ -111,9 +111,9 @@ class RedactingClient:
                 clean[argument] = value
                 if argument not in _IDS:
                     sink = _SINKS.get(argument) or _SINKS.get(name, "names")
-                    with tally.looking(sink, strict=self._strict):
+                    with finding_counts.looking(sink, strict=self._strict):
                         clean[argument] = self._argument(name, argument, value, given)
-            tally.announce()
+            finding_counts.announce()
             positional, named = parameters.spread(clean)
             return method(*positional, **named)
 
@@ -169,7 +169,7 @@ class RedactingClient:
             target = Path(folder, self._redacted("", source.name))
             copied = copy_checked(source, target, redact=self._redacted, binary=self._binary)
             place = self._place(artifact_path)
-            tally.announce()
+            finding_counts.announce()
             self._client.log_artifact(run_id, str(copied), place)
 
     def _log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
@@ -178,11 +178,11 @@ class RedactingClient:
                 Path(local_dir), Path(folder), redact=self._redacted, binary=self._binary
             )
             place = self._place(artifact_path)
-            tally.announce()
+            finding_counts.announce()
             self._client.log_artifacts(run_id, folder, place)
 
     def _redacted(self, _: str, text: str) -> str:
-        with tally.looking("artifacts", strict=self._strict):
+        with finding_counts.looking("artifacts", strict=self._strict):
             return self._redactor.redact_text(text)
 
     def _place(self, artifact_path: str | None) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_secure.errors import RedactionError
 from lightning_secure.loggers.client import RedactingClient
-from lightning_secure.redaction import tally
-from lightning_secure.redaction.calls import Parameters
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.bound_call import Parameters
 from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.redactor import Redactor
 
@@ -94,7 +94,7 @@ class RedactingExperiment:
                 if kind is None:
                     raise refusal(f"argument {name!r} of {method.__name__}")
                 clean[name] = self._argument(kind, value)
-            tally.announce()
+            finding_counts.announce()
             positional, named = parameters.spread(clean)
             return method(*positional, **named)
 
@@ -104,7 +104,7 @@ class RedactingExperiment:
         if value is None:
             return None
         if kind in _SINKS:
-            with tally.looking(_SINKS[kind]):
+            with finding_counts.looking(_SINKS[kind]):
                 return self._redactor.redact_text(str(self._redactor.redact(value)))
         if kind is _Kind.METRICS:
             return redacted_metrics(self._redactor, value)
@@ -128,7 +128,7 @@ def redacted_fields(redactor: Redactor, value: Any) -> dict[str, Any]:
     Raises:
         RedactionError: They have no names, or cannot be read.
     """
-    with tally.looking("params"):
+    with finding_counts.looking("params"):
         fields = _plain(redactor.redact(value))
     if not isinstance(fields, dict):
         raise refusal(f"a {type(value).__name__} in the place of hyperparameters")
@@ -152,7 +152,7 @@ def redacted_metrics(redactor: Redactor, metrics: Mapping[str, Any]) -> dict[str
 
     What was found is to be announced before they are logged.
     """
-    with tally.looking("metrics"):
+    with finding_counts.looking("metrics"):
         names = redactor.redact(dict.fromkeys(metrics))
         values = [
             value if _is_number(value) else redactor.redact(value, name=str(name))

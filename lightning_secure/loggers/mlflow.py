@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_secure.errors import ConfigError, MissingExtraError
-from lightning_secure.files import exclusive_lock
 from lightning_secure.loggers.client import RedactingClient
 from lightning_secure.loggers.run_tags import RunTags
-from lightning_secure.ranks import rank_of_process
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.mlflow_store.enforce import (
     enforce_mlflow_redaction,
     switch_telemetry_off,
@@ -33,6 +31,8 @@ from lightning_secure.redaction.mlflow_store.transport import allow_http, plain,
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor
+from lightning_secure.util.files import exclusive_lock
+from lightning_secure.util.ranks import rank_of_process
 
 __all__ = ["RedactingMLFlowLogger"]
 
@@ -173,9 +173,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
         """Log hyperparameters, redacted before they are cut to MLflow's length."""
         # Before they are cut, for half of a secret is not recognised any more and still a leak; and
         # before they are flattened, which turns containers that Lightning does not know into text.
-        with tally.looking("params", strict=self._strict):
+        with finding_counts.looking("params", strict=self._strict):
             clean = self._redactor.redact(_convert_params(params))
-        tally.announce()
+        finding_counts.announce()
         super().log_hyperparams(clean)
 
     @rank_zero_only
@@ -188,9 +188,9 @@ class RedactingMLFlowLogger(MLFlowLogger):
         # A container that is written out in a name is looked into here, for Lightning takes its
         # brackets away, and so it would pass for words in the store.
         if not (self._redactor.remembers(numbers) and all(n[:1].isalpha() for n in numbers)):
-            with tally.looking("metrics", strict=self._strict):
+            with finding_counts.looking("metrics", strict=self._strict):
                 names = Policy(self._redactor).argument(dict.fromkeys(numbers))
-            tally.announce()
+            finding_counts.announce()
             numbers = dict(zip(names, numbers.values(), strict=True))
         if numbers or not metrics:
             super().log_metrics(numbers, step)

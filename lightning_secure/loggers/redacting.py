@@ -20,10 +20,10 @@ from lightning_secure.loggers.experiments import (
     redacting_experiment,
     refusal,
 )
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.artifacts.recognise import is_sealed
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
-from lightning_secure.redaction.sealed import is_sealed
 
 __all__ = ["RedactingLogger"]
 
@@ -146,7 +146,7 @@ class RedactingLogger(Logger):
         """Log hyperparameters, redacted."""
         clean = redacted_fields(self._redactor, {} if params is None else params)
         shown = None if metrics is None else redacted_metrics(self._redactor, metrics)
-        tally.announce()
+        finding_counts.announce()
         if metrics is None and step is None:
             self._logger.log_hyperparams(clean)
         else:
@@ -155,7 +155,7 @@ class RedactingLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log metrics with redacted names."""
         clean = redacted_metrics(self._redactor, metrics)
-        tally.announce()
+        finding_counts.announce()
         self._logger.log_metrics(clean, step)
 
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_secure.crypto.manifest import HasManifest
-from lightning_secure.privacy.ledger import GuardsMetrics, HasLedger, Ledger
+from lightning_secure.privacy.accounting.ledger import GuardsMetrics, HasLedger, Ledger
 from lightning_secure.redaction.mlflow_store.sinks import OURS
 
 __all__ = ["RunTags"]

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.validate import open_unit_interval
+from lightning_secure.util.validate import open_unit_interval
 
 __all__ = ["MembershipInferenceAdvantage", "membership_advantage"]
 

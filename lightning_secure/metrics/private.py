@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_secure.errors import ConfigError, LedgerError, PrivacyError
-from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, Chargeable, PrivateSum
 
 __all__ = ["PrivateAccuracy", "PrivateMean"]

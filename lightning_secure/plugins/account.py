@@ -11,12 +11,12 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_secure.crypto.heads import CHECKPOINT
+from lightning_secure.crypto.file_header import CHECKPOINT
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import CheckpointCorruptedError, ConfigError, LedgerError
-from lightning_secure.files import open_regular
 from lightning_secure.plugins.checkpoint import opened
-from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.util.files import open_regular
 
 __all__ = ["read_account"]
 

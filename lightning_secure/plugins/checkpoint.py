@@ -1,8 +1,8 @@
 """``Trainer(plugins=[EncryptedCheckpointIO(keys)])``: checkpoints that only the key's owner reads.
 
-A checkpoint is a head (:mod:`~lightning_secure.crypto.heads`) and a Cobblestone-256 stream. The
-header names the wrapped data key, the run and the step; all bytes before the stream are bound to
-it, so none of them can be changed. The stream holds what ``torch.save`` writes.
+A checkpoint is a header (:mod:`~lightning_secure.crypto.file_header`) and a Cobblestone-256
+stream. The header names the wrapped data key, the run and the step; all bytes before the stream are
+bound to it, so none of them can be changed. The stream holds what ``torch.save`` writes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_secure import events
-from lightning_secure.crypto.heads import CHECKPOINT
+from lightning_secure.crypto.file_header import CHECKPOINT
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.stream import StreamReader, StreamWriter
 from lightning_secure.errors import (
@@ -33,7 +32,6 @@ from lightning_secure.errors import (
     ConfigError,
     IntegrityError,
 )
-from lightning_secure.files import atomic_writer, open_regular
 from lightning_secure.plugins.asking import require_asked_to_read, require_asked_to_write
 from lightning_secure.plugins.command_line import attend_to_ckpt_path
 from lightning_secure.plugins.compact import save_named
@@ -44,8 +42,10 @@ from lightning_secure.plugins.readable import (
     require_waited_for,
     with_plain_numbers,
 )
-from lightning_secure.privacy.ledger import Ledger, keep_ledger
-from lightning_secure.privacy.weights import noted_weights
+from lightning_secure.privacy.accounting.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.accounting.weight_notes import noted_weights
+from lightning_secure.util import events
+from lightning_secure.util.files import atomic_writer, open_regular
 
 __all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
 

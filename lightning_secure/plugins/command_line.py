@@ -24,10 +24,10 @@ from typing import Any, Final
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from lightning_secure.crypto.heads import CHECKPOINT
+from lightning_secure.crypto.file_header import CHECKPOINT
 from lightning_secure.errors import ConfigError
-from lightning_secure.files import open_regular
 from lightning_secure.redaction.redactor import REDACTED
+from lightning_secure.util.files import open_regular
 
 __all__ = ["attend_to_ckpt_path"]
 

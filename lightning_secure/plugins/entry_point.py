@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import lightning.pytorch as pl
 
-from lightning_secure.introductions import introduce
+from lightning_secure.util.strategy_check import introduce
 
 __all__ = ["callbacks"]
 
@@ -18,7 +18,7 @@ _OURS: Final = frozenset(
     {
         "lightning_secure.plugins.checkpoint",
         "lightning_secure.plugins.hyperparameters",
-        "lightning_secure.privacy.ledger",
+        "lightning_secure.privacy.accounting.ledger",
     }
 )
 
@@ -40,14 +40,14 @@ class Introduction(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a strategy that would write past its CheckpointIO; have others bring ledgers."""
-        from lightning_secure.privacy.ledger import bring_ledger_with_weights
+        from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
 
         introduce(trainer.strategy)
         bring_ledger_with_weights(trainer.strategy)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for ledgers once more, in parts that the module's own ``setup`` has made."""
-        from lightning_secure.privacy.ledger import bring_ledger_with_weights
+        from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
 
         bring_ledger_with_weights(trainer.strategy)
 

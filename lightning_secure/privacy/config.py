@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy.accounting import require_accountant
-from lightning_secure.privacy.clipping.rules import (
+from lightning_secure.privacy.accounting.pld import require_accountant
+from lightning_secure.privacy.gradients.clipping.rules import (
     AdaptiveClipping,
     ClippingRule,
     PerLayerClipping,
     rule_of,
 )
-from lightning_secure.validate import open_unit_interval, positive, positive_int
+from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
 __all__ = ["DPConfig"]
 
@@ -38,9 +38,9 @@ class DPConfig:
             the number of people.
         max_grad_norm: The L2 norm to which each sample's gradient is clipped.
         clipping: ``flat``, in one piece; ``per_layer`` or
-            :class:`~lightning_secure.privacy.clipping.rules.PerLayerClipping`, each layer to its
+            :class:`~lightning_secure.PerLayerClipping`, each layer to its
             share of ``max_grad_norm``; ``adaptive`` or
-            :class:`~lightning_secure.privacy.clipping.rules.AdaptiveClipping`, to a bound that
+            :class:`~lightning_secure.AdaptiveClipping`, to a bound that
             begins at ``max_grad_norm`` and follows the norms, for which each step pays.
         expected_batch_size: Rows that a step draws on average; each row is drawn by itself with
             probability ``expected_batch_size / dataset size``. By default the DataLoader's

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.containers import fields_of, items_of
-from lightning_secure.redaction.detectors import (
+from lightning_secure.redaction.detect.detectors import (
     AssignmentDetector,
     Detector,
     Finding,
@@ -21,7 +21,7 @@ from lightning_secure.redaction.detectors import (
     PersonalDataDetector,
     SecretDetector,
 )
-from lightning_secure.redaction.disguises import DisguiseDetector
+from lightning_secure.redaction.detect.obfuscated import DisguiseDetector
 
 __all__ = ["REDACTED", "Redactor", "without"]
 
@@ -150,7 +150,7 @@ class Redactor:
 
     def _count(self, rule: str) -> None:
         self.counts[rule] += 1
-        tally.count(rule)
+        finding_counts.count(rule)
 
     def remembers(self, texts: Collection[Any]) -> bool:
         """Return whether all ``texts`` are texts that were seen before, with nothing found in them.
@@ -194,7 +194,7 @@ class Redactor:
         """Return what stands for a value that could not be checked."""
         # Never the error: it may repeat what it stumbled over.
         self._count(f"{what}-failed")
-        if self._strict or tally.strict():
+        if self._strict or finding_counts.strict():
             raise RedactionError(
                 f"a value could not be checked for secrets and personal data ({what} failed), so "
                 "it was not released."

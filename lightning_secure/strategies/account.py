@@ -7,12 +7,12 @@ from collections.abc import Callable
 from lightning.fabric.plugins import CheckpointIO
 from torch.nn import Module
 
-from lightning_secure import events
 from lightning_secure.errors import LedgerError, PrivacyError
-from lightning_secure.privacy.accounting import Release
-from lightning_secure.privacy.ledger import Ledger, drop_ledger, keep_ledger, ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger, drop_ledger, keep_ledger, ledger_of
+from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.weight_notes import noted_weights
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
-from lightning_secure.privacy.weights import noted_weights
+from lightning_secure.util import events
 
 __all__ = [
     "RunAccount",

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_secure.errors import BudgetExhaustedError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.banded.noise import BandedNoise
-from lightning_secure.privacy.banded.order import FixedOrderBatchSampler
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import Ledger
-from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.noise.banded.noise import BandedNoise
+from lightning_secure.privacy.noise.banded.order import FixedOrderBatchSampler
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
 __all__ = ["BandedFit"]
 
@@ -101,7 +101,7 @@ class BandedFit:
 
         Raises:
             PrivacyError: There is none; see
-                :meth:`~lightning_secure.privacy.banded.noise.BandedNoise.begin_step`.
+                :meth:`~lightning_secure.privacy.noise.banded.noise.BandedNoise.begin_step`.
         """
         self._noise.begin_step(parameters)
         self._taken += 1

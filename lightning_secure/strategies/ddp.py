@@ -7,7 +7,11 @@ from typing import ClassVar
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping, PerLayerClipping
+from lightning_secure.privacy.gradients.clipping.rules import (
+    ClippingRule,
+    FlatClipping,
+    PerLayerClipping,
+)
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.steps import required
 

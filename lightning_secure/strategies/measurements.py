@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_secure.errors import PrivacyError, UnsupportedTrainerOptionError
 from lightning_secure.strategies.expected import ExpectedBatch
-from lightning_secure.validate import whole_number
+from lightning_secure.util.validate import whole_number
 
 __all__ = ["require_public_throughput", "stop_system_metrics", "uncounted"]
 

@@ -10,13 +10,13 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 
-from lightning_secure.privacy.clipping.rules import (
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.gradients.clipping.rules import (
     AdaptiveClipping,
     ClippingRule,
     FlatClipping,
     PerLayerClipping,
 )
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.steps import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
 from lightning_secure.strategies.training import PrivateTraining

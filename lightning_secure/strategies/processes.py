@@ -26,7 +26,6 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_secure.agreement import Statement, compared, gathered, ranks
 from lightning_secure.errors import (
     ConfigError,
     LightningSecureError,
@@ -34,11 +33,11 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.accounting import Release
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.pld import Release
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.privacy.gradients.rules.base import widened
 from lightning_secure.privacy.sampling import Chunk, seed_of_rank
-from lightning_secure.privacy.units.base import widened
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.reduction import add_over_processes, answered
 from lightning_secure.strategies.same_rows import (
@@ -56,6 +55,7 @@ from lightning_secure.strategies.statements import (
 )
 from lightning_secure.strategies.steps import required
 from lightning_secure.strategies.training import PrivateTraining
+from lightning_secure.util.agreement import Statement, compared, gathered, ranks
 
 __all__ = ["SeveralProcesses"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_secure.agreement import DescribesRows, Statement
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.statements import type_name
+from lightning_secure.util.agreement import DescribesRows, Statement
 
 __all__ = [
     "Rows",

@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_secure.agreement import Statement
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivateSum
+from lightning_secure.util.agreement import Statement
 
 __all__ = [
     "loader_statement",

@@ -22,28 +22,28 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.banded.noise import BandedNoise
-from lightning_secure.privacy.clipping.adaptive import clip_bound, follow, with_count
-from lightning_secure.privacy.clipping.rules import ClippingRule, FlatClipping
-from lightning_secure.privacy.collation import require_rows_kept_apart
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.checks.collate_fn import require_rows_kept_apart
+from lightning_secure.privacy.checks.metric_isolation import metrics_kept_apart
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.checks.repeat_trials import Repeats
+from lightning_secure.privacy.checks.snapshot import return_freed_memory
+from lightning_secure.privacy.checks.stranger_rows import try_again
+from lightning_secure.privacy.checks.trial_run import Trial
+from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.ledger import Ledger
-from lightning_secure.privacy.leftovers import return_freed_memory
-from lightning_secure.privacy.metrics import metrics_kept_apart
-from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.gradients.clipping.adaptive import clip_bound, follow, with_count
+from lightning_secure.privacy.gradients.clipping.rules import ClippingRule, FlatClipping
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.noise.banded.noise import BandedNoise
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.steps import (
     ReleasedMetric,
     StepMetrics,
     require_rows_apart,
 )
 from lightning_secure.privacy.released.sums import PrivateSum
-from lightning_secure.privacy.repeats import Repeats
 from lightning_secure.privacy.sampling import Chunk, LogicalBatch
-from lightning_secure.privacy.seeds import Seeds
-from lightning_secure.privacy.strangers import try_again
-from lightning_secure.privacy.trial import Trial
 from lightning_secure.strategies.account import RunAccount
 from lightning_secure.strategies.accounted import AccountedStrategy
 from lightning_secure.strategies.banded import BandedFit

@@ -19,7 +19,7 @@ from lightning_secure import (
     LocalKeyProvider,
     Schema,
 )
-from lightning_secure.redaction.encrypted import encrypted
+from lightning_secure.redaction.artifacts.encrypted import encrypted
 
 ROWS = 20
 X = (np.arange(ROWS * 3, dtype="float32") / 7).reshape(ROWS, 3)

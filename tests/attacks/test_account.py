@@ -26,13 +26,13 @@ from lightning_secure import (
     EncryptedDataModule,
     RedactingCheckpointIO,
     declare_public_weights,
-    events,
     load_encrypted_checkpoint,
     seal,
 )
 from lightning_secure.errors import LedgerError
 from lightning_secure.plugins import entry_point
-from lightning_secure.privacy.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.util import events
 
 STEPS = 8
 

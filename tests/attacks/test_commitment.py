@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
 from lightning_secure.crypto.segments import SegmentCipher, SegmentKeys
-from lightning_secure.data.format import Schema
-from lightning_secure.data.shard import ShardReader
+from lightning_secure.data.format.columns import Schema
+from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.errors import ShardCorruptedError
 

@@ -27,8 +27,8 @@ from lightning_secure import (
 )
 from lightning_secure.crypto import manifest as manifests
 from lightning_secure.crypto.encoding import canonical_json
-from lightning_secure.data.leftovers import Journal
-from lightning_secure.data.rotation import rotate_data
+from lightning_secure.data.key_rotation.rotate import rotate_data
+from lightning_secure.data.manifests.garbage import Journal
 from lightning_secure.errors import (
     AuditChainError,
     CheckpointCorruptedError,

@@ -23,8 +23,8 @@ from test_files import bounded
 from lightning_secure import EncryptedShardDataset, LocalKeyProvider
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import PartitionKey, ShardEntry, read_manifest
-from lightning_secure.data.format import Schema, decode_segment
-from lightning_secure.data.shard import ShardReader
+from lightning_secure.data.format.columns import Schema, decode_segment
+from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.errors import (
     CheckpointCorruptedError,

@@ -31,15 +31,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.collation import _require_alike
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.leftovers import copied, difference
-from lightning_secure.privacy.metrics import metrics_kept_apart
-from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.checks.collate_fn import _require_alike
+from lightning_secure.privacy.checks.metric_isolation import metrics_kept_apart
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.checks.snapshot import copied, difference
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.gradients.rules.base import Record, Way
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.steps import require_rows_apart
 from lightning_secure.privacy.sampling import PoissonBatchSampler
-from lightning_secure.privacy.units.base import Record, Way
 
 SIZE = 12
 

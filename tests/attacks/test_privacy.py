@@ -16,8 +16,12 @@ from lightning_secure import (
     load_encrypted_checkpoint,
 )
 from lightning_secure.errors import UnsupportedModelError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.layers import clip_factor, linear_ghost_squares, linear_weighted_sum
-from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.gradients.formulas import (
+    clip_factor,
+    linear_ghost_squares,
+    linear_weighted_sum,
+)
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
 
 class Model(L.LightningModule):

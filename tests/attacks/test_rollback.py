@@ -12,25 +12,25 @@ import fsspec
 import numpy as np
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.closing import close_together
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.erasure import erase_shard, erase_subject
-from lightning_secure.data.leftovers import collect_garbage
-from lightning_secure.data.rotation import (
+from lightning_secure.data.erasure.erase import erase_shard, erase_subject
+from lightning_secure.data.key_rotation.rotate import (
     add_recipient,
     remove_recipient,
     rotate_data,
     rotate_kek,
     rotate_partition,
 )
-from lightning_secure.data.seal import seal
-from lightning_secure.data.splits import SplitByRatio
+from lightning_secure.data.manifests.garbage import collect_garbage
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.storage import RemoteStorage, upload_split
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.writing.seal import seal
+from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ManifestMismatchError
+from lightning_secure.util import events
 
 X = np.arange(40, dtype="int64")
 

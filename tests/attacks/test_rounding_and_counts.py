@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.errors import BudgetExhaustedError, UnsupportedModelError
 from lightning_secure.metrics import PrivateMean
-from lightning_secure.privacy.accounting import epsilon_by
+from lightning_secure.privacy.accounting.pld import epsilon_by
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.steps import RowMean, StepMetrics
 from lightning_secure.strategies.private import PrivateStrategy
 

@@ -18,9 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lightning_secure import DPConfig
 from lightning_secure.errors import ConfigError, UnsupportedModelError
-from lightning_secure.privacy.loss_graph import loss_graph
-from lightning_secure.privacy.repeats import Repeats
-from lightning_secure.privacy.seeds import Seeds
+from lightning_secure.privacy.checks.loss_graph import loss_graph
+from lightning_secure.privacy.checks.repeat_trials import Repeats
+from lightning_secure.privacy.checks.trial_seeds import Seeds
 
 
 class Module(L.LightningModule):

@@ -13,17 +13,17 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_secure import events
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.callbacks.audit_trail import AuditTrail
 from lightning_secure.callbacks.budget import PrivacyBudget
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import AuditWriteError, BudgetExhaustedError, ConfigError
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.private import PrivateStrategy
+from lightning_secure.util import events
 
 X = np.random.default_rng(3).normal(size=(64, 32)).astype("float32")
 

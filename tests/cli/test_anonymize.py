@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from lightning_secure import cli
+from lightning_secure.anonymize import AnonymizationReport
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.redaction.anonymize import AnonymizationReport
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 
 ROWS = """record,email,born,zip,note,dx,x
 R1,ada@x.org,1957-03-21,80233,fine,flu,0.5

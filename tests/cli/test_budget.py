@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_secure import DPConfig, EncryptedCheckpointIO, PrivateStrategy, cli
-from lightning_secure.privacy.journal import journal_path
-from lightning_secure.privacy.ledger import Ledger
+from lightning_secure.privacy.accounting.journal import journal_path
+from lightning_secure.privacy.accounting.ledger import Ledger
 
 # q, sigma, T, delta; PLD; RDP. The same table as in tests/privacy/test_accounting.py.
 REFERENCE = [

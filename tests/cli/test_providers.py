@@ -17,7 +17,7 @@ from lightning_secure.crypto.providers import (
     LocalKeyProvider,
     SigningKey,
 )
-from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.errors import ConfigError, KeyAccessError, KeyUnavailableError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "seal.yaml"

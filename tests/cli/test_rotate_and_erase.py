@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lightning_secure import cli, events
+from lightning_secure import cli
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.rotation import add_recipient
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.key_rotation.rotate import add_recipient
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import AuditWriteError
+from lightning_secure.util import events
 
 X = np.arange(60, dtype="int64")
 

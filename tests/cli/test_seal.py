@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from lightning_secure import cli
+from lightning_secure.anonymize import Keep, Suppress
 from lightning_secure.cli.seal import read_config
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.sources.arrow import Fill, Stack
-from lightning_secure.data.splits import SplitByColumn
+from lightning_secure.data.writing.split_rules import SplitByColumn
 from lightning_secure.errors import ConfigError
-from lightning_secure.redaction.anonymize import Keep, Suppress
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "seal.yaml"
 
@@ -92,7 +92,7 @@ def test_an_interrupted_sealing_goes_on_by_itself(here, monkeypatch):
         "keys: {kind: local, path: project.kek}\nsegment_bytes: 64\nshard_bytes: 256\nthreads: 1"
     )
     monkeypatch.setattr("lightning_secure.data.sources.tables.BATCH_BYTES", 400)
-    from lightning_secure.data import seal as module
+    from lightning_secure.data.writing import seal as module
 
     pour = module._pour
 

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from lightning_secure.crypto.encoding import canonical_json
-from lightning_secure.crypto.heads import CHECKPOINT, FILE
+from lightning_secure.crypto.file_header import CHECKPOINT, FILE
 from lightning_secure.errors import ConfigError, IntegrityError
 
 HEADER = {"file": "0" * 32, "name": "a.png", "key": [{}]}

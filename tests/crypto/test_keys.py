@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.keys import DataKey, WrappedKey
 from lightning_secure.errors import (
     AuditWriteError,
@@ -13,6 +12,7 @@ from lightning_secure.errors import (
     KeyAccessError,
     WrongKeyError,
 )
+from lightning_secure.util import events
 
 CONTEXT = {"purpose": "test", "dataset": "00"}
 MATERIAL = bytes(range(32))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.providers import (
     HpkeKeyProvider,
@@ -17,6 +16,7 @@ from lightning_secure.crypto.providers import (
     SigningKey,
 )
 from lightning_secure.errors import AuditWriteError, IntegrityError, KeyUnavailableError
+from lightning_secure.util import events
 
 
 def test_other_signers_can_be_trusted_and_travel_with_a_pickle(tmp_path, other_keys):

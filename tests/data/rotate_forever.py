@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.rotation import (
+from lightning_secure.data.key_rotation.rotate import (
     add_recipient,
     remove_recipient,
     rotate_data,

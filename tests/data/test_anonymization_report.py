@@ -13,16 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_secure.crypto.manifest import read_manifest, write_manifest
-from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.erasure import erase_shard
-from lightning_secure.data.rotation import rotate_data, rotate_partition
-from lightning_secure.data.seal import seal
-from lightning_secure.data.splits import SplitByRatio
-from lightning_secure.data.writer import EncryptedShardWriter
-from lightning_secure.errors import ConfigError, DataError, IntegrityError
-from lightning_secure.redaction.anonymize import (
+from lightning_secure.anonymize import (
     AnonymizationPlan,
     Generalize,
     Keep,
@@ -32,6 +23,15 @@ from lightning_secure.redaction.anonymize import (
     Tokenize,
     Tokens,
 )
+from lightning_secure.crypto.manifest import read_manifest, write_manifest
+from lightning_secure.crypto.providers import LocalKeyProvider
+from lightning_secure.data.erasure.erase import erase_shard
+from lightning_secure.data.key_rotation.rotate import rotate_data, rotate_partition
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.seal import seal
+from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.writer import EncryptedShardWriter
+from lightning_secure.errors import ConfigError, DataError, IntegrityError
 
 ROWS = 600
 SMALL = {"segment_bytes": 512, "shard_bytes": 4096}

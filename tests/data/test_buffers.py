@@ -5,8 +5,8 @@ import gc
 import numpy as np
 import pytest
 
-from lightning_secure.data.buffers import Buffers, Rows
-from lightning_secure.data.format import Column
+from lightning_secure.data.format.columns import Column
+from lightning_secure.data.reading.batch_buffers import Buffers, Rows
 
 X = Column("x", "tensor", "float32", (2,))
 

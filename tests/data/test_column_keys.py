@@ -14,11 +14,11 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.manifest import PAYLOAD_TYPE, Manifest, read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.crypto.signing import seal_envelope
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import Column, Schema
-from lightning_secure.data.groups import GroupedReader
-from lightning_secure.data.rotation import add_recipient, remove_recipient
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.format.columns import Column, Schema
+from lightning_secure.data.key_rotation.rotate import add_recipient, remove_recipient
+from lightning_secure.data.reading.column_groups import GroupedReader
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     ConfigError,
     DataError,

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.rotation import rotate_partition
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.key_rotation.rotate import rotate_partition
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 X = np.random.default_rng(3).normal(size=(60, 32)).astype("float32")

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lightning_secure import events
+from lightning_secure.anonymize import AnonymizationPlan, Suppress
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import read_manifest, write_manifest
 from lightning_secure.crypto.providers import (
@@ -17,15 +17,16 @@ from lightning_secure.crypto.providers import (
     LocalKeyProvider,
     SigningKey,
 )
-from lightning_secure.data import erasure, recovery
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.erasure import erase_shard, erase_subject
-from lightning_secure.data.finishing import finish_erasure
-from lightning_secure.data.leftovers import collect_garbage
-from lightning_secure.data.rotation import add_recipient, rotate_data, rotate_partition
-from lightning_secure.data.subjects import SubjectPseudonyms
-from lightning_secure.data.unfinished import RECORD_NAME, UnfinishedErasure
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.erasure import erase as erasure
+from lightning_secure.data.erasure import report as recovery
+from lightning_secure.data.erasure.erase import erase_shard, erase_subject
+from lightning_secure.data.erasure.finish import finish_erasure
+from lightning_secure.data.erasure.pending_record import RECORD_NAME, UnfinishedErasure
+from lightning_secure.data.key_rotation.rotate import add_recipient, rotate_data, rotate_partition
+from lightning_secure.data.manifests.garbage import collect_garbage
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.subjects import SubjectPseudonyms
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
@@ -35,7 +36,7 @@ from lightning_secure.errors import (
     ManifestMismatchError,
     WrongKeyError,
 )
-from lightning_secure.redaction.anonymize import AnonymizationPlan, Suppress
+from lightning_secure.util import events
 
 X = np.arange(300, dtype="int64").reshape(100, 3)
 

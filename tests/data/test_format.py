@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_secure.crypto.segments import MAX_SEGMENTS
-from lightning_secure.data.format import (
+from lightning_secure.data.format.columns import (
     DTYPES,
     HEADER_BYTES,
     Column,

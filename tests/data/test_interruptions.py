@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.leftovers import collect_garbage
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.manifests.garbage import collect_garbage
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import DataError, KeyUnavailableError
 
 OLD = np.arange(40, dtype="int64")

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lightning_secure.anonymize import AnonymizationPlan, Keep, Suppress
 from lightning_secure.crypto.manifest import read_manifest
-from lightning_secure.data import ray as ray_module
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import Column, Schema
-from lightning_secure.data.ray import EncryptedShardDatasink
-from lightning_secure.data.rotation import rotate_partition
+from lightning_secure.data.format.columns import Column, Schema
+from lightning_secure.data.key_rotation.rotate import rotate_partition
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.sources.arrow import Fill
+from lightning_secure.data.writing import ray_sink as ray_module
+from lightning_secure.data.writing.ray_sink import EncryptedShardDatasink
 from lightning_secure.errors import (
     ConfigError,
     DataError,
@@ -25,7 +26,6 @@ from lightning_secure.errors import (
     MissingExtraError,
     ShardCorruptedError,
 )
-from lightning_secure.redaction.anonymize import AnonymizationPlan, Keep, Suppress
 
 CLUSTER = Path(__file__).with_name("ray_cluster.py")
 SMALL = {"segment_bytes": 256, "shard_bytes": 1024}
@@ -322,7 +322,9 @@ def test_rays_own_tensors_become_arrows(tmp_path, keys):
 
 
 def test_without_ray_the_extra_is_named(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.ray._Base", None)  # what a missing package leaves
+    monkeypatch.setattr(
+        "lightning_secure.data.writing.ray_sink._Base", None
+    )  # what a missing package leaves
     with pytest.raises(MissingExtraError, match=r"lightning-secure\[ray\]"):
         sink(tmp_path, keys)
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_secure.anonymize import AnonymizationPlan, Generalize, Keep
 from lightning_secure.crypto.manifest import read_manifest
-from lightning_secure.data import layout, shard
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.journal import JOURNAL_NAME, Journal
-from lightning_secure.data.rotation import rotate_partition
-from lightning_secure.data.seal import seal
-from lightning_secure.data.splits import SplitByRatio
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.key_rotation.rotate import rotate_partition
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.shards import shard
+from lightning_secure.data.writing import key_partitions
+from lightning_secure.data.writing.progress_log import JOURNAL_NAME, Journal
+from lightning_secure.data.writing.seal import seal
+from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     ConfigError,
     DataError,
@@ -29,7 +31,6 @@ from lightning_secure.errors import (
     ManifestMismatchError,
     ShardCorruptedError,
 )
-from lightning_secure.redaction.anonymize import AnonymizationPlan, Generalize, Keep
 
 ROWS = 1000
 X = np.random.default_rng(3).normal(size=(ROWS, 4)).astype("float32")
@@ -174,7 +175,7 @@ def test_killed_at_random_points_again_and_again_it_ends_with_every_row_once(tmp
     code = (
         "import os, random, signal, sys, time, numpy as np\n"
         "from lightning_secure import LocalKeyProvider\n"
-        "from lightning_secure.data.seal import seal\n"
+        "from lightning_secure.data.writing.seal import seal\n"
         "from lightning_secure.data.sources import memory\n"
         "memory.BATCH_BYTES = 1024\n"
         "x = np.random.default_rng(3).normal(size=(20000, 4)).astype('float32')\n"
@@ -222,7 +223,9 @@ def test_an_interruption_while_shards_are_out_of_order_loses_none(
         return shard.seal_shard(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "seal_shard", slow)  # a disk that fails at shard 7 cannot be had
+        patch.setattr(
+            key_partitions, "seal_shard", slow
+        )  # a disk that fails at shard 7 cannot be had
         with pytest.raises(UnpluggedError):
             run(tmp_path, keys, threads=threads)
     run(tmp_path, keys, resume=True)

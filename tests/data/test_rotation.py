@@ -16,21 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.manifest import read_manifest, write_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data import rotation
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.leftovers import Journal, collect_garbage
-from lightning_secure.data.rotation import (
+from lightning_secure.data.key_rotation import rotate
+from lightning_secure.data.key_rotation.rotate import (
     add_recipient,
     remove_recipient,
     rotate_data,
     rotate_kek,
     rotate_partition,
 )
-from lightning_secure.data.shard import ShardReader, fresh_uuid
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.manifests.garbage import Journal, collect_garbage
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.shards.shard import ShardReader, fresh_uuid
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
@@ -40,7 +39,8 @@ from lightning_secure.errors import (
     ShardCorruptedError,
     WrongKeyError,
 )
-from lightning_secure.files import exclusive_lock
+from lightning_secure.util import events
+from lightning_secure.util.files import exclusive_lock
 
 X = np.arange(300, dtype="int64").reshape(100, 3)
 NAMES = [f"name {i} " + "é" * (i % 5) for i in range(100)]
@@ -374,7 +374,7 @@ def test_the_lock_is_what_they_wait_for(sealed, keys):
 
 
 def test_sealing_goes_on_beside_a_rotation_and_a_replaced_split_stands(sealed, keys, monkeypatch):
-    real = rotation.reseal_shard
+    real = rotate.reseal_shard
     sealed_anew = []
 
     def meanwhile(*args, **options):
@@ -383,7 +383,7 @@ def test_sealing_goes_on_beside_a_rotation_and_a_replaced_split_stands(sealed, k
         return real(*args, **options)
 
     # The other writer has to come in the middle of the rotation.
-    monkeypatch.setattr(rotation, "reseal_shard", meanwhile)
+    monkeypatch.setattr(rotate, "reseal_shard", meanwhile)
     with pytest.raises((ConfigError, ShardCorruptedError)):
         rotate_data(sealed, "train", keys=keys)
     assert len(read(sealed, keys)[0]) == 10
@@ -391,13 +391,13 @@ def test_sealing_goes_on_beside_a_rotation_and_a_replaced_split_stands(sealed, k
 
 
 def test_a_split_replaced_at_the_last_moment_stands(sealed, keys, monkeypatch):
-    real = rotation.commit
+    real = rotate.commit
 
     def meanwhile(*args, **options):
         seal(sealed, keys, slice(0, 10), replace=True)
         return real(*args, **options)
 
-    monkeypatch.setattr(rotation, "commit", meanwhile)
+    monkeypatch.setattr(rotate, "commit", meanwhile)
     with pytest.raises(ConfigError, match="What was sealed stands"):
         rotate_data(sealed, "train", keys=keys)
     assert len(read(sealed, keys)[0]) == 10

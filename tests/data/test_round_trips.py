@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_secure import Column, EncryptedShardDataset, EncryptedShardWriter, Schema
-from lightning_secure.data.format import DTYPES
+from lightning_secure.data.format.columns import DTYPES
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 SHAPES = st.lists(st.integers(1, 3), max_size=3).map(tuple)

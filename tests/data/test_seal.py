@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME
-from lightning_secure.data import layout, shard, writer
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import Column, Schema
-from lightning_secure.data.seal import seal
-from lightning_secure.data.sealing import ShardPool, ShardQueue
+from lightning_secure.data.format.columns import Column, Schema
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.shards import shard
 from lightning_secure.data.sources import Source, open_source
-from lightning_secure.data.splits import SplitByColumn, SplitByRatio
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing import key_partitions, writer
+from lightning_secure.data.writing.seal import seal
+from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
+from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import AuditWriteError, ConfigError, DataError
+from lightning_secure.util import events
 
 ROWS = 3000
 X = np.random.default_rng(3).normal(size=(ROWS, 4)).astype("float32")
@@ -149,7 +150,7 @@ def test_shards_are_written_side_by_side_and_stay_in_order(tmp_path, keys, monke
             active -= 1
         return entry
 
-    monkeypatch.setattr(layout, "seal_shard", slow)  # the disk is too fast to see it
+    monkeypatch.setattr(key_partitions, "seal_shard", slow)  # the disk is too fast to see it
     seal({"x": X, "y": Y}, tmp_path, keys=keys, threads=3, **SMALL)
     assert most == 3
     assert np.array_equal(rows(tmp_path, keys)[1].numpy(), Y)
@@ -166,7 +167,7 @@ def test_an_error_in_a_thread_ends_the_sealing_and_leaves_nothing(tmp_path, keys
             raise DataError("the disk says no")
         return shard.seal_shard(*args, **options)
 
-    monkeypatch.setattr(layout, "seal_shard", fails)  # a full disk cannot be had
+    monkeypatch.setattr(key_partitions, "seal_shard", fails)  # a full disk cannot be had
     with pytest.raises(DataError, match="the disk says no"):
         seal({"x": X, "y": Y}, tmp_path, keys=keys, threads=2, **SMALL)
     assert files(tmp_path) == before
@@ -228,7 +229,7 @@ def test_memory_stays_bounded_however_large_the_source_is(tmp_path, keys):
     code = (
         "import sys, resource, itertools, numpy as np, torch\n"
         "from lightning_secure import LocalKeyProvider, EncryptedShardWriter\n"
-        "from lightning_secure.data.seal import seal\n"
+        "from lightning_secure.data.writing.seal import seal\n"
         "keys = LocalKeyProvider(sys.argv[2])\n"
         "def rows(n):\n"
         "    for i in range(n):\n"

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from lightning_secure.anonymize import AnonymizationPlan, Generalize, Suppress
 from lightning_secure.crypto.manifest import MANIFEST_NAME, PartitionKey, read_manifest
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import Column, Schema
-from lightning_secure.data.samples import Samples, collate
-from lightning_secure.data.shard import seal_shard
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.format.columns import Column, Schema
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.samples import Samples, collate
+from lightning_secure.data.shards.shard import seal_shard
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError, ManifestMismatchError, WrongKeyError
-from lightning_secure.redaction.anonymize import AnonymizationPlan, Generalize, Suppress
 
 ROWS = 500
 RNG = np.random.default_rng(7)
@@ -177,7 +177,9 @@ def test_a_row_that_no_segment_can_hold_is_refused(tmp_path, keys):
 
 
 def test_rows_too_many_for_a_shard_go_to_several(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.pending.MAX_SEGMENTS", 7)  # 2**20 takes too long
+    monkeypatch.setattr(
+        "lightning_secure.data.writing.row_buffer.MAX_SEGMENTS", 7
+    )  # 2**20 takes too long
     with EncryptedShardWriter(tmp_path, split="train", keys=keys, segment_bytes=1) as writer:
         writer.write_batch({"x": np.arange(20, dtype="uint8")})
     data = dataset(tmp_path, keys)
@@ -185,7 +187,7 @@ def test_rows_too_many_for_a_shard_go_to_several(tmp_path, keys, monkeypatch):
 
 
 def test_the_shard_itself_refuses_what_cannot_be_read(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.segmentation.MAX_SEGMENTS", 7)
+    monkeypatch.setattr("lightning_secure.data.format.segment_plan.MAX_SEGMENTS", 7)
     partition, _ = PartitionKey.create(bytes(16), "train", keys)
     with pytest.raises(DataError, match="Choose larger"):
         seal_shard(
@@ -395,8 +397,8 @@ def test_a_killed_sealing_is_never_read_as_whole(tmp_path, keys):
 
 
 def test_a_failed_commit_leaves_the_dataset_as_it_was(tmp_path, keys, heard):
-    from lightning_secure import events
     from lightning_secure.errors import AuditWriteError
+    from lightning_secure.util import events
 
     seal(tmp_path, keys, split="val", rows=20)
     before = files(tmp_path)

@@ -35,8 +35,8 @@ from lightning_secure.crypto.merkle import merkle_root
 from lightning_secure.crypto.segments import SegmentKeys
 from lightning_secure.crypto.signing import Signer, seal_envelope
 from lightning_secure.crypto.stream import StreamReader, StreamWriter
-from lightning_secure.data.format import DTYPES, Header, decode_segment, encode_segment
-from lightning_secure.data.shard import seal_shard
+from lightning_secure.data.format.columns import DTYPES, Header, decode_segment, encode_segment
+from lightning_secure.data.shards.shard import seal_shard
 from lightning_secure.plugins.checkpoint import opened
 
 TESTS = Path(__file__).parent.parent

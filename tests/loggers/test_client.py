@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 from tracked import WARNINGS_OF_OTHERS
 
-from lightning_secure import (
-    EncryptedShardWriter,
-    LocalKeyProvider,
-    events,
-)
+from lightning_secure import EncryptedShardWriter, LocalKeyProvider
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.errors import AuditWriteError, RedactionError
+from lightning_secure.redaction.artifacts.recognise import is_sealed
 from lightning_secure.redaction.mlflow_store.guard import call_inside
 from lightning_secure.redaction.redactor import REDACTED
-from lightning_secure.redaction.sealed import is_sealed
+from lightning_secure.util import events
 
 pytestmark = WARNINGS_OF_OTHERS
 

@@ -16,12 +16,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
 from lightning_secure.errors import ConfigError, MissingExtraError, RedactionError
-from lightning_secure.files import exclusive_lock
 from lightning_secure.loggers.client import RedactingClient
 from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
-from lightning_secure.redaction.canary import CanarySearch
+from lightning_secure.redaction.leak_search.search import CanarySearch
 from lightning_secure.redaction.redactor import REDACTED, Redactor
+from lightning_secure.util.files import exclusive_lock
 
 pytestmark = WARNINGS_OF_OTHERS
 

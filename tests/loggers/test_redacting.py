@@ -22,11 +22,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_only
 from tracked import ADDRESS, CANARIES, PASSWORD, TOKEN, WARNINGS_OF_OTHERS
 
-from lightning_secure import CanarySearch, EncryptedCheckpointIO, RedactingLogger, Redactor, events
+from lightning_secure import CanarySearch, EncryptedCheckpointIO, RedactingLogger, Redactor
 from lightning_secure.errors import AuditWriteError, ConfigError, RedactionError
 from lightning_secure.loggers.experiments import RedactingExperiment
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.redactor import REDACTED
+from lightning_secure.util import events
 
 pytestmark = WARNINGS_OF_OTHERS
 
@@ -150,7 +151,7 @@ def test_what_is_taken_out_is_told_and_else_nothing_is_logged(tmp_path, heard, k
     for sink, log in logged(RedactingLogger(kind(tmp_path / "logs"))):
         heard.clear()
         log()
-        tally.announce_all()
+        finding_counts.announce_all()
         told = [event.details for event in heard if event.action == "redaction"]
         assert [(of["sink"], of["count"]) for of in told] == [(sink, 1)]
     assert found(tmp_path) == set()

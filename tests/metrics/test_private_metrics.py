@@ -16,8 +16,8 @@ import torch
 import lightning_secure
 from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
 from lightning_secure.metrics import PrivateAccuracy, PrivateMean
-from lightning_secure.privacy.accounting import Release, epsilon_pld
-from lightning_secure.privacy.metrics import metrics_kept_apart
+from lightning_secure.privacy.accounting.pld import Release, epsilon_pld
+from lightning_secure.privacy.checks.metric_isolation import metrics_kept_apart
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivacyAccount
 
 VALUES = torch.tensor([0.5, 1.5, 2.5, 11.0, -3.0, torch.inf, torch.nan])

@@ -37,8 +37,8 @@ from lightning_secure import (
     seal,
 )
 from lightning_secure.errors import ConfigError
-from lightning_secure.introductions import introduce
 from lightning_secure.plugins import entry_point
+from lightning_secure.util.strategy_check import introduce
 
 ROOT = Path(__file__).parent.parent.parent
 CANARY = "pw-Zx81-canary"

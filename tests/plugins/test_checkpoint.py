@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_secure import events
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.errors import (
     AuditWriteError,
@@ -24,6 +23,7 @@ from lightning_secure.errors import (
     WrongKeyError,
 )
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO, load_encrypted_checkpoint
+from lightning_secure.util import events
 
 STATE = {"state_dict": {"w": torch.arange(20_000.0)}, "global_step": 7, "note": "hunter2-secret"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO, opened
 from lightning_secure.plugins.compact import save_named, save_without_data
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_secure.errors import PrivacyError
-from lightning_secure.privacy.accounting import (
+from lightning_secure.privacy.accounting.pld import (
     Release,
     affordable_steps,
     calibrate_noise,

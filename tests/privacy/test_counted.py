@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lightning_secure.privacy.counted import CountedMeans
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.counted_targets import CountedMeans
+from lightning_secure.privacy.gradients.engine import GradientEngine
 
 ROWS, TIME, CLASSES = 4, 6, 3
 WEIGHTS = torch.tensor([1.0, 2.0, 30.0])

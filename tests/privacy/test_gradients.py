@@ -13,16 +13,16 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import per_sample_norms
-from lightning_secure.privacy.engine import GradientEngine, find_units
-from lightning_secure.privacy.layers import (
+from lightning_secure.privacy.gradients.engine import GradientEngine, find_units
+from lightning_secure.privacy.gradients.formulas import (
     clip_factor,
     linear_ghost_squares,
     linear_per_sample,
     linear_weighted_sum,
 )
-from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.units.base import Record
+from lightning_secure.privacy.gradients.recorder import per_sample_norms
+from lightning_secure.privacy.gradients.rules.base import Record
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
 BATCH = 6
 

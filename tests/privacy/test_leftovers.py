@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_secure.privacy.leftovers import copied, difference, preserved
+from lightning_secure.privacy.checks.snapshot import copied, difference, preserved
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_part_is_not_taken_for_the_whole(model):
 def test_memory_between_what_is_held_goes_back_to_the_system():
     script = """
 from pathlib import Path
-from lightning_secure.privacy.leftovers import return_freed_memory
+from lightning_secure.privacy.checks.snapshot import return_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

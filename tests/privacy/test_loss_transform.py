@@ -10,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_secure.privacy import accounting, loss_transform
-from lightning_secure.privacy.accounting import (
+from lightning_secure.privacy.accounting import loss_transform
+from lightning_secure.privacy.accounting.loss_transform import (
+    Part,
+    gaussian_epsilon,
+    gaussian_shift,
+)
+from lightning_secure.privacy.accounting.pld import (
     Release,
     affordable_steps,
     calibrate_noise,
     epsilon_pld,
     epsilon_truncated,
+    pld,
 )
-from lightning_secure.privacy.loss_transform import Part, gaussian_epsilon, gaussian_shift
 
 # rate, noise multiplier, steps, delta, epsilon: in 60-digit arithmetic, by make.py beside it.
 EXACT = json.loads((Path(__file__).parents[1] / "vectors/epsilon/epsilon.json").read_text())
@@ -35,7 +40,7 @@ def seconds(function):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered():
-    accounting._epsilon.cache_clear()
+    pld._epsilon.cache_clear()
 
 
 def test_the_reference_covers_what_is_promised():
@@ -94,7 +99,7 @@ def test_calibration_ends_where_epsilon_jumps(monkeypatch):
         asked.append(releases[-1].noise_multiplier if releases else None)
         return 0.0 if not releases else 2.0 if releases[-1].noise_multiplier < 1e5 else 0.5
 
-    monkeypatch.setattr(accounting, "epsilon_by", jumping)
+    monkeypatch.setattr(pld, "epsilon_by", jumping)
     plan = {"target_epsilon": 1.0, "delta": 1e-6, "sample_rate": 0.01, "steps": 10}
     found = calibrate_noise(**plan)
     assert 1e5 <= found <= 1e5 * (1 + 2e-6)
@@ -194,7 +199,7 @@ def test_it_is_no_higher_than_moments_allow():
             10 ** draw.uniform(-0.5, 3), 10 ** draw.uniform(-6, 0), int(10 ** draw.uniform(0, 7))
         )
         delta = 10 ** draw.uniform(-15, -5)
-        moments = accounting._by_moments([release], delta)
+        moments = pld._by_moments([release], delta)
         assert not moments or epsilon_pld([release], delta=delta) <= moments * (1 + 1e-4)
 
 
@@ -284,12 +289,12 @@ def test_fifty_mechanisms_take_little_longer():
 
 
 def test_waiting_is_explained(caplog, monkeypatch):
-    monkeypatch.setattr(accounting, "_PATIENCE", 0.0)  # no test waits for a second
-    with accounting.announced("calibrating"):
+    monkeypatch.setattr(pld, "_PATIENCE", 0.0)  # no test waits for a second
+    with pld.announced("calibrating"):
         time.sleep(0.2)
     assert "calibrating takes more than a second" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(accounting, "_PATIENCE", 60.0)
-    with accounting.announced("calibrating"):
+    monkeypatch.setattr(pld, "_PATIENCE", 60.0)
+    with pld.announced("calibrating"):
         pass
     assert not caplog.text

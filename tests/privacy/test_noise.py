@@ -12,8 +12,8 @@ from scipy import stats
 
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy import noise as module
-from lightning_secure.privacy.noise import GaussianNoise, normals, secure_normals
+from lightning_secure.privacy.noise import gaussian as module
+from lightning_secure.privacy.noise.gaussian import GaussianNoise, normals, secure_normals
 
 KEY = bytes(range(32))
 

@@ -6,7 +6,8 @@ import pytest
 from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
 
 from lightning_secure.errors import ConfigError, PrivacyError
-from lightning_secure.privacy.accounting import (
+from lightning_secure.privacy.accounting.opacus import epsilon_by_opacus
+from lightning_secure.privacy.accounting.pld import (
     ACCOUNTANTS,
     BOUNDS,
     Release,
@@ -16,7 +17,6 @@ from lightning_secure.privacy.accounting import (
     epsilon_pld,
 )
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.opacus_accounting import epsilon_by_opacus
 
 OURS = [Release(1.0, 0.01, 400), Release(1.0, 0.01, 600)]
 KINDS = {"opacus-prv": PRVAccountant, "opacus-rdp": RDPAccountant, "opacus-gdp": GaussianAccountant}

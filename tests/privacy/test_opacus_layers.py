@@ -8,9 +8,9 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from torch import nn
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import add_clipped_sums, per_sample_norms
-from lightning_secure.privacy.engine import GradientEngine, find_units
-from lightning_secure.privacy.preflight import preflight
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.engine import GradientEngine, find_units
+from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
 
 BATCH, TIME = 6, 5
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.preflight import preflight
-from lightning_secure.privacy.rows import recombined
+from lightning_secure.privacy.checks.batch_rows import recombined
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.engine import GradientEngine
 
 SIZE = 12
 

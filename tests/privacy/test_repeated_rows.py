@@ -18,11 +18,11 @@ from torch.utils.data import (
     random_split,
 )
 
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.checks.repeated_rows import require_distinct_rows
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.repeated_rows import require_distinct_rows
 from lightning_secure.strategies.private import PrivateStrategy
 
 X, Y = torch.randn(12, 3), torch.arange(12)

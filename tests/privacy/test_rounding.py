@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_secure.privacy.bookkeeping import add_clipped_sums
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.exact import exact_products
-from lightning_secure.privacy.layers import (
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.gradients.float32 import exact_products
+from lightning_secure.privacy.gradients.formulas import (
     gram,
     gram_squares,
     grams_squares,
     linear_ghost_squares,
     rounding,
 )
-from lightning_secure.privacy.preflight import preflight
-from lightning_secure.privacy.units.base import GHOST, Record, Unit, Way
-from lightning_secure.privacy.units.conv import ConvUnit
-from lightning_secure.privacy.units.embedding import EmbeddingUnit
-from lightning_secure.privacy.units.linear import LinearUnit
+from lightning_secure.privacy.gradients.recorder import add_clipped_sums
+from lightning_secure.privacy.gradients.rules.base import GHOST, Record, Unit, Way
+from lightning_secure.privacy.gradients.rules.conv import ConvUnit
+from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 PRODUCT = Way("product", kept=False)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_secure.privacy.bookkeeping import add_clipped_sums, per_sample_norms
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.units import base, embedding
-from lightning_secure.privacy.units.base import Way
-from lightning_secure.privacy.units.embedding import EmbeddingUnit
-from lightning_secure.privacy.units.linear import LinearUnit
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
+from lightning_secure.privacy.gradients.rules import base, embedding
+from lightning_secure.privacy.gradients.rules.base import Way
+from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 BATCH, TIME, WORDS, SIZE = 5, 6, 13, 4
 

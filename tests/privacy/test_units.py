@@ -11,12 +11,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.layers import gram_squares
-from lightning_secure.privacy.units import base
-from lightning_secure.privacy.units.base import GHOST, Record, Way
-from lightning_secure.privacy.units.conv import ConvUnit, unfolded
-from lightning_secure.privacy.units.linear import LinearUnit
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.gradients.formulas import gram_squares
+from lightning_secure.privacy.gradients.rules import base
+from lightning_secure.privacy.gradients.rules.base import GHOST, Record, Way
+from lightning_secure.privacy.gradients.rules.conv import ConvUnit, unfolded
+from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 
 def watched(model):
@@ -94,7 +94,7 @@ def test_the_input_of_a_small_convolution_is_not_unfolded(monkeypatch, size, gro
     grads = torch.randn_like(layer(inputs))
     expected = Record(unit, inputs, grads, way=Way("unfold", kept=True)).squares()
     # A result does not show by which way it came.
-    monkeypatch.setattr("lightning_secure.privacy.units.conv.unfolded", None)
+    monkeypatch.setattr("lightning_secure.privacy.gradients.rules.conv.unfolded", None)
     torch.testing.assert_close(unit.ghost_squares(inputs, grads), expected, rtol=1e-9, atol=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_secure.redaction.calls import Parameters
+from lightning_secure.redaction.bound_call import Parameters
 
 
 def plain(self, a, b=2):

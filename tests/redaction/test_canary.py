@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.redaction.canary import UNSEARCHED, CanarySearch, WriteWatch
+from lightning_secure.redaction.leak_search.search import UNSEARCHED, CanarySearch, WriteWatch
 
 NAME, ROW = "Zoë Whitcombe-Ünal", np.arange(5.0).tobytes()
 SEARCH = CanarySearch({"name": NAME, "row": ROW, "password": "hunter2+/?"})
@@ -181,7 +181,7 @@ def test_what_is_packed_too_deep_or_too_large_was_not_found_clean(tmp_path, monk
     (tmp_path / "deep").write_bytes(deep)
     assert {hit.label for hit in SEARCH.search([tmp_path / "deep"])} == {UNSEARCHED}
     # Less than a real bomb would need, so that the test is quick.
-    monkeypatch.setattr("lightning_secure.redaction.unpack._MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("lightning_secure.redaction.leak_search.unpack._MAX_BYTES", 1 << 20)
     large = gzip.compress(bytes(2 << 20))
     for number, data in enumerate((large, zipped(("a", bytes(2 << 20))), large + large)):
         (tmp_path / f"large{number}").write_bytes(data)

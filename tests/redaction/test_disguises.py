@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_secure.redaction.detectors import PatternDetector
-from lightning_secure.redaction.disguises import DisguiseDetector, folded
+from lightning_secure.redaction.detect.detectors import PatternDetector
+from lightning_secure.redaction.detect.obfuscated import DisguiseDetector, folded
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 TOKEN = "AKIA0001QZXCVBNMASDF"

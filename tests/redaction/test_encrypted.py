@@ -8,7 +8,6 @@ import struct
 
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.providers import HpkeKeyProvider, HpkePrivateKey, SigningKey
 from lightning_secure.errors import (
@@ -18,8 +17,13 @@ from lightning_secure.errors import (
     IntegrityError,
     WrongKeyError,
 )
-from lightning_secure.redaction.encrypted import decrypt_artifacts, encrypted, open_artifact
-from lightning_secure.redaction.sealed import is_sealed
+from lightning_secure.redaction.artifacts.encrypted import (
+    decrypt_artifacts,
+    encrypted,
+    open_artifact,
+)
+from lightning_secure.redaction.artifacts.recognise import is_sealed
+from lightning_secure.util import events
 
 DATA = b"\x89PNG\0" + b"lilac-sparrow-9" * 3000
 PREFIX = struct.Struct("<8sHI")

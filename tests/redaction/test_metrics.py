@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric, Param
 
 from lightning_secure.loggers.client import RedactingClient
-from lightning_secure.redaction.metrics import known_clean
+from lightning_secure.redaction.clean_metrics import known_clean
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_secure.redaction import names
-from lightning_secure.redaction.names import STEMS, KeyNameDetector
+from lightning_secure.redaction.detect import secret_names
+from lightning_secure.redaction.detect.secret_names import STEMS, KeyNameDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 SECRET_NAMES = [
@@ -55,7 +55,7 @@ PIECES = (*STEMS, "api", "Key", "PASS", "db", "num", "id", "se", "cret", "pass",
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
 def test_no_name_of_a_secret_is_without_its_stems(name):
-    assert names._names_a_secret(name) == names._has_secret_words(name)
+    assert secret_names._names_a_secret(name) == secret_names._has_secret_words(name)
 
 
 def test_no_setting_of_a_real_library_is_taken_for_a_secret():

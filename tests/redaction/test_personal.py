@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.redaction import personal
-from lightning_secure.redaction.personal import PersonalDataDetector
+from lightning_secure.redaction.detect import personal_data
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 FOUND = [
@@ -60,19 +60,19 @@ def test_a_word_before_it_or_after_it(text, clean):
     assert Redactor().redact_text(text) == clean
 
 
-LETTERED = {**{n.rule: n.form for n in personal._WITH_LETTERS}, "iban": personal._IBAN}
+LETTERED = {**{n.rule: n.form for n in personal_data._WITH_LETTERS}, "iban": personal_data._IBAN}
 
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("national", personal._NATIONALS, ids=lambda national: national.rule)
+@pytest.mark.parametrize("national", personal_data._NATIONALS, ids=lambda national: national.rule)
 def test_a_number_has_the_digits_that_its_form_asks_for(national, data):
     text = data.draw(st.from_regex(national.form))
     (match, *_) = national.form.finditer(text)
     digits = sum(map(str.isdigit, match[0]))
     assert digits >= national.digits
-    if national in personal._OF_DIGITS:  # a run is where they are looked for
-        (run,) = personal._DIGITS.finditer(match[0])
+    if national in personal_data._OF_DIGITS:  # a run is where they are looked for
+        (run,) = personal_data._DIGITS.finditer(match[0])
         assert run[0] == match[0]
 
 
@@ -81,14 +81,14 @@ def test_a_number_has_the_digits_that_its_form_asks_for(national, data):
 @pytest.mark.parametrize("rule", LETTERED)
 def test_one_look_sees_every_form_that_has_letters(rule, data):
     text = data.draw(st.from_regex(LETTERED[rule]))
-    letters = personal.LOOKS.index(personal._LETTERS)
-    assert letters in personal._looks()(text.encode("utf-8", "surrogatepass"))
+    letters = personal_data.LOOKS.index(personal_data._LETTERS)
+    assert letters in personal_data._looks()(text.encode("utf-8", "surrogatepass"))
 
 
 OF_DIGITS = {
-    "ssn": personal._SSN,
-    "card": personal._CARD,
-    **{n.rule: n.form for n in personal._OF_DIGITS},
+    "ssn": personal_data._SSN,
+    "card": personal_data._CARD,
+    **{n.rule: n.form for n in personal_data._OF_DIGITS},
 }
 
 
@@ -98,13 +98,13 @@ OF_DIGITS = {
 def test_one_look_sees_every_form_that_has_digits_only(rule, data):
     form = OF_DIGITS[rule]
     text = data.draw(st.from_regex(form))
-    assert all(personal._NINE.match(text, match.start()) for match in form.finditer(text))
+    assert all(personal_data._NINE.match(text, match.start()) for match in form.finditer(text))
 
 
 @pytest.mark.parametrize("value", ["212-555-2368", "10.0.3.17", "54362315K"])
 def test_no_noise_is_too_long_for_the_look_that_sees_all_forms_at_once(value):
     letters = random.Random(1).choices("abcdefgh012345 -:", k=400_000)
-    looks = personal._looks()
+    looks = personal_data._looks()
     assert looks(b"c. 3 d: e9 " * 40_000) is None
     for noise in ("".join(letters), "c. 3 d: e9 " * 40_000):
         assert set(looks(value.encode())) <= set(looks(f"{noise} {value}".encode()))
@@ -154,11 +154,11 @@ PIECES = (
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_looking_near_the_signs_finds_the_addresses_that_looking_everywhere_finds(text):
-    near = [(found.start, found.end) for found in personal._emails(text)]
-    assert near == [match.span() for match in personal._EMAIL.finditer(text)]
+    near = [(found.start, found.end) for found in personal_data._emails(text)]
+    assert near == [match.span() for match in personal_data._EMAIL.finditer(text)]
 
 
-@given(st.from_regex(personal._NORTH_AMERICAN, fullmatch=True))
+@given(st.from_regex(personal_data._NORTH_AMERICAN, fullmatch=True))
 def test_what_is_written_as_in_north_america_is_possible_there(number):
     import phonenumbers
 

@@ -20,7 +20,6 @@ from lightning_secure import (
     LocalKeyProvider,
     RedactingMLFlowLogger,
     decrypt_artifacts,
-    events,
     open_artifact,
 )
 from lightning_secure.errors import AuditWriteError, ConfigError, RedactionError, WrongKeyError
@@ -29,6 +28,7 @@ from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redac
 from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.policy import SINKS, RedactionPolicy, Rules
 from lightning_secure.redaction.redactor import REDACTED
+from lightning_secure.util import events
 
 pytestmark = test_matrix.pytestmark
 quick = test_matrix.quick

@@ -9,11 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_secure.errors import ConfigError, RedactionError
-from lightning_secure.redaction import assignments
-from lightning_secure.redaction.detectors import SecretDetector
-from lightning_secure.redaction.names import KeyNameDetector
-from lightning_secure.redaction.redactor import REDACTED, Redactor
-from lightning_secure.redaction.rules import (
+from lightning_secure.redaction.detect import assignments
+from lightning_secure.redaction.detect.detectors import SecretDetector
+from lightning_secure.redaction.detect.secret_formats import (
     _KEYWORDS,
     Rule,
     RuleSet,
@@ -21,6 +19,8 @@ from lightning_secure.redaction.rules import (
     detect_secrets_rules,
     read_rules,
 )
+from lightning_secure.redaction.detect.secret_names import KeyNameDetector
+from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 RULES = [rule for rule, _ in built_in_rules()._rules]
 

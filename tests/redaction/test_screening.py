@@ -11,15 +11,21 @@ from hypothesis import strategies as st
 from redaction_data import harmless, personal, secrets
 from test_assignments import ASSIGNMENTS
 
-from lightning_secure.redaction import screening
-from lightning_secure.redaction.detectors import (
+from lightning_secure.redaction.detect import prefilter
+from lightning_secure.redaction.detect.detectors import (
     AssignmentDetector,
     PersonalDataDetector,
     SecretDetector,
 )
-from lightning_secure.redaction.disguises import DisguiseDetector
-from lightning_secure.redaction.rules import built_in_rules
-from lightning_secure.redaction.screening import ASSIGNED, DISGUISED, PERSONAL, SECRET, screened
+from lightning_secure.redaction.detect.obfuscated import DisguiseDetector
+from lightning_secure.redaction.detect.prefilter import (
+    ASSIGNED,
+    DISGUISED,
+    PERSONAL,
+    SECRET,
+    screened,
+)
+from lightning_secure.redaction.detect.secret_formats import built_in_rules
 
 PLAIN = (
     (PERSONAL, PersonalDataDetector()),
@@ -74,7 +80,7 @@ def test_of_hostile_texts_nothing_is_lost(texts):
 def test_of_many_texts_that_several_threads_go_through_nothing_is_lost():
     texts = [case.text for case in (*personal(3, 2), *secrets(3, 2))]
     texts += [form.format("hunter2Kestrel") for form in ASSIGNMENTS]
-    texts += ["fine, " * 20] * (screening._LARGE // 120)
+    texts += ["fine, " * 20] * (prefilter._LARGE // 120)
     random.Random(2).shuffle(texts)
     assert lost(texts) == []
     many = screened(texts)
@@ -129,4 +135,4 @@ def test_it_takes_linear_time():
     ],
 )
 def test_what_may_become_ascii_is_looked_at(text):
-    assert screening._odd().search(text)
+    assert prefilter._odd().search(text)

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from lightning_secure import events
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.errors import AuditWriteError, RedactionError
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.redactor import REDACTED, Redactor
+from lightning_secure.util import events
 
 ADDRESS = "mary.q@clinic.example"
 
@@ -24,15 +24,15 @@ def told(heard):
 def test_the_first_is_told_at_once_and_then_whenever_as_many_again_have_come(heard):
     redactor = Redactor()
     for _ in range(1000):
-        with tally.looking("params"):
+        with finding_counts.looking("params"):
             redactor.redact(f"of {ADDRESS}")
-        tally.announce()
+        finding_counts.announce()
     assert told(heard) == [("params", "e-mail", 1)] * 2 + [
         ("params", "e-mail", 2**n) for n in range(1, 9)
     ]
-    tally.announce_all()
+    finding_counts.announce_all()
     assert sum(number for _, _, number in told(heard)) == 1000
-    tally.announce_all()
+    finding_counts.announce_all()
     assert len(told(heard)) == 11
     assert ADDRESS not in repr(heard)
 
@@ -40,13 +40,13 @@ def test_the_first_is_told_at_once_and_then_whenever_as_many_again_have_come(hea
 def test_each_rule_in_each_sink_is_counted_by_itself_and_only_where_somebody_looks(heard):
     redactor = Redactor()
     redactor.redact(ADDRESS)
-    with tally.looking("params"):
+    with finding_counts.looking("params"):
         redactor.redact({"api_key": "k", "who": ADDRESS})
-        with tally.looking("tags"):
+        with finding_counts.looking("tags"):
             redactor.redact(ADDRESS)
         redactor.redact({"password": REDACTED})  # as another one has left it
     redactor.redact(ADDRESS)
-    tally.announce()
+    finding_counts.announce()
     assert sorted(told(heard)) == [
         ("params", "e-mail", 1), ("params", "secret-name", 1), ("tags", "e-mail", 1),
     ]  # fmt: skip
@@ -56,13 +56,13 @@ def test_each_rule_in_each_sink_is_counted_by_itself_and_only_where_somebody_loo
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_could_not_be_checked_is_told_as_a_failure(heard, strict):
     redactor = Redactor()
-    with tally.looking("params", strict=strict):
+    with finding_counts.looking("params", strict=strict):
         if strict:
             with pytest.raises(RedactionError, match="encoding failed"):
                 redactor.redact("half \ud800")
         else:
             assert redactor.redact("half \ud800") == REDACTED
-    tally.announce()
+    finding_counts.announce()
     assert [(e.outcome, e.details["rule"]) for e in heard] == [("failure", "encoding-failed")]
 
 
@@ -71,49 +71,49 @@ def test_what_could_not_be_recorded_is_told_again():
         raise AuditWriteError("no space left")
 
     events.subscribe("full", full)
-    with tally.looking("params"):
-        tally.count("e-mail")
-        tally.count("card")
+    with finding_counts.looking("params"):
+        finding_counts.count("e-mail")
+        finding_counts.count("card")
     with pytest.raises(AuditWriteError):
-        tally.announce()
+        finding_counts.announce()
     with pytest.raises(AuditWriteError):  # it stays due: nothing passes until it is recorded
-        tally.announce()
+        finding_counts.announce()
     events.unsubscribe("full")
     seen = []
     events.subscribe("test", seen.append)
-    tally.announce()
+    finding_counts.announce()
     assert sorted(told(seen)) == [("params", "card", 1), ("params", "e-mail", 1)]
 
 
 def test_threads_lose_and_double_nothing(heard):
     def work():
         for _ in range(500):
-            with tally.looking("tags"):
-                tally.count("e-mail")
-            tally.announce()
+            with finding_counts.looking("tags"):
+                finding_counts.count("e-mail")
+            finding_counts.announce()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    tally.announce_all()
+    finding_counts.announce_all()
     assert sum(number for _, _, number in told(heard)) == 2000
 
 
 def test_a_forked_child_counts_on_and_only_its_own(in_fork, heard):
-    with tally.looking("params"):
-        tally.count("e-mail", 3)
-    with tally._LOCK:  # as a thread that counts while another one forks
+    with finding_counts.looking("params"):
+        finding_counts.count("e-mail", 3)
+    with finding_counts._LOCK:  # as a thread that counts while another one forks
 
         def child():
-            with tally.looking("tags"):
-                tally.count("e-mail")
-            tally.announce_all()
+            with finding_counts.looking("tags"):
+                finding_counts.count("e-mail")
+            finding_counts.announce_all()
             return repr(told(heard)).encode()
 
         assert in_fork(child) == b"[('tags', 'e-mail', 1)]"
-    tally.announce_all()
+    finding_counts.announce_all()
     assert told(heard) == [("params", "e-mail", 3)]
 
 

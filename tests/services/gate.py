@@ -14,8 +14,8 @@ from services import REQUIRE_SERVICES, missing, say
 
 FULL = (
     "lightning_secure/crypto/*",
-    "lightning_secure/data/format.py",
-    "lightning_secure/data/header.py",
+    "lightning_secure/data/format/columns.py",
+    "lightning_secure/data/format/header.py",
 )
 
 

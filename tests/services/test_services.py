@@ -82,7 +82,12 @@ def test_what_is_missing_is_installed_or_named(machine, programs, words):
 
 def measured(folder: Path, *, missed: str) -> None:
     """Measure a package of the same layout, in which one file has a line that nothing runs."""
-    names = ("crypto/keys.py", "crypto/providers/pkcs11.py", "data/format.py", "data/header.py")
+    names = (
+        "crypto/keys.py",
+        "crypto/providers/pkcs11.py",
+        "data/format/columns.py",
+        "data/format/header.py",
+    )
     for name in names:
         path = folder / "lightning_secure" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ def measured(folder: Path, *, missed: str) -> None:
         ("crypto/providers/pkcs11.py", False, "1", 2),
         ("crypto/providers/pkcs11.py", True, "", 2),
         ("crypto/keys.py", False, "", 2),
-        ("data/header.py", False, "", 2),
+        ("data/format/header.py", False, "", 2),
     ],
 )
 def test_only_the_files_of_an_absent_service_are_left_out(

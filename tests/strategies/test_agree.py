@@ -11,7 +11,7 @@ from launch import launch
 from scenarios import rows
 
 from lightning_secure.crypto.providers.local import LocalKeyProvider
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 
 results = partial(launch, Path(__file__).parent / "agree_run.py", seconds=120)
 

@@ -21,11 +21,11 @@ from lightning_secure.errors import (
     LedgerError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.accounting import Release
-from lightning_secure.privacy.banded.matrix import diagonals, sensitivity
+from lightning_secure.privacy.accounting.journal import known_releases
+from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.pld import Release
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.journal import known_releases
-from lightning_secure.privacy.ledger import Ledger, ledger_of
+from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
 from lightning_secure.privacy.released.steps import ClippedFraction
 from lightning_secure.strategies.private import PrivateStrategy
 

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.errors import ConfigError, LedgerError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting import Release, calibrate_noise, epsilon_pld
-from lightning_secure.privacy.clipping.adaptive import BOUND, COUNT
-from lightning_secure.privacy.clipping.rules import (
+from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.pld import Release, calibrate_noise, epsilon_pld
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.gradients.clipping.adaptive import BOUND, COUNT
+from lightning_secure.privacy.gradients.clipping.rules import (
     AdaptiveClipping,
     FlatClipping,
     PerLayerClipping,
 )
-from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import Ledger, ledger_of
 from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm
 from lightning_secure.strategies.private import PrivateStrategy
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_secure.errors import ConfigError, UnsupportedTrainerOptionError
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from lightning_secure.crypto.providers.local import LocalKeyProvider
 from lightning_secure.errors import ConfigError, UnsupportedTrainerOptionError
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
 

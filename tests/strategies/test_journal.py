@@ -16,9 +16,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
 
 from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
+from lightning_secure.privacy.accounting.journal import (
+    journal_path,
+    known_releases,
+    restore_journal,
+)
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.journal import journal_path, known_releases, restore_journal
-from lightning_secure.privacy.ledger import Ledger
 from lightning_secure.strategies.private import PrivateStrategy
 
 CONFIG = {"noise_multiplier": 1.0, "delta": 1e-5, "max_grad_norm": 1.0}

@@ -5,7 +5,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 

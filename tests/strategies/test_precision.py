@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure import DPConfig, PrivateStrategy
 from lightning_secure.errors import UnsupportedModelError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.gradients.engine import GradientEngine
 
 ROWS, BOUND = 32, 0.5
 

@@ -16,10 +16,10 @@ from lightning_secure.errors import (
     UnsupportedModelError,
 )
 from lightning_secure.metrics import PrivateAccuracy
-from lightning_secure.privacy.accounting import Release, affordable_steps, joint_noise
+from lightning_secure.privacy.accounting.journal import known_releases
+from lightning_secure.privacy.accounting.ledger import ledger_of
+from lightning_secure.privacy.accounting.pld import Release, affordable_steps, joint_noise
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.journal import known_releases
-from lightning_secure.privacy.ledger import ledger_of
 from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
 from lightning_secure.strategies.private import PrivateStrategy
 

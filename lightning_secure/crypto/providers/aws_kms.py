@@ -21,8 +21,8 @@ from lightning_secure.crypto.providers.external import (
     require_safe_url,
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
-from lightning_secure.forks import ForkLock
-from lightning_secure.validate import positive
+from lightning_secure.util.fork_lock import ForkLock
+from lightning_secure.util.validate import positive
 
 __all__ = ["AwsKmsKeyProvider"]
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import ConfigError, IntegrityError, KeyUnavailableError
-from lightning_secure.files import as_path, atomic_writer, make_private_directories
+from lightning_secure.util.files import as_path, atomic_writer, make_private_directories
 
 __all__ = ["damaged", "read_file", "read_record", "write_file", "write_record"]
 

@@ -29,7 +29,7 @@ from lightning_secure.crypto.providers.secret_sources import (
 )
 from lightning_secure.crypto.signing import SEED_BYTES, Signer
 from lightning_secure.errors import IntegrityError, KeyUnavailableError
-from lightning_secure.files import sync_directory
+from lightning_secure.util.files import sync_directory
 
 __all__ = ["LocalKeyProvider"]
 

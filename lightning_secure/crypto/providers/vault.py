@@ -27,7 +27,7 @@ from lightning_secure.crypto.providers.secret_sources import (
     read_secret,
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
-from lightning_secure.validate import positive
+from lightning_secure.util.validate import positive
 
 __all__ = ["VaultTransitKeyProvider"]
 

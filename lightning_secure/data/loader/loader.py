@@ -11,11 +11,9 @@ from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.manifest import ShardEntry
 from lightning_secure.crypto.segments import TAG_BYTES
-from lightning_secure.data.buffers import Buffers
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import HEADER_BYTES
+from lightning_secure.data.format.columns import HEADER_BYTES
 from lightning_secure.data.loader.device import CudaCopyStream, on_device
-from lightning_secure.data.loader.order import (
+from lightning_secure.data.loader.epoch_order import (
     EpochLine,
     Interval,
     deal,
@@ -23,10 +21,12 @@ from lightning_secure.data.loader.order import (
     left_after,
     steps_for,
 )
-from lightning_secure.data.loader.pipeline import Pipeline
 from lightning_secure.data.loader.position import MAX_WINDOW_BYTES, Position
-from lightning_secure.data.samples import assemble, collate
-from lightning_secure.data.threads import threads_to_use
+from lightning_secure.data.loader.prefetch import Pipeline
+from lightning_secure.data.reading.batch_buffers import Buffers
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.samples import assemble, collate
+from lightning_secure.data.reading.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 __all__ = ["WINDOW_BYTES", "EncryptedLoader"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from lightning_secure.data.loader.order import Interval
+from lightning_secure.data.loader.epoch_order import Interval
 from lightning_secure.errors import ManifestMismatchError
 
 __all__ = ["MAX_WINDOW_BYTES", "Position"]
@@ -25,7 +25,7 @@ class Position:
         seed: Of its order.
         window_bytes: Of its order.
         shuffle: Whether it has an order of its own.
-        order: Digest of the order, see :func:`~lightning_secure.data.loader.order.digest`.
+        order: Digest of the order, see :func:`~lightning_secure.data.loader.epoch_order.digest`.
         content: The split's content digest.
         left: Intervals of the epoch's line that nobody has read.
     """

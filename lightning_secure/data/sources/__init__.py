@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from lightning_secure.data.sources.base import Source
 from lightning_secure.data.sources.memory import ArraySource, DatasetSource, RowSource
 from lightning_secure.errors import ConfigError
-from lightning_secure.files import as_path
+from lightning_secure.util.files import as_path
 
 __all__ = ["Source", "open_source"]
 

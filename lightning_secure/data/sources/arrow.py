@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import torch
 
-from lightning_secure.data.columns import Ragged
-from lightning_secure.data.format import DTYPES
+from lightning_secure.data.format.columns import DTYPES
 from lightning_secure.data.sources.base import Batch, extra
+from lightning_secure.data.writing.convert import Ragged
 from lightning_secure.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
-    from lightning_secure.redaction.anonymize import AnonymizationPlan
+    from lightning_secure.anonymize import AnonymizationPlan
 
 __all__ = ["BATCH_BYTES", "Checksum", "Source", "extra", "files_identity", "gathered"]
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_secure.data.columns import count_rows
 from lightning_secure.data.sources.base import (
     BATCH_BYTES,
     Batch,
@@ -19,6 +18,7 @@ from lightning_secure.data.sources.base import (
     gathered,
     size_of,
 )
+from lightning_secure.data.writing.convert import count_rows
 from lightning_secure.errors import DataError
 
 __all__ = ["ArraySource", "DatasetSource", "RowSource"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lightning_secure.anonymize import AnonymizationPlan, Keep
 from lightning_secure.data.sources.arrow import (
     NullRule,
     Stack,
@@ -25,7 +26,6 @@ from lightning_secure.data.sources.base import (
     files_identity,
 )
 from lightning_secure.errors import ConfigError, DataError
-from lightning_secure.redaction.anonymize import AnonymizationPlan, Keep
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
-from lightning_secure.files import open_regular, read_regular
+from lightning_secure.util.files import open_regular, read_regular
 
 __all__ = ["LocalFile", "LocalStorage"]
 

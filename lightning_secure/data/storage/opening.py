@@ -11,7 +11,7 @@ from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.local import LocalStorage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError
-from lightning_secure.files import as_path
+from lightning_secure.util.files import as_path
 
 __all__ = ["folder_of", "local_root", "open_storage"]
 

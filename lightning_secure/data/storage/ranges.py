@@ -7,7 +7,7 @@ from typing import Final, Protocol
 from typing_extensions import Buffer
 
 from lightning_secure.crypto.manifest import ShardEntry
-from lightning_secure.forks import ForkLock
+from lightning_secure.util.fork_lock import ForkLock
 
 __all__ = ["RangeSource", "RemoteFile"]
 

@@ -28,8 +28,8 @@ from lightning_secure.data.storage.transport import (
     watch_client,
 )
 from lightning_secure.errors import ConfigError, MissingExtraError, StorageError
-from lightning_secure.forks import ForkLock
-from lightning_secure.validate import positive, positive_int
+from lightning_secure.util.fork_lock import ForkLock
+from lightning_secure.util.validate import positive, positive_int
 
 __all__ = ["Options", "RemoteStorage"]
 
@@ -65,8 +65,8 @@ class RemoteStorage:
 
     Guarantees:
         Nothing that it returns is trusted: a shard's bytes are checked against the signed manifest
-        by :class:`~lightning_secure.data.shard.ShardReader`, so an object that is exchanged, also
-        after it was opened, is refused whatever its ETag. No error, log or repr holds
+        by :class:`~lightning_secure.data.shards.shard.ShardReader`, so an object that is exchanged,
+        also after it was opened, is refused whatever its ETag. No error, log or repr holds
         credentials. It pickles only without them: with a callable, or with options that hold none.
     """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manifest
-from lightning_secure.data.pins import Pins
-from lightning_secure.data.room import require_free
+from lightning_secure.data.manifests.new_split import require_free
+from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
@@ -23,7 +23,7 @@ from lightning_secure.data.storage.upload import (
     upload_splits,
 )
 from lightning_secure.errors import ConfigError
-from lightning_secure.files import as_path, atomic_writer
+from lightning_secure.util.files import as_path, atomic_writer
 
 __all__ = ["Spool", "open_spool", "remove_own"]
 

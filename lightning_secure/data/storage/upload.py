@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from lightning_secure import events
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import (
@@ -22,14 +21,15 @@ from lightning_secure.crypto.manifest import (
 )
 from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
-from lightning_secure.data.pins import Pins
-from lightning_secure.data.room import NewSplit, require_free, with_split
+from lightning_secure.data.manifests.new_split import NewSplit, require_free, with_split
+from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.shards.verify import verify_shard
 from lightning_secure.data.storage.local import LocalStorage
 from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
-from lightning_secure.data.verification import verify_shard
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
-from lightning_secure.files import as_path
+from lightning_secure.util import events
+from lightning_secure.util.files import as_path
 
 __all__ = [
     "current_manifest",

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
-from lightning_secure.privacy.exact import exact_arithmetic
-from lightning_secure.privacy.leftovers import preserved
-from lightning_secure.privacy.loss_graph import ISOLATE
-from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
-from lightning_secure.privacy.rows import first_rows, recombined, with_row
-from lightning_secure.privacy.seeds import Seeds
-from lightning_secure.privacy.trial import (
+from lightning_secure.privacy.checks.batch_rows import first_rows, recombined, with_row
+from lightning_secure.privacy.checks.loss_graph import ISOLATE
+from lightning_secure.privacy.checks.snapshot import preserved
+from lightning_secure.privacy.checks.trial_run import (
     NO_STEP,
     Seed,
     random_states,
     seed_all,
     without_dropout,
 )
-from lightning_secure.validate import positive
+from lightning_secure.privacy.checks.trial_seeds import Seeds
+from lightning_secure.privacy.gradients.float32 import exact_arithmetic
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
+from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
+from lightning_secure.util.validate import positive
 
 __all__ = [
     "ClippedFraction",

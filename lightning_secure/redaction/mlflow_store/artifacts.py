@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
-from lightning_secure.redaction import tally
-from lightning_secure.redaction.encrypted import SUFFIX, encrypted
-from lightning_secure.redaction.files import as_it_is, copy_checked, copy_tree_checked
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.artifacts.copy import as_it_is, copy_checked, copy_tree_checked
+from lightning_secure.redaction.artifacts.encrypted import SUFFIX, encrypted
 from lightning_secure.redaction.mlflow_store.guard import call_inside, guarding
 from lightning_secure.redaction.mlflow_store.sinks import limited_trace_data
 from lightning_secure.redaction.mlflow_store.tables import ARTIFACTS
@@ -49,11 +49,11 @@ class ArtifactPolicy:
         with self._looking("artifacts"), tempfile.TemporaryDirectory() as folder:
             place, name = self._place(artifact_path), self.redact("", source.name)
             if not self._passes(place, name):
-                tally.announce()
+                finding_counts.announce()
                 return None
             target = Path(folder, name)
             copied = copy_checked(source, target, redact=self.redact, binary=self._binary)
-            tally.announce()
+            finding_counts.announce()
             return send(str(copied), place)
 
     def log_artifacts(
@@ -66,7 +66,7 @@ class ArtifactPolicy:
                 Path(local_dir), Path(folder), redact=self.redact, binary=self._binary,
                 passes=functools.partial(self._passes, place),
             )  # fmt: skip
-            tally.announce()
+            finding_counts.announce()
             return send(folder, place)
 
     def upload_trace_data(self, send: Callable[..., Any], trace_data: str) -> Any:
@@ -76,7 +76,7 @@ class ArtifactPolicy:
             data = self.redact("traces.json", trace_data)
             if rules.limits(("traces",)):
                 data = "" if rules.drops("traces") else limited_trace_data(rules, data)
-            tally.announce()
+            finding_counts.announce()
             return send(data) if data else None
 
     def upload_attachment(
@@ -86,23 +86,23 @@ class ArtifactPolicy:
         with self._looking("traces"), tempfile.TemporaryDirectory() as folder:
             self._policy.identifier(attachment_id, what="attachment_id")
             if not self._policy.rules.passes(("traces",), "attachment"):
-                tally.count("policy")
-                tally.announce()
+                finding_counts.count("policy")
+                finding_counts.announce()
                 return None
             # Ciphertext is bound to the name that it is stored by.
             source = Path(folder, PurePath(attachment_id).name)
             source.write_bytes(content_bytes)
             target = Path(folder, "checked", source.name)
             copied = copy_checked(source, target, redact=self.redact, binary=self._binary)
-            tally.announce()
+            finding_counts.announce()
             return send(attachment_id, copied.read_bytes())
 
     @property
     def _binary(self) -> Callable[[str, bytes], tuple[str, bytes]] | None:
         return None if self._policy.rules.binaries == "refuse" else self.binary
 
-    def _looking(self, sink: str) -> tally.looking:
-        return tally.looking(sink, strict=self._policy.rules.strict)
+    def _looking(self, sink: str) -> finding_counts.looking:
+        return finding_counts.looking(sink, strict=self._policy.rules.strict)
 
     def _place(self, artifact_path: str | None) -> str | None:
         return self.redact("", str(artifact_path)) if artifact_path else artifact_path
@@ -110,7 +110,7 @@ class ArtifactPolicy:
     def _passes(self, place: str | None, name: str) -> bool:
         if self._policy.rules.passes(("artifacts",), posixpath.join(place or "", name)):
             return True
-        tally.count("policy")
+        finding_counts.count("policy")
         return False
 
 

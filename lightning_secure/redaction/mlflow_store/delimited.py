@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable
 from typing import Final
 
-from lightning_secure.redaction.names import KeyNameDetector
+from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 
 __all__ = ["DELIMITED", "by_columns"]
 

@@ -10,8 +10,8 @@ from enum import Enum
 from typing import Any, Final
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction import tally
-from lightning_secure.redaction.calls import Parameters
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.bound_call import Parameters
 from lightning_secure.redaction.mlflow_store.sinks import label_of, limited, sinks_of
 from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.values import Policy
@@ -117,12 +117,12 @@ def _checked(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
             elif name not in label:
                 clean[name] = _argument(policy, method.__name__, name, given)
             else:
-                with tally.looking(label[name], strict=strict):
+                with finding_counts.looking(label[name], strict=strict):
                     clean[name] = _argument(policy, method.__name__, name, given)
         unsent = None
         if policy.rules.limits(sinks):
             unsent = limited(policy.rules, method.__name__, clean)
-        tally.announce()
+        finding_counts.announce()
         if unsent is not None:
             return unsent.answer
         positional, named = parameters.spread(clean)

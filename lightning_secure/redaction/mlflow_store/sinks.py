@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.mlflow_store.tables import Kind, words
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED
@@ -200,8 +200,8 @@ def _passing(rules: Rules, sinks: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _left_out(sink: str) -> None:
-    with tally.looking(sink):
-        tally.count("policy")
+    with finding_counts.looking(sink):
+        finding_counts.count("policy")
 
 
 def _keyed(value: Any, passes: Callable[[str], bool]) -> Any:

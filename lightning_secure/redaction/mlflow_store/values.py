@@ -14,9 +14,10 @@ from typing import Any, Final
 import yaml
 
 from lightning_secure.errors import RedactionError
-from lightning_secure.redaction import tally
+from lightning_secure.redaction import finding_counts
+from lightning_secure.redaction.clean_metrics import known_clean
 from lightning_secure.redaction.containers import fields_of, items_of, number_of
-from lightning_secure.redaction.metrics import known_clean
+from lightning_secure.redaction.detect.split_secrets import halves
 from lightning_secure.redaction.mlflow_store.delimited import DELIMITED, by_columns
 from lightning_secure.redaction.mlflow_store.ids import (
     is_id,
@@ -26,7 +27,6 @@ from lightning_secure.redaction.mlflow_store.ids import (
 from lightning_secure.redaction.mlflow_store.tables import ENTITIES
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED, Redactor
-from lightning_secure.redaction.split import halves
 
 __all__ = ["Policy"]
 
@@ -382,7 +382,7 @@ def _without_halves(clean: list[Any]) -> list[Any]:
     if len(texts) > 1 and all(isinstance(text, str) for text in texts):
         for number, rule in halves(texts).items():  # type: ignore[arg-type]
             clean[number]._value = REDACTED
-            tally.count(rule)
+            finding_counts.count(rule)
     return clean
 
 

@@ -8,7 +8,6 @@ import pickle
 import pytest
 
 import lightning_secure
-from lightning_secure import events
 from lightning_secure.crypto.keys import DataKey, WrappedKey
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.errors import (
@@ -19,6 +18,7 @@ from lightning_secure.errors import (
     KeyUnavailableError,
     WrongKeyError,
 )
+from lightning_secure.util import events
 
 CONTEXT = {"purpose": "partition", "dataset": "00" * 16, "partition": "train"}
 

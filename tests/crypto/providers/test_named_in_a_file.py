@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from lightning_secure import cli
 from lightning_secure.cli.providers import provider_in
-from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 
 
 def named(case, kind, path):

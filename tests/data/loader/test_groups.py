@@ -10,12 +10,12 @@ import pytest
 
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.erasure import erase_subject
-from lightning_secure.data.format import HEADER_BYTES
+from lightning_secure.data.erasure.erase import erase_subject
+from lightning_secure.data.format.columns import HEADER_BYTES
+from lightning_secure.data.key_rotation.rotate import add_recipient, rotate_data, rotate_partition
 from lightning_secure.data.loader.loader import EncryptedLoader
-from lightning_secure.data.rotation import add_recipient, rotate_data, rotate_partition
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ManifestMismatchError, ShardCorruptedError, WrongKeyError
 
 ROWS = 300

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.buffers import Buffers, Rows
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import HEADER_BYTES
+from lightning_secure.data.format.columns import HEADER_BYTES
 from lightning_secure.data.loader.loader import EncryptedLoader
-from lightning_secure.data.shard import Scratch
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.batch_buffers import Buffers, Rows
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.shards.shard import Scratch
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ShardCorruptedError
 
 ROWS = 500
@@ -43,7 +43,7 @@ def sealed(tmp_path_factory, keys):
 @pytest.fixture(autouse=True)
 def _threads_for_small_segments(monkeypatch):
     """Segments that are worth a thread would make each of these tests read megabytes."""
-    monkeypatch.setattr("lightning_secure.data.dataset._WORTH_A_THREAD_BYTES", 0)
+    monkeypatch.setattr("lightning_secure.data.reading.dataset._WORTH_A_THREAD_BYTES", 0)
 
 
 def dataset(root, keys, **options):
@@ -340,8 +340,8 @@ def test_the_interpreter_ends_in_the_middle_of_a_pass(sealed, keys):
         "import sys\n"
         "from lightning_secure import EncryptedShardDataset, LocalKeyProvider\n"
         "from lightning_secure.data.loader.loader import EncryptedLoader\n"
-        "import lightning_secure.data.dataset\n"
-        "lightning_secure.data.dataset._WORTH_A_THREAD_BYTES = 0\n"
+        "import lightning_secure.data.reading.dataset\n"
+        "lightning_secure.data.reading.dataset._WORTH_A_THREAD_BYTES = 0\n"
         "keys = LocalKeyProvider(sys.argv[2])\n"
         "data = EncryptedShardDataset(sys.argv[1], split='train', keys=keys)\n"
         "batches = iter(EncryptedLoader(data, batch_size=8, threads=2, window_bytes=500))\n"
@@ -378,7 +378,7 @@ def test_a_forked_worker_has_threads_of_its_own(sealed, keys):
 
 def test_a_segment_that_was_sealed_wrongly_is_refused(tmp_path, keys, monkeypatch):
     """Signed and authentic, and yet not what its schema says."""
-    from lightning_secure.data import shard
+    from lightning_secure.data.shards import shard
 
     right = shard.encode_segment
     monkeypatch.setattr(shard, "encode_segment", lambda *rows: right(*rows)[:-8])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_secure.data.loader.order import (
+from lightning_secure.data.loader.epoch_order import (
     EpochLine,
     Interval,
     deal,

@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.dataset import EncryptedShardDataset
 from lightning_secure.data.loader.loader import EncryptedLoader
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 ROWS = 240

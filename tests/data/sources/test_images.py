@@ -11,10 +11,10 @@ import zlib
 import numpy as np
 import pytest
 
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.rotation import rotate_data, rotate_partition
-from lightning_secure.data.seal import seal
+from lightning_secure.data.key_rotation.rotate import rotate_data, rotate_partition
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.sources.metadata import strip_metadata
+from lightning_secure.data.writing.seal import seal
 from lightning_secure.errors import ConfigError, DataError, MissingExtraError
 
 Image = pytest.importorskip("PIL.Image")

@@ -6,18 +6,18 @@ import decimal
 import numpy as np
 import pytest
 
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.format import Column
-from lightning_secure.data.seal import seal
-from lightning_secure.data.sources.arrow import Fill, Stack, arrow_type
-from lightning_secure.errors import ConfigError, DataError, MissingExtraError
-from lightning_secure.redaction.anonymize import (
+from lightning_secure.anonymize import (
     AnonymizationPlan,
     Generalize,
     Keep,
     Pseudonymize,
     Suppress,
 )
+from lightning_secure.data.format.columns import Column
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.sources.arrow import Fill, Stack, arrow_type
+from lightning_secure.data.writing.seal import seal
+from lightning_secure.errors import ConfigError, DataError, MissingExtraError
 
 pa = pytest.importorskip("pyarrow")
 pd = pytest.importorskip("pandas")

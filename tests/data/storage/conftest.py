@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
-from lightning_secure.data.dataset import EncryptedShardDataset
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 
 LOADER = create_loader()
 ROWS = np.arange(800, dtype="int64").reshape(400, 2)

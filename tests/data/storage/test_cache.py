@@ -18,12 +18,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.manifest import read_manifest
-from lightning_secure.data.dataset import EncryptedShardDataset
+from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.storage import CiphertextCache, RemoteStorage
 from lightning_secure.errors import ConfigError, ShardCorruptedError, StorageError
-from lightning_secure.files import exclusive_lock
+from lightning_secure.util import events
+from lightning_secure.util.files import exclusive_lock
 
 ROWS = np.arange(800, dtype="int64").reshape(400, 2)
 

@@ -16,21 +16,20 @@ import fsspec
 import numpy as np
 import pytest
 
-from lightning_secure import events
 from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
-from lightning_secure.data.closing import close_together
-from lightning_secure.data.erasure import erase_subject
-from lightning_secure.data.leftovers import collect_garbage
-from lightning_secure.data.rotation import rotate_data, rotate_kek, rotate_partition
-from lightning_secure.data.seal import seal as seal_source
-from lightning_secure.data.splits import SplitByRatio
+from lightning_secure.data.erasure.erase import erase_subject
+from lightning_secure.data.key_rotation.rotate import rotate_data, rotate_kek, rotate_partition
+from lightning_secure.data.manifests.garbage import collect_garbage
 from lightning_secure.data.storage import (
     CiphertextCache,
     LocalStorage,
     RemoteStorage,
     upload_split,
 )
-from lightning_secure.data.writer import EncryptedShardWriter
+from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.writing.seal import seal as seal_source
+from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
     ConfigError,
@@ -38,6 +37,7 @@ from lightning_secure.errors import (
     ShardCorruptedError,
     StorageError,
 )
+from lightning_secure.util import events
 
 ROWS = np.arange(800, dtype="int64").reshape(400, 2)
 OTHER = ROWS + 10_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutation import Mutation
 
-CANARY = "tests/privacy/audit/test_canary.py -k comes_close"
+CANARY = "tests/privacy/auditing/test_canary.py -k comes_close"
 METRICS = "tests/metrics/test_private_metrics.py"
 STEPS = "tests/privacy/released/test_steps.py"
 RELEASED = "tests/strategies/test_released.py"
@@ -12,14 +12,14 @@ RELEASED = "tests/strategies/test_released.py"
 CATALOGUE = [
     Mutation(
         "gradients are not clipped, before the eyes of the canary audit",
-        "privacy/layers.py",
+        "privacy/gradients/formulas.py",
         "factors = (max_grad_norm / norms).clamp(max=1.0)",
         "factors = torch.ones_like(norms)",
         CANARY,
     ),
     Mutation(
         "the gradient gets half its noise, before the eyes of the canary audit",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "noise.add_(sums[parameter], std=std)",
         "noise.add_(sums[parameter], std=std / 2)",
         CANARY,
@@ -54,14 +54,14 @@ CATALOGUE = [
     ),
     Mutation(
         "metrics of a step's draw cost nothing",
-        "privacy/ledger.py",
+        "privacy/accounting/ledger.py",
         "noise = joint_noise(self.noise_multiplier, *self.beside)",
         "noise = self.noise_multiplier",
         f"{STEPS} -k charged_for_all",
     ),
     Mutation(
         "what is released of one draw is accounted for as draws of their own",
-        "privacy/accounting.py",
+        "privacy/accounting/pld.py",
         "sum(noise**-2 for noise in noise_multipliers) ** -0.5",
         "min(noise_multipliers)",
         f"{STEPS} -k 'one_draw or charged_for_all'",
@@ -75,7 +75,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a release after the fit is not entered in the journal",
-        "privacy/ledger.py",
+        "privacy/accounting/ledger.py",
         "closed = self._journal is None and self.journaled",
         "closed = False",
         f"{RELEASED} -k release_of_once",

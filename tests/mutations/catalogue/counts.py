@@ -9,14 +9,14 @@ COUNTS = "tests/attacks/test_rounding_and_counts.py"
 CATALOGUE = [
     Mutation(
         "last bits tell where a row came",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "(parameter, dtype=widened(parameter.dtype))",
         "(parameter, dtype=torch.float32)",
         f"{COUNTS} -k as_fine",
     ),
     Mutation(
         "a loss counts rows in bfloat16",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "in (torch.float16, torch.bfloat16):",
         "== torch.float16:",
         f"{COUNTS} -k bfloat16",
@@ -44,7 +44,7 @@ CATALOGUE = [
     ),
     Mutation(
         "hooks see the gradients of trials",
-        "privacy/trial.py",
+        "privacy/checks/trial_run.py",
         "            hooks.clear()\n",
         "            pass\n",
         f"{COUNTS} -k hooks",

@@ -19,14 +19,14 @@ CATALOGUE = [
     ),
     Mutation(
         "noise is added twice",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "            noise.add_(sums[parameter], std=std)\n",
         "            noise.add_(sums[parameter], std=std)\n" * 2,
         f"{STRATEGY} -k fresh_noise",
     ),
     Mutation(
         "a draw of nothing is released without noise",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "                sums[parameter] = torch.zeros_like("
         "parameter, dtype=widened(parameter.dtype))\n",
         "                sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)\n"
@@ -42,21 +42,21 @@ CATALOGUE = [
     ),
     Mutation(
         "the divisor follows the number of rows",
-        "privacy/promise.py",
+        "privacy/accounting/run_contract.py",
         "    if expected > dataset_size:\n",
         "    expected = int(rows * (expected / dataset_size))\n    if expected > dataset_size:\n",
         f"{FAILURES} -k divisor",
     ),
     Mutation(
         "the steps of an epoch are a rounded fraction",
-        "privacy/promise.py",
+        "privacy/accounting/run_contract.py",
         "steps_per_epoch=-(-dataset_size // expected)",
         "steps_per_epoch=int(1 / (expected / dataset_size))",
         f"{FAILURES} -k rounded",
     ),
     Mutation(
         "hooks outlast a fit",
-        "privacy/bookkeeping.py",
+        "privacy/gradients/recorder.py",
         "            self._handles.pop()()\n",
         "            self._handles.pop()\n",
         f"{FAILURES} -k second_fit",
@@ -77,7 +77,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the scale of float16 is left in the gradients",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "factor=self._factor)",
         "factor=self._factor / self._loss_scale)",
         f"{PRECISION} -k 'same_weights and options3'",
@@ -92,21 +92,21 @@ CATALOGUE = [
     ),
     Mutation(
         "one more row rounds the others anew",
-        "privacy/engine.py",
+        "privacy/gradients/engine.py",
         "        self._factor = rows * self._loss_scale\n",
         "        self._factor = self._loss_scale\n",
         f"{PRECISION} -k anew",
     ),
     Mutation(
         "a layer that is changed in place leaves no record",
-        "privacy/bookkeeping.py",
+        "privacy/gradients/recorder.py",
         'cast("Any", _not_a_view(output)).register_hook(hook)',
         'cast("Any", output).register_hook(hook)',
         f"{GRADIENTS} -k 'norms_are and in'",
     ),
     Mutation(
         "what a layer makes once for all rows is not told apart",
-        "privacy/bookkeeping.py",
+        "privacy/gradients/recorder.py",
         "        rows = self._rows or 1\n",
         "        rows = 1\n",
         "tests/privacy/zoo -k 'exact and decoder'",

@@ -71,7 +71,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the folders above a new key are open to others",
-        "files.py",
+        "util/files.py",
         "    make_private_directories(path.parent)\n    # Another process may have made it "
         "meanwhile.\n    path.mkdir(mode=0o700, exist_ok=True)",
         "    path.mkdir(mode=0o700, parents=True, exist_ok=True)",

@@ -40,14 +40,14 @@ CATALOGUE = [
     Mutation(
         "a logger logs what is left before it is recorded what was taken out",
         "loggers/redacting.py",
-        "        tally.announce()\n        self._logger.log_metrics(",
+        "        finding_counts.announce()\n        self._logger.log_metrics(",
         "        self._logger.log_metrics(",
         f"{REDACTING} -k 'else_nothing and CSV'",
     ),
     Mutation(
         "an experiment logs what is left before it is recorded what was taken out",
         "loggers/experiments.py",
-        "            tally.announce()\n",
+        "            finding_counts.announce()\n",
         "",
         f"{REDACTING} -k 'else_nothing and CSV'",
     ),

@@ -9,28 +9,28 @@ RESUME = "tests/data/loader/test_resume.py"
 CATALOGUE = [
     Mutation(
         "a batch that somebody keeps is overwritten",
-        "data/buffers.py",
+        "data/reading/batch_buffers.py",
         "weakref.finalize(lent, spare.append, memory).atexit = False",
         "spare.append(memory)",
         "tests/data/test_buffers.py -k kept",
     ),
     Mutation(
         "a segment is decrypted over rows that another thread has put in place",
-        "data/buffers.py",
+        "data/reading/batch_buffers.py",
         " if start + length <= until * item_bytes else None",
         "",
         "tests/data/loader/test_loader.py -k rows_of_another_thread",
     ),
     Mutation(
         "what a decrypting thread refuses is handed out",
-        "data/loader/pipeline.py",
+        "data/loader/prefetch.py",
         "                    future.result()",
         "                    future.exception()",
         "tests/data/loader/test_loader.py -k altered_segment_reaches",
     ),
     Mutation(
         "a segment is used that is not what random access asked for",
-        "data/dataset.py",
+        "data/reading/dataset.py",
         "            for other in others:\n                other.result()\n",
         "",
         "tests/data/loader/test_loader.py -k altered_segment_yields",
@@ -72,7 +72,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the order of rows depends on which columns are read",
-        "data/groups.py",
+        "data/reading/column_groups.py",
         "if len(self._all) == 1:",
         "if True:",
         "tests/data/loader/test_groups.py -k goes_on_in_the_middle",

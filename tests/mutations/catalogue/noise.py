@@ -10,14 +10,14 @@ STREAM = "tests/crypto/test_keystream.py"
 CATALOGUE = [
     Mutation(
         "a number of noise is used twice",
-        "privacy/noise.py",
+        "privacy/noise/gaussian.py",
         "self._ready[dtype] = ready[most:]",
         "self._ready[dtype] = ready[max(most - 1, 0) :]",
         f"{NOISE} -k used_twice",
     ),
     Mutation(
         "secure noise is one number and not four",
-        "privacy/noise.py",
+        "privacy/noise/gaussian.py",
         "return four.sum(1).div_(2).view(-1)",
         "return four[:, 0].reshape(-1)",
         f"{NOISE} -k four_numbers",

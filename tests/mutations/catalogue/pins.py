@@ -10,21 +10,21 @@ UPLOAD = "tests/data/storage/test_upload.py"
 CATALOGUE = [
     Mutation(
         "a split is committed to a dataset that was rolled back while it was sealed",
-        "data/generations.py",
+        "data/manifests/commit.py",
         "        pins.check(current, root)\n        joined = current",
         "        joined = current",
         f"{ROLLBACK} -k 'while_rows_are_sealed and not remote'",
     ),
     Mutation(
         "a pin counts at the start of a rotation only",
-        "data/rotation.py",
+        "data/key_rotation/rotate.py",
         "        pins.check(current, root)\n        manifest = rotation.successor",
         "        manifest = rotation.successor",
         f"{ROLLBACK} -k while_data_is_rotated",
     ),
     Mutation(
         "leftovers of a newer generation are cleared away from an older one",
-        "data/rotation.py",
+        "data/key_rotation/rotate.py",
         "        pins.check(read_manifest(root, trusted=keys.trusted_signers), root)\n"
         "        _sweep(root, keys, pins)",
         "        Journal(root).sweep(read_manifest(root, trusted=keys.trusted_signers))",
@@ -39,14 +39,14 @@ CATALOGUE = [
     ),
     Mutation(
         "a dataset is begun where another was pinned",
-        "data/pins.py",
+        "data/manifests/rollback_pins.py",
         "if self._least > 0 or self._digest is not None:",
         "if False:",
         f"{ROLLBACK} -k begun_where",
     ),
     Mutation(
         "a refused sealing removes shards that only the manifest before a roll-back names",
-        "data/writer.py",
+        "data/writing/writer.py",
         "if keep or self.complete else",
         "if keep else",
         f"{ROLLBACK} -k takes_no_rows",
@@ -67,7 +67,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the tags of a shard are not compared before it is sent",
-        "data/verification.py",
+        "data/shards/verify.py",
         "if tags_root(read_tags(file, header, entry.size)) != entry.merkle_root:",
         "if False:",
         f"{UPLOAD} -k 'replaces_nothing and tag'",

@@ -10,14 +10,14 @@ FILES = "tests/attacks/test_files.py"
 CATALOGUE = [
     Mutation(
         "a pipe in place of a shard hangs the reader, and a device is read",
-        "files.py",
+        "util/files.py",
         "    if not stat.S_ISREG(os.fstat(fd).st_mode):",
         "    if False:",
         f"{FILES} -k 'no_file and (folder or endless)'",
     ),
     Mutation(
         "a manifest of any length is read into memory",
-        "files.py",
+        "util/files.py",
         "        if size > limit:",
         "        if False:",
         f"{FILES} -k longer_than_any",
@@ -38,7 +38,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a checkpoint's header may hold what has no canonical form",
-        "crypto/heads.py",
+        "crypto/file_header.py",
         'header = parse_json_object(data, what="its header", canonical=True)',
         'header = parse_json_object(data, what="its header")',
         f"{FILES} -k 'header_to_choke and checkpoint'",
@@ -46,28 +46,28 @@ CATALOGUE = [
     ),
     Mutation(
         "offsets that go back are followed",
-        "data/format.py",
+        "data/format/columns.py",
         "offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())",
         "offsets[0] == 0",
         f"{FUZZ} -k 'segment_with_any_content and bytes'",
     ),
     Mutation(
         "bytes that belong to no column pass",
-        "data/format.py",
+        "data/format/columns.py",
         "    return plaintext.count(0, start, stop) == stop - start",
         "    return True",
         f"{FUZZ} -k 'segment_with_any_content and all'",
     ),
     Mutation(
         "a truth value is any byte",
-        "data/format.py",
+        "data/format/columns.py",
         "        _require(int(flat.view(torch.uint8).max()) <= 1)",
         "        pass",
         f"{FUZZ} -k 'segment_with_any_content and bool'",
     ),
     Mutation(
         "the fast way of reading takes any byte",
-        "data/filling.py",
+        "data/reading/decode_rows.py",
         "enumerate(segments if limits else ())",
         "enumerate(())",
         f"{FUZZ} -k 'fixed_rows and bool'",

@@ -37,7 +37,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an altered copy in the cache is not fetched again",
-        "data/shard.py",
+        "data/shards/shard.py",
         "            if not self._file.distrust():\n                raise",
         "            raise",
         f"{STORAGE}/test_cache.py -k altered_is_fetched",

@@ -72,7 +72,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a file that begins like a sealed one is sent as it is",
-        "redaction/sealed.py",
+        "redaction/artifacts/recognise.py",
         "body is not None and _TEXT.search(body) is None",
         "True",
         "tests/loggers/test_client.py -k 'begins_like and data0'",

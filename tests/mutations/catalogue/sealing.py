@@ -10,42 +10,42 @@ SOURCES = "tests/data/sources"
 CATALOGUE = [
     Mutation(
         "lines of a sealing's journal can be taken out",
-        "data/journal.py",
+        "data/writing/progress_log.py",
         'or (value["seq"], value["previous"]) != (self._seq, self._digest)',
         "or False",
         f"{RESUME} -k 'tampered and gap'",
     ),
     Mutation(
         "a sealing goes on from another source",
-        "data/resume.py",
+        "data/writing/resume.py",
         "if mark != earlier.source:",
         "if False:",
         f"{RESUME} -k another_source",
     ),
     Mutation(
         "a sealing goes on from shards that were exchanged",
-        "data/resume.py",
+        "data/writing/resume.py",
         "        _verify(folder, dataset.dataset_id, partition, earlier)\n",
         "",
         f"{RESUME} -k finished_shard",
     ),
     Mutation(
         "starting anew removes shards that the manifest names",
-        "data/journal.py",
+        "data/writing/progress_log.py",
         'if f"{folder.name}/{name}" not in keep:',
         "if True:",
         f"{RESUME} -k between_manifest",
     ),
     Mutation(
         "rows that were sealed before are sealed again",
-        "data/seal.py",
+        "data/writing/seal.py",
         "for columns in source.batches(writer.records - writer.unseen):",
         "for columns in source.batches():",
         f"{RESUME} -k goes_on_from_the_last",
     ),
     Mutation(
         "shards are numbered as they are done",
-        "data/sealing.py",
+        "data/writing/shard_queue.py",
         "while self._running and self._running[0].done():\n"
         "            self._take(self._running.popleft().result())",
         "for future in [one for one in self._running if one.done()]:\n"
@@ -69,7 +69,7 @@ CATALOGUE = [
     ),
     Mutation(
         "rows that a Ray task lost or doubled are not missed",
-        "data/ray.py",
+        "data/writing/ray_sink.py",
         "if len(set(numbers)) != len(numbers) or sealed + dropped != rows:",
         "if False:",
         "tests/data/test_ray.py -k lost_doubled",

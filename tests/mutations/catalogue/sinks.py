@@ -24,13 +24,13 @@ CATALOGUE = [
     Mutation(
         "what is redacted is sent before that is recorded",
         "redaction/mlflow_store/guard.py",
-        "        tally.announce()\n        if unsent",
+        "        finding_counts.announce()\n        if unsent",
         "        if unsent",
         f"{REDACTION}/test_policy.py -k cannot_be_recorded",
     ),
     Mutation(
         "an encrypted file opens under another file's name",
-        "redaction/encrypted.py",
+        "redaction/artifacts/encrypted.py",
         'if place.name != header["name"] + SUFFIX:',
         "if not place.name.endswith(SUFFIX):",
         f"{REDACTION}/test_encrypted.py -k another_name",
@@ -44,21 +44,21 @@ CATALOGUE = [
     ),
     Mutation(
         "a secret in HTML's entities is not read",
-        "redaction/disguises.py",
+        "redaction/detect/obfuscated.py",
         'if "&" in text:',
         'if "&&" in text:',
         f"{REDACTION}/test_disguises.py -k found_at_its_place",
     ),
     Mutation(
         "base64 that begins as no UTF-8 does is not read as UTF-16",
-        "redaction/disguises.py",
+        "redaction/detect/obfuscated.py",
         "if word[0] in _INSIDE and word.islower():",
         "if word[0] in _INSIDE:",
         f"{REDACTION}/test_disguises.py -k begins_oddly",
     ),
     Mutation(
         "base64 of letters beyond ASCII is not read",
-        "redaction/disguises.py",
+        "redaction/detect/obfuscated.py",
         r"|[\xc2-\xdf][\x80-\xbf]",
         "",
         f"{REDACTION}/test_disguises.py -k base64_is_found_whole",
@@ -72,7 +72,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an encrypted file is given a number after its name was bound",
-        "redaction/files.py",
+        "redaction/artifacts/copy.py",
         "while target.exists() or target.with_name(target.name + SUFFIX).exists():",
         "while target.exists():",
         f"{REDACTION}/test_policy.py -k ciphertext_opens",
@@ -80,7 +80,7 @@ CATALOGUE = [
     Mutation(
         "a logger's client sends a file before its redaction is recorded",
         "loggers/client.py",
-        "            tally.announce()\n            self._client.log_artifact(",
+        "            finding_counts.announce()\n            self._client.log_artifact(",
         "            self._client.log_artifact(",
         "tests/loggers/test_client.py -k no_file_is_sent",
     ),

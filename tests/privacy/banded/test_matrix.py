@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy.banded.matrix import diagonals, sensitivity
+from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
 
 
 def explicit(bands, steps):

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_secure.errors import BudgetExhaustedError, PrivacyError
-from lightning_secure.privacy.banded.matrix import diagonals, sensitivity
-from lightning_secure.privacy.banded.noise import BandedNoise
-from lightning_secure.privacy.banded.order import FixedOrderBatchSampler
-from lightning_secure.privacy.banded.planned import Planned
-from lightning_secure.privacy.noise import GaussianNoise
+from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
+from lightning_secure.privacy.noise.banded.noise import BandedNoise
+from lightning_secure.privacy.noise.banded.order import FixedOrderBatchSampler
+from lightning_secure.privacy.noise.banded.planned import Planned
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
 STEPS, BANDS = 9, 3
 PARAMETERS = [nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(7))]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.clipping.layers import LayerGroups
-from lightning_secure.privacy.clipping.rules import PerLayerClipping
-from lightning_secure.privacy.engine import GradientEngine
+from lightning_secure.privacy.gradients.clipping.layers import LayerGroups
+from lightning_secure.privacy.gradients.clipping.rules import PerLayerClipping
+from lightning_secure.privacy.gradients.engine import GradientEngine
 
 BATCH = 6
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy.clipping.rules import (
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.gradients.clipping.rules import (
     RANGE,
     AdaptiveClipping,
     FlatClipping,
     PerLayerClipping,
 )
-from lightning_secure.privacy.config import DPConfig
 
 
 def config(clipping):

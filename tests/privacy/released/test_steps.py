@@ -7,12 +7,21 @@ import torch
 from torch import nn
 
 from lightning_secure.errors import ConfigError, PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.accounting import Release, calibrate_noise, epsilon_pld, joint_noise
+from lightning_secure.privacy.accounting.journal import (
+    attach_journal,
+    known_releases,
+    restore_journal,
+)
+from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
+from lightning_secure.privacy.accounting.pld import (
+    Release,
+    calibrate_noise,
+    epsilon_pld,
+    joint_noise,
+)
+from lightning_secure.privacy.accounting.run_contract import begin_ledger
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.journal import attach_journal, known_releases, restore_journal
-from lightning_secure.privacy.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.noise import GaussianNoise
-from lightning_secure.privacy.promise import begin_ledger
+from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.steps import (
     ClippedFraction,
     GradientNorm,

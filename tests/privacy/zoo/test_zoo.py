@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.bookkeeping import add_clipped_sums, per_sample_norms
-from lightning_secure.privacy.engine import GradientEngine
-from lightning_secure.privacy.preflight import preflight
-from lightning_secure.privacy.units.base import GHOST, Way
+from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
+from lightning_secure.privacy.gradients.rules.base import GHOST, Way
 
 BATCH, TIME, SIZE, WORDS = 4, 5, 8, 11
 

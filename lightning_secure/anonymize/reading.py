@@ -1,0 +1,77 @@
+"""Plans as they stand in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from lightning_secure.anonymize.keyed import Pseudonymize, Tokenize
+from lightning_secure.anonymize.operators import (
+    Generalize,
+    Keep,
+    Operator,
+    Redact,
+    Suppress,
+)
+from lightning_secure.anonymize.plan import AnonymizationPlan
+from lightning_secure.errors import ConfigError
+from lightning_secure.util.yaml_config import known, typed
+
+__all__ = ["PLAN_KEYS", "plan_of"]
+
+#: The keys of a file that make up a plan.
+PLAN_KEYS: Final = ("anonymize", "quasi_identifiers", "sensitive")
+_PLAIN: Final[Mapping[str, Operator]] = {"keep": Keep(), "suppress": Suppress(), "redact": Redact()}
+_KEYED: Final[Mapping[str, type[Pseudonymize] | type[Tokenize]]] = {
+    "pseudonymize": Pseudonymize,
+    "tokenize": Tokenize,
+}
+_NAMES: Final = ("keep", "suppress", "redact", "generalize", *_KEYED)
+
+
+def plan_of(config: Mapping[str, Any], *, what: str) -> AnonymizationPlan:
+    """Return the plan that a configuration describes.
+
+    Args:
+        config: Its keys are some of ``PLAN_KEYS``.
+        what: Names it in errors.
+
+    Raises:
+        ConfigError: It has other keys, or a rule is none.
+    """
+    known(dict(config), set(PLAN_KEYS), what)
+    rules = typed(config.get("anonymize", {}), dict, "anonymize")
+    return AnonymizationPlan(
+        {name: _operator(name, rule) for name, rule in rules.items()},
+        quasi_identifiers=typed(config.get("quasi_identifiers", []), list, "quasi_identifiers"),
+        sensitive=typed(config.get("sensitive", []), list, "sensitive"),
+    )
+
+
+def _operator(name: Any, rule: Any) -> Operator:
+    name = typed(name, str, "the name of a column in anonymize")
+    if isinstance(rule, str) and rule in _PLAIN:
+        return _PLAIN[rule]
+    names = {*_KEYED, "generalize", "redact"}
+    fields = known(rule, names, f"anonymize: {name}") if isinstance(rule, dict) else {}
+    if len(fields) == 1:
+        ((kind, value),) = fields.items()
+        what = f"anonymize: {name}: {kind}"
+        if kind == "generalize":
+            return Generalize(**known(value, {"date", "prefix", "width", "bins"}, what))
+        if kind == "redact":
+            options = known(value, {"extra_patterns", "extra_rules"}, what)
+            patterns = typed(options.get("extra_patterns", []), list, f"{what}: extra_patterns")
+            rules = options.get("extra_rules")
+            return Redact(
+                extra_patterns=tuple(typed(pattern, str, what) for pattern in patterns),
+                extra_rules=None if rules is None else typed(rules, str, f"{what}: extra_rules"),
+            )
+        if isinstance(value, str):
+            return _KEYED[kind](domain=value)
+        options = known(value, {"domain", "generation"}, what)
+        return _KEYED[kind](
+            domain=typed(options.get("domain"), str, f"{what}: domain"),
+            generation=typed(options.get("generation", 1), int, f"{what}: generation"),
+        )
+    raise ConfigError(f"anonymize: {name}: takes one of {', '.join(_NAMES)}.")

@@ -1,0 +1,264 @@
+"""Erasing rows by destroying their keys, and saying honestly whether that was enough.
+
+A row is gone when nobody can obtain the key of its shard. Taking the key out of the manifest is not
+enough: an old copy of the manifest holds it still, under a partition key that the same copy holds
+under the recipients' own keys. So after everything that can be done was done, the old manifest is
+tried with every key that is left, and the report says what came of it.
+
+Weights that were trained on the rows are not erased. Nor are copies that somebody made of the rows,
+or of a key, nor what older manifests hold under keys of their time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_secure.crypto import rotation
+from lightning_secure.crypto.entries import ShardEntry, SplitEntry
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.crypto.manifest import Manifest, read_manifest
+from lightning_secure.crypto.signing import Signer
+from lightning_secure.data.erasure.pending_record import RECORD_NAME, UnfinishedErasure
+from lightning_secure.data.erasure.report import ErasureReport, RecoveryAttempt, conclude
+from lightning_secure.data.key_rotation.rotate import commit, rotating
+from lightning_secure.data.manifests.garbage import Journal
+from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.storage.opening import folder_of
+from lightning_secure.data.writing.subjects import SubjectPseudonyms
+from lightning_secure.errors import (
+    ConfigError,
+    DataError,
+    KeyUnavailableError,
+)
+from lightning_secure.util.validate import whole_number
+
+__all__ = ["ErasureReport", "RecoveryAttempt", "erase_shard", "erase_subject"]
+
+
+def erase_shard(
+    root: str | os.PathLike[str],
+    split: str,
+    numbers: int | Sequence[int],
+    *,
+    keys: KeyProvider,
+    recipients: Sequence[KeyProvider] = (),
+    rotate_kek_to: KeyProvider | None = None,
+    retire_kek: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
+) -> ErasureReport:
+    """Erase whole shards: their keys, then their files; and try to get them back.
+
+    Args:
+        root: The dataset's folder.
+        split: Name of the split.
+        numbers: Numbers of the shards, as the manifest has them.
+        keys: Opens all the split's partitions, and signs the new manifest.
+        recipients: All other recipients of these partitions.
+        rotate_kek_to: Takes the place of ``keys`` in the whole dataset, and signs from now on.
+        retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can,
+            and only once ``rotate_kek_to`` was seen to open the new manifest. Everything else
+            under the key, other datasets and checkpoints too, is lost.
+        min_generation: The oldest generation that is erased from. If somebody put an older one in
+            its place, nothing is erased.
+        manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
+
+    Returns:
+        What was done, and whether an old copy of the manifest still opens.
+
+    Raises:
+        ConfigError: There is no such split or shard, a number is none, a recipient was forgotten,
+            or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
+        WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
+        ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
+        AuditWriteError: A listener could not record it. If the manifest was replaced already, the
+            erasure stands and is unfinished: the old key may be alive.
+
+    If it breaks off after the manifest was replaced, by an error or a crash, call
+    :func:`~lightning_secure.data.erasure.finish.finish_erasure`; no other erasure begins before.
+
+    The partitions of the split get new keys, and all groups of columns lose the shards together.
+    Erasing the last shard removes the split. The content digest changes, so a run that trained on
+    the rows does not resume on the rest.
+    """
+    wanted = _whole(numbers)
+
+    def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:
+        if not wanted or (missing := wanted - {shard.number for shard in entry.shards}):
+            raise ConfigError(
+                f"split {split!r} has no shards {sorted(missing) if wanted else ''}; nothing was "
+                "erased."
+            )
+        return wanted
+
+    pins = Pins(min_generation, manifest_digest)
+    return _erase(
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
+    )
+
+
+def _whole(numbers: Any) -> set[int]:
+    several = isinstance(numbers, Iterable) and not isinstance(numbers, bytes)
+    found = {whole_number(number) for number in (numbers if several else [numbers])}
+    if None in found:
+        raise ConfigError("shards are chosen by whole numbers; nothing was erased.")
+    return {number for number in found if number is not None}
+
+
+def erase_subject(
+    root: str | os.PathLike[str],
+    split: str,
+    subject: str | int,
+    *,
+    keys: KeyProvider,
+    recipients: Sequence[KeyProvider] = (),
+    rotate_kek_to: KeyProvider | None = None,
+    retire_kek: bool = False,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
+) -> ErasureReport:
+    """Erase all rows of one subject of a split that was sealed with ``subject_column=``.
+
+    Args:
+        root: The dataset's folder.
+        split: Name of the split.
+        subject: The id as it stood in the subject column, text or a whole number.
+        keys: See :func:`erase_shard`, like all that follow.
+        recipients: See there.
+        rotate_kek_to: See there.
+        retire_kek: See there.
+        min_generation: See there.
+        manifest_digest: See there.
+
+    Raises:
+        ConfigError: See there; or the split was not sealed by subject.
+        DataError: The split has no rows of this subject.
+
+    The rows of other subjects keep their order and move together: the split is as long as if the
+    erased rows had never been sealed.
+    """
+
+    def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:
+        if entry.subject_key is None:
+            raise ConfigError(
+                f"split {split!r} was not sealed with subject_column=, so nobody can tell whose "
+                "rows are where. Nothing was erased."
+            )
+        key = manifest.open_partition(entry.partition, keys).open_subject_key(entry.subject_key)
+        pseudonym = SubjectPseudonyms(key)(subject)
+        numbers = {shard.number for shard in entry.shards if shard.subject == pseudonym}
+        if not numbers:
+            raise DataError(f"split {split!r} has no rows of this subject. Nothing was erased.")
+        return numbers
+
+    pins = Pins(min_generation, manifest_digest)
+    return _erase(
+        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
+    )
+
+
+def _erase(
+    root: Path,
+    split: str,
+    chosen: Callable[[Manifest, SplitEntry], set[int]],
+    keys: KeyProvider,
+    recipients: Sequence[KeyProvider],
+    to: KeyProvider | None,
+    pins: Pins,
+    *,
+    retire_kek: bool,
+) -> ErasureReport:
+    if retire_kek and to is None:
+        raise ConfigError(
+            "retire_kek=True needs rotate_kek_to=: destroying the only key would lose the whole "
+            "dataset. Nothing was erased."
+        )
+    with rotating(root, keys=keys, pins=pins):
+        if os.path.lexists(root / RECORD_NAME):
+            raise ConfigError(
+                f"an earlier erasure in {str(root)!r} broke off before its end: call "
+                f"finish_erasure() first, or remove {RECORD_NAME} if it is not yours. Nothing more "
+                "was erased."
+            )
+        before = read_manifest(root, trusted=keys.trusted_signers)
+        pins.check(before, root)
+        entry = before.splits.get(split)
+        if entry is None:
+            raise ConfigError(
+                f"{str(root)!r} has no split {split!r}; its splits are {sorted(before.splits)}. "
+                "Nothing was erased."
+            )
+        numbers = chosen(before, entry)
+        record = UnfinishedErasure(
+            split=split,
+            numbers=frozenset(numbers),
+            before=before,
+            key=(keys.name, keys.key_id),
+            retire=retire_kek,
+        )
+
+        def change(current: Manifest) -> Manifest:
+            if current.splits.get(split) != entry:
+                UnfinishedErasure.remove(root)
+                raise ConfigError(
+                    f"split {split!r} was sealed anew meanwhile. What was sealed stands, and "
+                    "nothing was erased from it."
+                )
+            changed = current
+            for partition in entry.partitions:
+                changed = rotation.rekeyed(
+                    changed, partition, keys=keys, recipients=recipients, to=to
+                )
+            changed = _without(changed, split, numbers)
+            held = {key.key_id for keys_ in changed.partitions.values() for key in keys_}
+            if to is not None and keys.key_id in held:
+                changed = rotation.with_kek(changed, keys=keys, to=to)
+            return changed
+
+        Journal(root).note(shard.file for _, shard in record.erased)
+        with record.pending(root, keys, _signer(keys, to)):
+            after = commit(
+                root,
+                change,
+                keys=keys,
+                signer=(to or keys).signer,
+                event=("data.erase", {"split": split, "shards": len(numbers)}),
+                pins=pins,
+            )
+        return conclude(
+            root, record, keys=keys, to=to, recipients=recipients, generation=after.generation
+        )
+
+
+def _signer(keys: KeyProvider, to: KeyProvider | None) -> Signer:
+    """Return who signs until the new manifest stands: the one whom readers of the old trust."""
+    with contextlib.suppress(KeyUnavailableError):
+        return keys.signer
+    return (to or keys).signer
+
+
+def _without(manifest: Manifest, split: str, numbers: set[int]) -> Manifest:
+    def kept(shards: Sequence[ShardEntry]) -> tuple[ShardEntry, ...]:
+        return tuple(shard for shard in shards if shard.number not in numbers)
+
+    entry = manifest.splits[split]
+    splits, partitions = dict(manifest.splits), dict(manifest.partitions)
+    if not kept(entry.shards):
+        del splits[split]
+        for partition in entry.partitions:
+            del partitions[partition]
+    else:
+        splits[split] = dataclasses.replace(
+            entry,
+            shards=kept(entry.shards),
+            groups=tuple(
+                dataclasses.replace(group, shards=kept(group.shards)) for group in entry.groups
+            ),
+            content=None,  # these are other rows now
+        )
+    return dataclasses.replace(manifest, splits=splits, partitions=partitions)

@@ -1,0 +1,1 @@
+"""New keys for a dataset, while runs read it."""

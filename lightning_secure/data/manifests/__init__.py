@@ -1,0 +1,1 @@
+"""Generations of a dataset: commit, rollback pins, garbage."""

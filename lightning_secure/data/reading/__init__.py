@@ -1,0 +1,1 @@
+"""From a shard on the disk to the rows of a batch."""

@@ -1,0 +1,246 @@
+"""One call from a source of rows to sealed splits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.keys import KeyProvider
+from lightning_secure.data.format.columns import Schema
+from lightning_secure.data.sources import Source, open_source
+from lightning_secure.data.storage import Storage
+from lightning_secure.data.storage.opening import local_root
+from lightning_secure.data.storage.remote import Options
+from lightning_secure.data.storage.spool import remove_own
+from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.writing.convert import Ragged, count_rows
+from lightning_secure.data.writing.shard_queue import DEFAULT_THREADS, ShardPool
+from lightning_secure.data.writing.split_rules import SplitRule
+from lightning_secure.data.writing.writer import EncryptedShardWriter
+from lightning_secure.errors import ConfigError, DataError
+
+__all__ = ["Sealed", "seal"]
+
+#: Told of the rows taken so far, and of how many there will be if that is known.
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """What came of a sealing.
+
+    Attributes:
+        rows: Rows in each split.
+        resumed: How many of these an interrupted sealing had sealed before.
+        generation: Of the manifest that is in place with them, to be pinned.
+        manifest_digest: Of the same.
+        reports: What the anonymisation plan found and did, by split; a split that was found
+            complete has its report in its attributes only.
+    """
+
+    rows: Mapping[str, int]
+    resumed: Mapping[str, int]
+    generation: int
+    manifest_digest: str
+    reports: Mapping[str, AnonymizationReport] = field(default_factory=dict)
+
+
+def seal(
+    source: Any,
+    root: str | os.PathLike[str] | Storage,
+    *,
+    keys: KeyProvider,
+    split: str | SplitRule = "train",
+    segment_bytes: int = 65536,
+    shard_bytes: int = 64 * 1024 * 1024,
+    schema: Schema | None = None,
+    anonymize: AnonymizationPlan | None = None,
+    allow_nonfinite: bool = False,
+    replace: bool = False,
+    threads: int = DEFAULT_THREADS,
+    resume: bool = False,
+    source_id: str | None = None,
+    progress: Progress | None = None,
+    min_generation: int | None = None,
+    manifest_digest: str | None = None,
+    storage_options: Options | None = None,
+    spool: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Sealed:
+    """Seal all rows of a source.
+
+    Args:
+        source: See :func:`~lightning_secure.data.sources.open_source`.
+        root: The dataset's folder, made if it does not exist, an fsspec URL such as
+            ``s3://bucket/dataset``, or a :class:`RemoteStorage`.
+        keys: Guards the splits' keys, and signs the manifest.
+        split: Name of the split, or a rule that says for each row to which one it goes.
+        segment_bytes: See :class:`EncryptedShardWriter`, as for the other arguments of its.
+        shard_bytes: See there. About ``threads + 2`` shards are in memory, and one more for each
+            further split.
+        schema: See there.
+        anonymize: See there.
+        allow_nonfinite: See there.
+        replace: See there.
+        threads: How many shards are encrypted and written side by side.
+        resume: Go on where a call with the same arguments, that was killed or interrupted, got to.
+        source_id: Names the state of the source where it cannot be told from the source itself,
+            which is so for iterators and torch datasets; without it these cannot be resumed.
+        progress: Called after each batch with the rows taken so far, and of how many.
+        min_generation: See :class:`EncryptedShardWriter`.
+        manifest_digest: See there.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        spool: For a URL, the folder that the splits are sealed in before they are sent. It is kept,
+            and a sealing to a URL can be resumed from it only; a temporary one, the default, is
+            not kept.
+        options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
+
+    Raises:
+        ConfigError: An argument is wrong, a split exists, or what would be resumed had another
+            source or other arguments.
+        DataError: A row cannot be sealed, or a split got no rows.
+        IntegrityError: The folder or what would be resumed was altered, or the manifest in place
+            is not what was pinned.
+        MissingExtraError: The source, or the URL, needs a package that is not installed.
+        StorageError: A remote storage did not answer, or refused.
+
+    Guarantees:
+        Rows keep their order within a split. A split is in the manifest with all of its rows, or
+        not at all; several splits appear together, in one generation. After an interruption, a
+        call with ``resume=True`` yields the rows that one without interruption would have yielded,
+        each once. With ``anonymize``, it looks again at those that are sealed, so that the report
+        is of all rows.
+    """
+    opened = open_source(source, **options).planned(anonymize)
+    identity = _identity(opened, split, source_id)
+    if resume and identity is None:
+        raise ConfigError(
+            "this source cannot tell whether it is what it was, so nothing can be resumed from it: "
+            "pass source_id= in the first call and in this one. Nothing was sealed."
+        )
+    with ShardPool(threads) as pool, contextlib.ExitStack() as stack:
+        if spool is None and local_root(root) is None:
+            # One for all splits, which otherwise would begin a dataset each.
+            spool = tempfile.mkdtemp(prefix="lightning-secure-")
+            stack.callback(remove_own, Path(spool), os.getpid())
+
+        def writer(name: str) -> EncryptedShardWriter:
+            return stack.enter_context(
+                EncryptedShardWriter(
+                    root,
+                    split=name,
+                    keys=keys,
+                    segment_bytes=segment_bytes,
+                    shard_bytes=shard_bytes,
+                    schema=schema,
+                    anonymize=anonymize,
+                    allow_nonfinite=allow_nonfinite,
+                    replace=replace,
+                    threads=pool,
+                    source_id=identity,
+                    resume=resume,
+                    remarks=opened.remarks,
+                    min_generation=min_generation,
+                    manifest_digest=manifest_digest,
+                    storage_options=storage_options,
+                    spool=spool,
+                )
+            )
+
+        if isinstance(split, str):
+            writers = {split: writer(split)}
+            resumed = {split: writers[split].records}
+            _pour(opened, writers[split], progress)
+        else:
+            writers, resumed = _distribute(opened, split, writer, progress)
+        empty = [name for name, one in writers.items() if one.records == 0]
+        if empty or not writers:
+            raise DataError(
+                f"the source has no rows for split {', '.join(map(repr, empty)) or '(any)'}, and "
+                "an empty split is most often a mistake upstream. The dataset was left as it was."
+            )
+        manifest = close_together(list(writers.values()))
+        return Sealed(
+            rows={name: one.records for name, one in writers.items()},
+            resumed=resumed,
+            generation=manifest.generation,
+            manifest_digest=manifest.digest,
+            reports={n: report for n, one in writers.items() if (report := one.report) is not None},
+        )
+
+
+def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | None) -> None:
+    if writer.complete:
+        return
+    for columns in source.batches(writer.records - writer.unseen):
+        rest = _after_unseen(writer, columns)
+        if rest is not None:
+            writer.take(rest, copy=False)
+            if progress is not None:
+                progress(writer.records, source.rows)
+
+
+def _after_unseen(
+    writer: EncryptedShardWriter, columns: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Have rows that are sealed already counted for the report, and return the others."""
+    rows = count_rows(columns)
+    again = min(writer.unseen, rows)
+    if again == 0:
+        return columns
+    writer.recount({name: values[:again] for name, values in columns.items()})
+    return {name: values[again:] for name, values in columns.items()} if again < rows else None
+
+
+def _distribute(
+    source: Source,
+    rule: SplitRule,
+    writer: Callable[[str], EncryptedShardWriter],
+    progress: Progress | None,
+) -> tuple[dict[str, EncryptedShardWriter], dict[str, int]]:
+    """Hand each row to its split's writer, but for those that were sealed before."""
+    writers: dict[str, EncryptedShardWriter] = {}
+    resumed: dict[str, int] = {}
+    left: dict[str, int] = {}
+    row = 0
+    for columns in source.batches():
+        for name, positions in rule.assign(columns, row).items():
+            if name not in writers:
+                writers[name] = writer(name)
+                resumed[name] = left[name] = writers[name].records
+            skip = min(left[name], len(positions))
+            left[name] -= skip
+            again = skip if writers[name].unseen else 0
+            if again or skip < len(positions):
+                rest = positions[skip - again :]
+                chosen = rule.remaining(columns).items()
+                taken = {key: _taken(values, rest) for key, values in chosen}
+                if (new := _after_unseen(writers[name], taken)) is not None:
+                    writers[name].take(new, copy=False)
+        row += count_rows(columns)
+        if progress is not None:
+            progress(row, source.rows)
+    return writers, resumed
+
+
+def _taken(values: Any, positions: np.ndarray[Any, Any]) -> Any:
+    if isinstance(values, Tensor | np.ndarray):
+        return values[positions]
+    chosen = [values[position] for position in positions.tolist()]
+    return Ragged(chosen) if isinstance(values, Ragged) else chosen
+
+
+def _identity(source: Source, split: str | SplitRule, source_id: str | None) -> str | None:
+    told = source_id if source_id is not None else source.identity()
+    rule = split if isinstance(split, str) else repr(split)
+    return None if told is None else canonical_json([told, rule]).decode()

@@ -1,0 +1,1 @@
+"""Epsilon: accountants, the ledger of a run, its journal."""

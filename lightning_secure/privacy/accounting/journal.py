@@ -1,0 +1,419 @@
+r"""A run's own count of its releases, on the disk before each of them.
+
+A checkpoint holds the account of the run as it was then. If the run went on, and somebody resumes
+from that checkpoint, what happened since has been released and is missing from the account. So one
+file a run, which all its branches share, holds how much was released in all.
+
+The file is ``<run id>.journal``, text, a JSON object a line::
+
+    {"format":1,"mac":"...","run_id":"..."}
+    {"mac":"...","releases":[[noise multiplier, sample rate, steps],...],"settled":false}
+    ...
+
+Its last whole line holds. ``releases`` are an upper bound on everything that the run has released
+so far; with ``settled`` they are exact, because the process ended in order. ``mac`` is HMAC-SHA256
+over the line's object without it, in canonical JSON, behind the 32 bytes of the line before (zeros
+for the first), under a key that only the run's checkpoints hold.
+
+Flushing to the disk takes milliseconds, so steps are entered in blocks of about a second, ahead of
+time. A process that dies then has entered more than it did, never less.
+
+Guarantees:
+    No release of a run with a journal happens before a line that covers it has reached the disk. A
+    checkpoint is resumed only with everything charged to it that its journal has and it has not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hmac
+import io
+import logging
+import os
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Self
+
+from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.errors import IntegrityError, LedgerError
+from lightning_secure.privacy.accounting.pld import Release, merged
+from lightning_secure.util import events
+from lightning_secure.util.files import open_regular, require_regular, sync_directory
+from lightning_secure.util.validate import positive_int
+
+if TYPE_CHECKING:
+    from lightning_secure.privacy.accounting.ledger import Ledger
+
+__all__ = ["Journal", "attach_journal", "journal_path", "known_releases", "restore_journal"]
+
+log = logging.getLogger(__name__)
+
+_FORMAT: Final = 1
+#: How long a block of steps lasts: what is entered too much if the process dies.
+BLOCK_SECONDS: Final = 1.0
+#: A block may also have this part of the steps so far, which keeps the file short.
+_BLOCK_PART: Final = 1000
+#: The longest line that is read, in bytes: each mechanism takes some forty.
+_MAX_LINE: Final = 1 << 20
+Totals = dict[tuple[float, float], int]
+
+
+class Journal:
+    """The journal of one run, open and locked for one process.
+
+    Args:
+        path: The file.
+        key: For its authentication codes, 32 bytes.
+        file: What was opened, unbuffered, positioned behind its last whole line.
+        totals: What that line says.
+        mac: Of that line.
+    """
+
+    def __init__(self, path: Path, *, key: bytes, file: Any, totals: Totals, mac: bytes) -> None:
+        self._path = path
+        self._key = key
+        self._file = file
+        self._owner = os.getpid()
+        self._end = file.tell()
+        self._mac = mac
+        self._entered = dict(totals)
+        self._used = dict(totals)
+        self._block = 1
+        self._since = time.monotonic()
+        self._steps_then = self.steps
+
+    @property
+    def steps(self) -> int:
+        """Steps released so far, of all mechanisms."""
+        return sum(self._used.values())
+
+    def cover(self, release: Release, *, at_most: int | None = None) -> None:
+        """Make sure that a release stands on the disk before it happens.
+
+        Args:
+            release: What is about to be released.
+            at_most: So many more steps there will be in any case, for example because of the
+                budget.
+
+        Raises:
+            LedgerError: It could not be written. Nothing may be released.
+        """
+        if os.getpid() != self._owner:
+            raise LedgerError(
+                f"the privacy journal {str(self._path)!r} belongs to the process that this one was "
+                "forked from, which does not see what is released here. The step was not taken. "
+                "Train in one of the two only."
+            )
+        mechanism = (release.noise_multiplier, release.sample_rate)
+        used = self._used.get(mechanism, 0) + release.steps
+        if used > self._entered.get(mechanism, 0):
+            ahead = self._ahead()
+            if at_most is not None:
+                ahead = min(ahead, at_most)
+            self._enter({**self._entered, mechanism: used + max(0, ahead - release.steps)})
+        self._used[mechanism] = used
+
+    def close(self) -> None:
+        """Give back what was entered and not used, and let others in.
+
+        If that cannot be written, the next to resume is charged for it.
+        """
+        if self._file.closed:
+            return
+        if os.getpid() != self._owner:  # what its parent entered is its parent's to give back
+            self._file.close()
+            return
+        try:
+            if self._used != self._entered:
+                self._enter(self._used, settled=True)
+        except LedgerError as error:
+            log.warning("%s The next fit is charged for steps that were not taken.", error)
+        finally:
+            # By hand: worker processes may have inherited the file, and with it the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+
+    def _ahead(self) -> int:
+        """Return how many steps to enter now, from how long the last ones took."""
+        now, steps = time.monotonic(), self.steps
+        lasted = max(now - self._since, 1e-6)
+        per_second = (steps - self._steps_then) / lasted
+        # At most twice as many as last time: the first steps are no measure of the others.
+        self._block = max(1, min(2 * self._block, round(per_second * BLOCK_SECONDS)))
+        self._since, self._steps_then = now, steps
+        return max(self._block, steps // _BLOCK_PART)
+
+    def _enter(self, totals: Totals, *, settled: bool = False) -> None:
+        line, mac = _line({"releases": _listed(totals), "settled": settled}, self._mac, self._key)
+        failure = None
+        try:
+            self._file.seek(self._end)
+            _write(self._file, line)
+        except OSError as error:
+            failure = error.strerror or type(error).__name__
+            # A line that is there in part would spoil the next one.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+        if failure is not None:
+            raise LedgerError(
+                f"the privacy journal {str(self._path)!r} could not be written: {failure}. What "
+                "is not entered there is not released: the step was not taken."
+            )
+        self._mac, self._entered = mac, dict(totals)
+        self._end += len(line)
+
+    @classmethod
+    def create(cls, path: Path, *, key: bytes, run_id: str, totals: Totals) -> Self:
+        """Begin the journal of a run.
+
+        Raises:
+            LedgerError: There is one, or it cannot be written.
+        """
+        failure, file = None, None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "xb", buffering=0)  # noqa: SIM115 # stays open
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            head, mac = _line({"format": _FORMAT, "run_id": run_id}, bytes(32), key)
+            entry, mac = _line({"releases": _listed(totals), "settled": True}, mac, key)
+            _write(file, head + entry)
+            sync_directory(path.parent)
+        except OSError as error:
+            failure = error.strerror or type(error).__name__
+        if failure is not None or file is None:
+            if file is not None:
+                file.close()
+            raise LedgerError(
+                f"the privacy journal {str(path)!r} cannot be begun: {failure}. Give a directory "
+                "that can be written and is kept, PrivateStrategy(journal=...). No step was taken."
+            )
+        return cls(path, key=key, file=file, totals=totals, mac=mac)
+
+    @classmethod
+    def open(cls, path: Path, *, key: bytes, run_id: str) -> Self:
+        """Open the journal of a run that is going on.
+
+        Raises:
+            LedgerError: It is absent, was altered, or is in use.
+        """
+        failure: str | None = None
+        file: io.FileIO | None = None
+        try:
+            file = _opened(path)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            raise _absent(path) from None
+        except BlockingIOError:
+            failure = "it is in use: another process, or another Trainer of this one, trains the "
+            failure += "same run now. Two branches at once cannot see what the other spends"
+        except OSError as error:
+            failure = f"it cannot be read: {error.strerror or type(error).__name__}"
+        else:
+            try:
+                reader = io.BufferedReader(file)
+                totals, mac, whole = _parsed(reader, key=key, run_id=run_id)
+                reader.detach()
+                # What a crash left of a line was never relied on.
+                file.truncate(whole)
+                file.seek(whole)
+                return cls(path, key=key, file=file, totals=totals, mac=mac)
+            except IntegrityError as error:
+                failure = str(error).rstrip(".")
+            except OSError as error:
+                failure = f"it cannot be written: {error.strerror or type(error).__name__}"
+            except BaseException:  # an interruption must not keep the lock
+                file.close()
+                raise
+        if file is not None:
+            file.close()
+        raise LedgerError(f"privacy journal {str(path)!r}: {failure}. No step was taken.")
+
+
+def attach_journal(ledger: Ledger, directory: Path) -> None:
+    """Let a ledger enter its releases in its run's journal, and charge what only the journal knows.
+
+    Args:
+        ledger: A new one, or one from a checkpoint or module.
+        directory: Where journals lie. A ledger that was attached in this process before stays with
+            its journal of then, if that still exists.
+
+    Raises:
+        LedgerError: The journal is in use, was altered, knows less than the checkpoint, or is
+            absent although the run has one. The ledger is unchanged, and nothing may be trained.
+    """
+    ledger.close_journal()
+    path = journal_path(ledger, directory)
+    if ledger.journal_directory is not None:
+        before = journal_path(ledger, ledger.journal_directory)
+        path = before if before.exists() else path
+    key = ledger.journal_key()
+    if ledger.journaled or path.exists():
+        journal = Journal.open(path, key=key, run_id=ledger.run_id)
+    else:
+        totals = merged(ledger.releases)
+        journal = Journal.create(path, key=key, run_id=ledger.run_id, totals=totals)
+    try:
+        _charge(ledger, journal._entered, path)
+    except BaseException:
+        journal.close()
+        raise
+    ledger.adopt(journal, path.parent)
+
+
+def _charge(ledger: Ledger, known: Totals, path: Path) -> None:
+    own = merged(ledger.releases)
+    short = sum(max(0, steps - known.get(mechanism, 0)) for mechanism, steps in own.items())
+    if short:
+        raise LedgerError(
+            f"the privacy journal {str(path)!r} knows {short} steps fewer than the checkpoint: it "
+            "was put back to an older state or belongs to a copy of the run. What it no longer "
+            "knows may have been released, so nothing was resumed. Put the newest journal there; "
+            "if it is lost, remove this one and see 'lightning-secure budget recover --help'."
+        )
+    missing = [
+        Release(*mechanism, steps - own.get(mechanism, 0))
+        for mechanism, steps in known.items()
+        if steps > own.get(mechanism, 0)
+    ]
+    if missing:
+        steps = sum(release.steps for release in missing)
+        events.announce("privacy.abandoned", {"run_id": ledger.run_id, "steps": steps})
+        ledger.add_abandoned(missing)
+        log.warning(
+            "run %s took %d steps that this checkpoint does not contain, or may have: it was "
+            "resumed from an earlier one, or it crashed. They are charged to the account, which "
+            "now has %d steps.",
+            ledger.run_id,
+            steps,
+            ledger.steps,
+        )
+
+
+def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
+    """Return what the journal of a ledger's run says was released in all, without opening it.
+
+    Raises:
+        LedgerError: It is absent or was altered.
+    """
+    path, failure = journal_path(ledger, directory), ""
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            totals, _, _ = _parsed(file, key=ledger.journal_key(), run_id=ledger.run_id)
+        return [Release(*mechanism, steps) for mechanism, steps in totals.items()]
+    except FileNotFoundError:
+        raise _absent(path) from None
+    except IntegrityError as error:
+        failure = str(error).rstrip(".")
+    except OSError as error:
+        failure = f"it cannot be read: {error.strerror or type(error).__name__}"
+    raise LedgerError(f"privacy journal {str(path)!r}: {failure}.")
+
+
+def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
+    """Begin a lost journal anew, with what its owner declares was released.
+
+    Args:
+        ledger: From a checkpoint of the run.
+        directory: Where the journal is to lie.
+        steps: All steps that the run has taken on any branch, at most. The declaration is not
+            checked: if it is too small, so is every epsilon from then on.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ConfigError: ``steps`` is no such number.
+        LedgerError: There is a journal, or the checkpoint alone has more steps.
+    """
+    positive_int(steps=steps)
+    more = steps - ledger.steps
+    if more < 0:
+        raise LedgerError(
+            f"the checkpoint alone has {ledger.steps} steps, and {steps} were declared for the "
+            "whole run. No journal was begun."
+        )
+    rate = ledger.step.sample_rate
+    # Which metrics another branch has released with its steps is not known: the most of any here.
+    noises = [noise for noise, its_rate, _ in (*ledger.releases, ledger.step) if its_rate == rate]
+    step = Release(min(noises), rate, more)
+    path = journal_path(ledger, directory)
+    totals = merged([*ledger.releases, step])
+    key = ledger.journal_key()
+    Journal.create(path, key=key, run_id=ledger.run_id, totals=totals).close()
+    return path
+
+
+def journal_path(ledger: Ledger, directory: Path) -> Path:
+    """Return where the journal of a run lies."""
+    return directory / f"{ledger.run_id}.journal"
+
+
+def _absent(path: Path) -> LedgerError:
+    return LedgerError(
+        f"the run has a privacy journal, and there is none at {str(path)!r}. It says what was "
+        "released since the checkpoint was written, so nothing was resumed. Copy it there from "
+        "where the run was trained, or say where it lies, PrivateStrategy(journal=...); if it is "
+        "lost, see 'lightning-secure budget recover --help'."
+    )
+
+
+def _listed(totals: Totals) -> list[list[float | int]]:
+    return [[*mechanism, steps] for mechanism, steps in totals.items()]
+
+
+def _line(body: dict[str, Any], before: bytes, key: bytes) -> tuple[bytes, bytes]:
+    mac = hmac.digest(key, before + canonical_json(body), "sha256")
+    return canonical_json({**body, "mac": mac.hex()}) + b"\n", mac
+
+
+def _write(file: Any, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
+
+
+def _opened(path: Path) -> io.FileIO:
+    # Without O_NONBLOCK, a pipe that lies there is waited for.
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        require_regular(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return io.FileIO(fd, "r+")
+
+
+def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:
+    """Return what a journal says, its last code, and how many of its bytes are whole lines.
+
+    Raises:
+        IntegrityError: It is not what this run wrote.
+    """
+    end, mac = 0, bytes(32)
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+        if not line.endswith(b"\n"):
+            if len(line) >= _MAX_LINE:
+                raise IntegrityError(f"line {number} is too long for what a run writes")
+            break  # what a crash left
+        body = parse_json_object(line, what=f"line {number}")
+        body.pop("mac", None)
+        expected, mac = _line(body, mac, key)
+        if not hmac.compare_digest(expected, line):
+            raise IntegrityError(
+                f"line {number} is not what this run wrote: it was altered, taken out, or belongs "
+                "to another run"
+            )
+        end += len(line)
+        first, last = (body if first is None else first), body
+    if first is last or first != {"format": _FORMAT, "run_id": run_id}:
+        raise IntegrityError("it is cut off after its beginning, or that of another run")
+    totals = None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        totals = merged([Release(*entry) for entry in (last or {})["releases"]])
+    if totals is None:
+        raise IntegrityError("its last line is no account of releases")
+    return totals, mac, end

@@ -1,0 +1,405 @@
+"""The account of what a run has revealed. It travels in every checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
+
+from torch.nn import Module
+
+from lightning_secure.errors import BudgetExhaustedError, LedgerError
+from lightning_secure.privacy.accounting.carried_ledger import (
+    CHECKPOINT_KEY,
+    drop_ledger,
+    keep_ledger,
+    ledger_of,
+    watch_ledger,
+)
+from lightning_secure.privacy.accounting.ledger_state import parsed, state_of
+from lightning_secure.privacy.accounting.pld import (
+    Release,
+    affordable_steps,
+    epsilon_by,
+    epsilon_rdp,
+    joint_noise,
+)
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
+from lightning_secure.privacy.accounting.weight_notes import WeightNote, noted_weights
+from lightning_secure.privacy.noise.banded.planned import Planned
+
+if TYPE_CHECKING:
+    from lightning_secure.privacy.accounting.journal import Journal
+
+__all__ = [
+    "CHECKPOINT_KEY",
+    "GuardsMetrics",
+    "HasLedger",
+    "Ledger",
+    "PublicNumbers",
+    "bring_ledger",
+    "bring_ledger_with_weights",
+    "drop_ledger",
+    "keep_ledger",
+    "ledger_of",
+    "require_account",
+]
+
+_AHEAD: Final = 1000
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """What was released so far, and under which public numbers.
+
+    Attributes:
+        delta: Probability with which the epsilon may fail to hold.
+        max_grad_norm: The clipping norm.
+        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        public: The public numbers.
+        run_id: 32 hexadecimal digits, the same in every checkpoint of a run.
+        releases: Steps taken, equal ones together.
+        insecure: Why the run is not private; empty if it is.
+        secure_noise: Whether every draw and all noise came from a cryptographic keystream; see
+            :class:`~lightning_secure.DPConfig`.
+        accountant: By which :meth:`epsilon` is computed and the budget kept.
+        beside: Noise multipliers of the metrics that each step releases of its draw.
+        budget: What :meth:`charge` may not exceed; the strategy's, and in no checkpoint.
+        mechanism: ``poisson``, in which each step is a release; or ``banded``, in which all steps
+            of a fit are one, of all rows, and neighbouring datasets differ by one row that has no
+            gradient.
+        clip_bound: Where the clipping bound has got to, if it follows the rows' norms. It comes of
+            noised counts only, which the steps were charged for.
+        abandoned: Steps among ``releases`` that were charged because the run's journal has them and
+            the checkpoint that it was resumed from had not.
+        journaled: Whether the run has a journal, without which it cannot be resumed.
+        journal_directory: Where the journal lay when it was last open in this process.
+        declared_public: How often changes of the weights were declared to depend on no row.
+        weights: What the weights were when the ledger was last complete in this process, by name;
+            None while a private fit changes them.
+        change_told: Whether a log has said, in this fit, that the weights have changed.
+    """
+
+    delta: float
+    max_grad_norm: float
+    noise_multiplier: float
+    public: PublicNumbers
+    run_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    releases: list[Release] = field(default_factory=list)
+    insecure: tuple[str, ...] = ()
+    secure_noise: bool = False
+    accountant: str = "pld"
+    beside: tuple[float, ...] = ()
+    budget: float | None = field(default=None, compare=False)
+    mechanism: str = "poisson"
+    clip_bound: float | None = None
+    abandoned: int = 0
+    journaled: bool = False
+    journal_directory: Path | None = None
+    declared_public: int = 0
+    weights: dict[str, WeightNote] | None = field(default=None, repr=False, compare=False)
+    change_told: bool = field(default=False, repr=False, compare=False)
+    _journal_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    _certified: dict[float, int] = field(default_factory=dict, repr=False)
+    _horizon: int = field(default=0, repr=False, compare=False)
+    _planned: Planned = field(default_factory=Planned, repr=False, compare=False)
+    _journal: Journal | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return sum(release.steps for release in self.releases)
+
+    @property
+    def step(self) -> Release:
+        """One step: its gradient, and the metrics of the same draw."""
+        noise = joint_noise(self.noise_multiplier, *self.beside)
+        return Release(noise, self.public.sample_rate if self.mechanism == "poisson" else 1.0, 1)
+
+    @property
+    def adjacency(self) -> str:
+        """Between which datasets epsilon holds.
+
+        ``add-or-remove-one-row``: one has a row more, and both were trained with the same declared
+        ``public_dataset_size``. ``zero-out-one-row``: both have the same number of rows, and one
+        row has no gradient in one of them. That is what holds if the rows were counted, because
+        the sampling rate of all rows follows their number, and for ``banded``.
+        """
+        declared = self.mechanism == "poisson" and self.public.dataset_size_declared
+        return "add-or-remove-one-row" if declared else "zero-out-one-row"
+
+    def plan(self, steps: int) -> None:
+        """Let the next ``steps`` steps be one release, which is charged at the first of them."""
+        self._planned = Planned(steps)
+
+    def release_beside(self, noise_multipliers: Sequence[float]) -> None:
+        """Let each step from now on release metrics of its draw, with noise of these multiples."""
+        if self.beside != (beside := tuple(noise_multipliers)):
+            self.beside = beside
+            self._certified.clear()
+
+    @property
+    def private(self) -> bool:
+        """Whether the epsilon means anything."""
+        return not self.insecure
+
+    def record(self) -> None:
+        """Enter one step. Call it before its result is released.
+
+        Raises:
+            BudgetExhaustedError: Steps are one release, and it has no further step.
+            LedgerError: The journal cannot be written. The step must not be released.
+        """
+        if self.mechanism == "banded":
+            if self._planned.take():
+                self._charge(self.step, at_most=1)
+            return
+        left = min((most - self.steps for most in self._certified.values()), default=None)
+        self._charge(self.step, at_most=left)
+
+    def charge(self, release: Release) -> None:
+        """Enter another release of the same rows, for example a noised metric.
+
+        Args:
+            release: Its noise is in units of what one row can change; a sample rate of 1 if all
+                rows took part. Call it before the result is released.
+
+        Raises:
+            BudgetExhaustedError: It would exceed the budget.
+            LedgerError: The journal cannot be written or, after the fit, not be found. It must not
+                be released.
+        """
+        limited = self.private and self.budget is not None
+        epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
+        if self.budget is not None and epsilon > self.budget:
+            raise BudgetExhaustedError(
+                f"the release would bring epsilon to {epsilon:.4g}, and the budget is "
+                f"{self.budget:.4g}. Nothing was released."
+            )
+        closed = self._journal is None and self.journaled
+        if closed:
+            self._reopen_journal()
+        try:
+            self._charge(release, at_most=release.steps)
+        finally:
+            if closed:
+                self.close_journal()
+        # Which steps fit was found out without it.
+        self._certified.clear()
+
+    def enter(self, release: Release) -> None:
+        """Enter what another process of the run has charged, and written into the journal."""
+        self._charge(release)
+        self._certified.clear()
+
+    def _charge(self, release: Release, *, at_most: int | None = None) -> None:
+        if self._journal is not None:
+            self._journal.cover(release, at_most=at_most)
+        if self.releases and self.releases[-1][:2] == release[:2]:
+            self.releases[-1] = release._replace(steps=self.releases[-1].steps + release.steps)
+        else:
+            self.releases.append(release)
+
+    # The journal
+
+    def journal_key(self) -> bytes:
+        """Return the key of the journal's authentication codes; only checkpoints hold it."""
+        return bytes.fromhex(self._journal_key)
+
+    def adopt(self, journal: Journal, directory: Path) -> None:
+        """Enter releases in a journal from now on; :func:`attach_journal` has compared the two."""
+        self._journal, self.journaled, self.journal_directory = journal, True, directory
+
+    def _reopen_journal(self) -> None:
+        from lightning_secure.privacy.accounting.journal import attach_journal
+
+        if self.journal_directory is None:
+            raise LedgerError(
+                f"run {self.run_id} has a privacy journal, and this process does not know where: "
+                "what is charged now would be missing there. Train or resume with it first. "
+                "Nothing was released."
+            )
+        attach_journal(self, self.journal_directory)
+
+    def add_abandoned(self, releases: Sequence[Release]) -> None:
+        """Charge what another branch of the run has released."""
+        self.releases.extend(releases)
+        self.abandoned += sum(release.steps for release in releases)
+        self._certified.clear()
+
+    def close_journal(self) -> None:
+        """Settle the journal and let others go on with the run; nothing if none is open."""
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is another branch: it opens the journal for itself.
+        return {**self.__dict__, "_journal": None, "_planned": Planned()}
+
+    def epsilon(self, *, more_steps: int = 0, accountant: str | None = None) -> float:
+        """Return the epsilon spent, or that after ``more_steps`` more; infinite if not private.
+
+        Args:
+            more_steps: Steps like the last ones.
+            accountant: Another one than the ledger's own, for comparison.
+        """
+        more = self.step._replace(steps=more_steps)
+        return self._epsilon([*self.releases, more], accountant)
+
+    def _epsilon(self, releases: Sequence[Release], accountant: str | None = None) -> float:
+        if not self.private:
+            return math.inf
+        return epsilon_by(accountant or self.accountant, releases, delta=self.delta)
+
+    def epsilon_rdp(self) -> float:
+        """Return the looser bound by Rényi DP, for comparison with other tools."""
+        return epsilon_rdp(self.releases, delta=self.delta) if self.private else math.inf
+
+    def affords_a_step(self, target_epsilon: float | None) -> bool:
+        """Return whether one more step stays within the budget.
+
+        The answer is looked up, and computed again only when the steps that are known to fit are
+        used up.
+        """
+        if self.mechanism == "banded" and (begun := self._planned.goes_on()) is not None:
+            return begun
+        if target_epsilon is None or not self.private:
+            return True
+        steps = self.steps
+        if steps >= self._certified.get(target_epsilon, 0):
+            # No further than the run is planned, or as far again: the rest may never be asked for.
+            ahead = self._horizon - steps
+            more = affordable_steps(
+                target_epsilon=target_epsilon,
+                delta=self.delta,
+                noise_multiplier=self.step.noise_multiplier,
+                sample_rate=self.step.sample_rate,
+                before=self.releases,
+                accountant=self.accountant,
+                at_most=ahead if ahead > 0 else max(steps, _AHEAD),
+            )
+            self._certified[target_epsilon] = steps + more
+        return steps < self._certified[target_epsilon]
+
+    def certify(self, target_epsilon: float, *, steps: int) -> None:
+        """Note that ``steps`` steps in all stay within the budget, as calibration has shown."""
+        self._certified[target_epsilon] = steps
+        self._horizon = max(self._horizon, steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, for a checkpoint."""
+        return state_of(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Any) -> Self:
+        """Read what :meth:`state_dict` wrote.
+
+        Raises:
+            LedgerError: It is something else.
+        """
+        ledger: Self | None = None
+        with contextlib.suppress(TypeError, KeyError, ValueError):
+            ledger = parsed(cls, state)
+        if ledger is None:
+            raise LedgerError(
+                "the checkpoint's privacy ledger cannot be read, so the spent epsilon is unknown. "
+                "Nothing was resumed."
+            )
+        return ledger
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
+        """Read the account of a checkpoint; None if it has none.
+
+        Raises:
+            LedgerError: It has one that cannot be read.
+        """
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if not isinstance(state, dict) or "privacy" not in state:
+            return None
+        return cls.from_state_dict(state["privacy"])
+
+
+def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
+    """Return the account of a checkpoint that is to be trained further.
+
+    Raises:
+        LedgerError: It has none, or one that cannot be read.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is None:
+        raise LedgerError(
+            "the checkpoint has no privacy ledger: it was not trained privately, or the ledger was "
+            "removed. Going on with a fresh account would report too small an epsilon, so nothing "
+            "was resumed. To start from public weights, load them into the module and call fit "
+            "without ckpt_path."
+        )
+    return ledger
+
+
+def bring_ledger(module: Module, checkpoint: Mapping[str, Any], load: Callable[[], object]) -> None:
+    """Let a module take over a checkpoint's weights, and carry their ledger if they have one.
+
+    Args:
+        module: Carries the ledger also if loading fails.
+        checkpoint: Holds the weights.
+        load: Loads them into the module. A hook of the module may rename them.
+
+    Raises:
+        LedgerError: if they have one that cannot be read. Nothing was loaded.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is None:
+        load()
+        return
+    state = checkpoint.get("state_dict", {})
+    try:
+        load()
+    finally:
+        # Of the second, Lightning's WeightAveraging makes the module's weights in some cases.
+        average = checkpoint.get("current_model_state", {})
+        ledger.weights = noted_weights(module, *((state, average) if average else ()))
+        keep_ledger(module, ledger, covers=state.keys())
+
+
+def bring_ledger_with_weights(strategy: Any) -> None:
+    """Let a strategy of Lightning's bring the ledger of a checkpoint whose weights it loads.
+
+    Args:
+        strategy: A Trainer's. One that keeps a ledger itself is left alone.
+    """
+    if not isinstance(strategy, HasLedger):
+        vars(strategy)["load_model_state_dict"] = partial(_load_weights, strategy)
+        watch_ledger(strategy.lightning_module)
+
+
+def _load_weights(strategy: Any, checkpoint: Mapping[str, Any], *args: Any, **options: Any) -> None:
+    load = partial(type(strategy).load_model_state_dict, strategy, checkpoint, *args, **options)
+    bring_ledger(strategy.lightning_module, checkpoint, load)
+
+
+@runtime_checkable
+class HasLedger(Protocol):
+    """A strategy that accounts for the privacy it spends."""
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The account, from the first fit on."""
+
+    def stop_training(self) -> None:
+        """Make the Trainer take no further step, whatever minimum it was given."""
+
+
+@runtime_checkable
+class GuardsMetrics(Protocol):
+    """A strategy that lets only some metrics out of the training loop."""
+
+    @property
+    def published_metrics(self) -> Mapping[str, bool]:
+        """Those that pass, and whether they are of the rows, with noise that is in the account."""

@@ -1,0 +1,1 @@
+"""Per-sample norms and clipped sums from one backward pass."""

@@ -1,0 +1,357 @@
+"""Clipped gradient sums in one backward pass, recorded by hooks.
+
+While a handled layer runs forward, its own parameters are frozen: autograd then computes no weight
+gradients, which are a third of the work and would be thrown away. Everywhere else they require
+grad, as the module's code expects. Hooks keep each layer's input and the gradient of its output;
+norms and clipped sums come from those, by the rules of
+:mod:`~lightning_secure.privacy.gradients.rules`.
+
+Source:
+    Bu et al. 2023, arXiv:2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.gradients.clipping.layers import LayerGroups
+from lightning_secure.privacy.gradients.float32 import exact_products
+from lightning_secure.privacy.gradients.formulas import clip_factor
+from lightning_secure.privacy.gradients.rules.base import (
+    Record,
+    Unit,
+    accumulate,
+    combined,
+    norm_squared,
+    zero_rows,
+)
+from lightning_secure.privacy.gradients.rules.tied import tied_pairs
+
+__all__ = ["Recorder", "add_clipped_sums", "per_sample_norms"]
+
+
+class Recorder:
+    """Keeps the records of one forward and backward pass.
+
+    Args:
+        units: The layers to watch, each of another module.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._units = tuple(units)
+        self._handles: list[Callable[[], None]] = []
+        self._pending: list[Record] = []
+        self._calls: Counter[Unit] = Counter()
+        uses = Counter(id(p) for unit in units for p in unit.parameters)
+        self._alone = {unit for unit in units if all(uses[id(p)] == 1 for p in unit.parameters)}
+        self._active = False
+        self._whole = False
+        self._rows: int | None = None
+        self._frozen: list[list[nn.Parameter]] = []
+        # With all parameters frozen no layer's output may require grad; this leaf makes it.
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    @property
+    def called(self) -> tuple[Unit, ...]:
+        """The layers that the last block went through, in the order of their first calls."""
+        return tuple(self._calls)
+
+    def attach(self) -> None:
+        """Put the hooks on the layers, and on their parameters."""
+        for unit in self._units:
+            self._handles.append(unit.attach(self))
+        for parameter in dict.fromkeys(p for unit in self._units for p in unit.parameters):
+            handle = cast("Any", parameter).register_hook(self._past_layer)
+            # First, so that no hook of the user's is shown a gradient without noise.
+            hooks: Any = parameter._backward_hooks
+            others = {key: hook for key, hook in hooks.items() if key != handle.id}
+            for key in others:  # put in again: torch does not ask for the order of an OrderedDict
+                del hooks[key]
+            hooks.update(others)
+            self._handles.append(handle.remove)
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        while self._handles:
+            self._handles.pop()()
+
+    @contextlib.contextmanager
+    def recording(self, *, rows: int | None = None, whole: bool = False) -> Iterator[None]:
+        """Record what runs in the block.
+
+        Args:
+            rows: Rows of the batch. If it is given, a layer that is called once for all of them, as
+                position embeddings are, with a first dimension of one, has its output repeated
+                for each: what was broadcast is the same, and each row's part can be told.
+            whole: Whether inputs and gradients are kept in any case. Otherwise a layer that is
+                used once is reduced to its norms while the backward pass is still running, which
+                frees what it does not need any more.
+        """
+        self._pending = []
+        self._calls.clear()
+        self._whole, self._rows = whole, rows
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            while self._frozen:
+                self.after()
+
+    def take(self, batch: int, *, factor: float = 1.0) -> list[Record]:
+        """Return the records of the last block and forget them.
+
+        Args:
+            batch: Rows of the chunk. The loss is taken to be their mean, so the gradient of one
+                sample's own loss is so many times what reached the layer.
+            factor: What the loss was multiplied by before it went backward.
+
+        Raises:
+            UnsupportedModelError: A layer's first dimension is not the batch, so its gradients
+                cannot be told apart by sample.
+        """
+        records, self._pending = self._pending, []
+        for record in records:
+            inputs, outputs = record.shapes
+            if {inputs[:1], outputs[:1]} != {(batch,)}:
+                raise UnsupportedModelError(
+                    f"layer {record.unit.name!r} works on an input of shape {inputs} and an output "
+                    f"of shape {outputs} for a batch of {batch}: its first dimension is not the "
+                    "batch, so one sample's gradient cannot be told from another's. Keep the batch "
+                    "as the first dimension through every layer with parameters (expand what is "
+                    "shared, do not fold other dimensions into it). This step was not taken."
+                )
+            record.scale = batch / factor
+        return records
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks make a recorder part of the model's pickle, and records are not private.
+        nothing = {"_pending": [], "_handles": [], "_frozen": [], "_active": False}
+        return {**self.__dict__, **nothing, "_calls": Counter()}
+
+    # Compiled, they would be traced once and run into what must happen each time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(self, unit: Unit) -> None:
+        """Freeze a unit's parameters while its layer runs forward."""
+        if self._active:
+            # Those that the user has frozen stay so afterwards.
+            frozen = [p for p in unit.parameters if p.requires_grad]
+            self._frozen.append([])
+            for parameter in frozen:
+                _freeze(unit, parameter)
+            self._frozen[-1] = frozen
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, unit: Unit | None = None) -> None:
+        """Thaw what the last :meth:`before` has frozen."""
+        if self._frozen:
+            for parameter in self._frozen.pop():
+                parameter.requires_grad_(True)
+
+    def _past_layer(self, grad: Tensor) -> Tensor | None:
+        """Drop a gradient that reaches a parameter past its layer's call and so past the clipping.
+
+        The preflight refuses where it is not zero.
+        """
+        return torch.zeros_like(grad) if self._active else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return ``output``, of which the gradient will be recorded together with ``inputs``."""
+        if not self._active or not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:
+            output = _anchored(output, self._anchor)
+        rows = self._rows or 1
+        if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
+            inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
+        self._calls[unit] += 1
+        # The graph holds its hooks until all of it is done: the input is handed over, not shared.
+        hook = partial(self._after_backward, unit, [inputs.detach()], output.shape)
+        cast("Any", _not_a_view(output)).register_hook(hook)
+        return output
+
+    def _after_backward(
+        self, unit: Unit, handed: list[Tensor], shape: torch.Size, grads: Tensor
+    ) -> None:
+        if not self._active:
+            return
+        if not handed:
+            raise UnsupportedModelError(
+                f"layer {unit.name!r} got a gradient a second time for one call, as from "
+                "backward(retain_graph=True) run twice. Add the losses up and run backward once. "
+                "This step was not taken."
+            )
+        inputs, grads = handed.pop(), grads.detach()
+        if self._whole:  # to be compared with autograd's gradient, whatever hooks do to them
+            inputs, grads = inputs.clone(), grads.clone()
+        record = Record(unit, inputs, grads.reshape(shape))
+        self._pending.append(record)
+        batched = bool(shape and inputs.ndim) and shape[0] == len(inputs)
+        if batched and not self._whole and unit in self._alone and self._calls[unit] == 1:
+            with exact_products():
+                record.release_inputs()
+
+
+class _Anchored(torch.autograd.Function):
+    """Makes a tensor without history require grad, without copying it.
+
+    ``requires_grad_`` would make it a leaf, and a leaf cannot be changed in place by the layer
+    after it, such as ``nn.ReLU(inplace=True)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _freeze(unit: Unit, parameter: nn.Parameter) -> None:
+    try:
+        parameter.requires_grad_(False)
+    except RuntimeError:  # what torch.func says of any change of requires_grad inside it
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} is called inside a transform of torch.func (grad, vmap, jvp), "
+            "where its gradients cannot be recorded. Call it outside, or use torch.autograd.grad "
+            "with respect to the inputs. This step was not taken."
+        ) from None
+
+
+def _anchored(tensor: Tensor, anchor: Tensor) -> Tensor:
+    apply: Callable[..., Tensor] = _Anchored.apply
+    if tensor._is_view():  # of a compiled layer, which made it without grad: cannot be changed
+        tensor = tensor.clone()
+    return apply(tensor, anchor)
+
+
+def _not_a_view(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient is the output's, also if the output is changed in place.
+
+    ``nn.Linear`` over time returns a view. What ``+=`` or ``nn.ReLU(inplace=True)`` then does to it
+    is the history of the tensor that it is a view of, and goes past the view's own hooks.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return base
+    return output
+
+
+@exact_products()
+def per_sample_norms(records: Sequence[Record]) -> Tensor:
+    """Return each sample's gradient norm over all parameters, shape ``(batch,)``.
+
+    A layer that was called several times, or a parameter that several layers share, has the
+    gradient that is the sum of its uses, whose norm is not the sum of theirs: such uses are made
+    one, or their inner product is taken, or their gradients are formed and added, before the norm.
+    """
+    squares, _, _ = _sorted_out(records)
+    return _norms(squares)
+
+
+@exact_products()
+def add_clipped_sums(
+    sums: dict[nn.Parameter, Tensor],
+    records: Sequence[Record],
+    *,
+    max_grad_norm: float,
+    layers: LayerGroups | None = None,
+) -> Tensor:
+    """Clip each sample's gradient and add the sum over samples to ``sums``.
+
+    Args:
+        sums: Running sums by parameter, float32; missing ones are begun.
+        records: Those of one chunk.
+        max_grad_norm: Clipping bound.
+        layers: Which layers are clipped together, to their shares of it; by default all.
+
+    Returns:
+        The norms before clipping, shape ``(batch,)``. They are not private.
+    """
+    squares, simple, added = _sorted_out(records)
+    norms = _norms(squares)
+    if layers is None:
+        factors = dict.fromkeys(
+            (p for record in records for p in record.unit.parameters),
+            clip_factor(norms, max_grad_norm=max_grad_norm),
+        )
+    else:
+        factors = layers.factors(squares, max_grad_norm=max_grad_norm)
+    finite = torch.isfinite(norms)
+    # A factor of zero times infinity is NaN: the rows themselves must go.
+    keep = None if bool(finite.all()) else finite
+    for record in simple:
+        weights = factors[record.unit.parameters[0]]
+        for parameter, total in record.weighted_sum(weights, keep).items():
+            accumulate(sums, parameter, total)
+    for parameter, grads in added.items():
+        rows = {parameter: grads if keep is None else zero_rows(grads, keep)}
+        accumulate(sums, parameter, combined(rows, factors[parameter])[parameter])
+    return norms
+
+
+def _sorted_out(
+    records: Sequence[Record],
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[Record], dict[nn.Parameter, Tensor]]:
+    """Return squared norms, records of which the sums simply add up, and other gradients by sample.
+
+    Each squared norm comes with one of the parameters that it is about.
+    """
+    simple, shared = separated(records)
+    pairs, shared = tied_pairs(shared)
+    added = _added(shared)
+    squares = [(record.unit.parameters[0], record.squares()) for record in simple]
+    squares += [(pair.table.unit.parameters[0], pair.squares()) for pair in pairs]
+    squares += [(parameter, norm_squared(grads)) for parameter, grads in added.items()]
+    simple += [record for pair in pairs for record in pair]
+    return squares, simple, added
+
+
+def _norms(squares: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
+    return torch.stack([square for _, square in squares]).sum(0).sqrt()
+
+
+def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Separate records that are the only use of their parameters from the others.
+
+    Several uses of the same parameters by layers of one kind become one use where the unit can lay
+    them one after another.
+    """
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        kind = (type(record.unit), *map(id, record.unit.parameters))
+        groups.setdefault(kind, []).append(record)
+    merged: list[Record] = []
+    for group in groups.values():
+        first = group[0]
+        # Computed again by a checkpoint, an earlier use seemed the only one, and was reduced.
+        alike = len(group) > 1 and all(record.inputs is not None for record in group)
+        pair = first.unit.joined(group) if alike else None
+        merged += group if pair is None else [Record(first.unit, *pair, scale=first.scale)]
+    uses = Counter(id(p) for record in merged for p in record.unit.parameters)
+    simple: list[Record] = []
+    shared: list[Record] = []
+    for record in merged:
+        alone = all(uses[id(p)] == 1 for p in record.unit.parameters)
+        (simple if alone else shared).append(record)
+    return simple, shared
+
+
+def _added(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
+    totals: dict[nn.Parameter, Tensor] = {}
+    for record in records:
+        for parameter, grads in record.per_sample().items():
+            accumulate(totals, parameter, grads)
+    return totals

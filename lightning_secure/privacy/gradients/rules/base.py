@@ -1,0 +1,435 @@
+"""What every kind of layer offers: per-sample gradients, their norms and weighted sums.
+
+A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
+its output. There are several ways there, and which is the cheapest depends on shapes and on the
+machine, so a unit times its ways on the first batch and keeps the fastest.
+
+Source:
+    Bu et al. 2023, arXiv:2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_secure.errors import PrivacyError, UnsupportedModelError
+from lightning_secure.privacy.gradients.formulas import cancelling
+
+__all__ = [
+    "GHOST",
+    "Gradients",
+    "Record",
+    "Unit",
+    "Watch",
+    "Way",
+    "accumulate",
+    "kind_of",
+    "norm_squared",
+    "trainable",
+    "widened",
+]
+
+Gradients = Mapping[nn.Parameter, Tensor]
+
+
+class Watch(Protocol):
+    """What a recorder does around each call of a layer."""
+
+    def before(self, unit: Unit) -> None:
+        """Freeze the unit's parameters."""
+
+    def after(self, unit: Unit) -> None:
+        """Thaw what :meth:`before` has frozen; also called where the layer fails."""
+
+    def __call__(self, unit: Unit, inputs: Tensor, output: Tensor) -> Tensor:
+        """Take an input and an output, batch first; return the output that goes on."""
+
+
+#: Per-sample gradients of one layer may be kept until the norms are known up to this many bytes,
+#: or up to a little more than the input and output gradient that they make superfluous.
+KEPT_BYTES: Final = 2**20
+KEPT_RATIO: Final = 1.25
+#: One sample's may be formed for a moment up to this many.
+FORMED_BYTES: Final = 512 * 2**20
+#: What is formed for a moment is formed for so many rows at a time as fit into this many bytes.
+PIECE_BYTES: Final = 8 * 2**20
+PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
+#: A way that takes so many times another's multiplications is not even tried.
+HOPELESS: Final = 4
+_TRIALS: Final = 3
+
+
+class Way(NamedTuple):
+    """One way from a record to its norms and sums.
+
+    Attributes:
+        form: How per-sample gradients are formed: a name that the unit knows; empty if they are
+            not formed, because the norms come by formula (the ghost norm).
+        kept: Whether they are kept for the weighted sum, which then needs neither input nor
+            output gradient.
+    """
+
+    form: str
+    kept: bool
+
+
+GHOST: Final = Way("", kept=False)
+
+
+class Unit(ABC):
+    """A layer whose per-sample gradients can be had from its input and its output's gradient.
+
+    Args:
+        name: Its name in the model, for errors.
+        module: The layer.
+        parameters: The parameters whose gradients it accounts for.
+    """
+
+    #: Names under which :meth:`per_sample` knows to form gradients.
+    forms: tuple[str, ...] = ("product",)
+    #: Whether :meth:`ghost_squares` is there.
+    has_ghost: bool = False
+
+    def __init__(self, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.name = name
+        self.module = module
+        self.parameters = tuple(parameters)
+        self._way: Way | None = None
+        self._timed_rows = 0
+
+    def attach(self, watch: Watch) -> Callable[[], None]:
+        """Have every call of the layer watched; returns how to end that."""
+        module = self.module
+        handles = [
+            module.register_forward_pre_hook(partial(_before_forward, self, watch)),
+            # Also where the forward pass fails or, computed again by a checkpoint, ends early.
+            module.register_forward_hook(partial(_thaw, self, watch), always_call=True),
+            module.register_forward_hook(partial(_after_forward, self, watch)),
+        ]
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    @abstractmethod
+    def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
+        """Return each sample's gradient, shape ``(batch, *parameter.shape)``."""
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Return the squared norms without forming the gradients, shape ``(batch,)``."""
+        raise PrivacyError(f"{type(self).__name__} has no ghost norm. This step was not taken.")
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
+        return combined(self.per_sample(inputs, grads, form=self.forms[0]), weights)
+
+    def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
+        """Return the squares of what each sample's gradient would come to if nothing cancelled.
+
+        At least that, shape ``(batch,)``; None if :meth:`weighted_sum` adds up gradients as
+        :meth:`per_sample` forms them, so that what cancels does so within a sample.
+        """
+        return None
+
+    def joined(self, records: Sequence[Record]) -> tuple[Tensor, Tensor] | None:
+        """Return inputs and gradients of one use that amounts to several, if there is such a one.
+
+        The gradient of a layer that is used twice is the sum of its uses; where the sum runs over
+        time anyway, laying them one after another in time gives it.
+        """
+        return None
+
+    def formed_bytes(self, inputs: Tensor, grads: Tensor) -> int:
+        """Return how many bytes the per-sample gradients take."""
+        numbers = sum(p.numel() for p in self.parameters)
+        return len(grads) * numbers * widened(grads.dtype).itemsize
+
+    def working_bytes(self, inputs: Tensor, grads: Tensor, way: Way) -> int:
+        """Return about how many bytes a row takes for a moment, on the way to its norm."""
+        return self.formed_bytes(inputs[:1], grads[:1]) if way.form else 0
+
+    def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return about how many multiplications the ghost norm takes for one of the product."""
+        return 1.0
+
+    def ways(self, inputs: Tensor, grads: Tensor) -> list[Way]:
+        """Return the ways that memory allows; at least one."""
+        size = self.formed_bytes(inputs, grads)
+        held = grads.nbytes + inputs.nbytes
+        share = self.ghost_share(inputs, grads) if self.has_ghost else math.inf
+        found: list[Way] = []
+        if (share > 1 / HOPELESS and size <= FORMED_BYTES * len(grads)) or not self.has_ghost:
+            found += [Way(form, kept=False) for form in self.forms]
+        if size <= max(KEPT_BYTES, KEPT_RATIO * held) or not self.has_ghost:
+            found += [Way(form, kept=True) for form in self.forms]
+        if self.has_ghost and not (found and share > HOPELESS):
+            found = [GHOST, *found]
+        return found
+
+    def way(self, inputs: Tensor, grads: Tensor) -> Way:
+        """Return the fastest way for such a batch.
+
+        It is found by timing when the first batch is seen, and again when one comes that is more
+        than twice as large; not otherwise, so the choice costs nothing later.
+        """
+        if self._way is None or len(grads) > 2 * self._timed_rows:
+            ways = self.ways(inputs, grads)
+            if len(ways) == 1:
+                self._way, self._timed_rows = ways[0], len(grads)
+                return ways[0]
+            # In turns, so that a busy moment of the machine is not one way's alone.
+            trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
+            costs = [min(trial) for trial in zip(*trials, strict=True)]
+            self._way = ways[costs.index(min(costs))]
+            self._timed_rows = len(grads)
+        return self._way
+
+    def _cost(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
+        """Return the seconds that a way takes."""
+        weights = torch.ones(len(grads), dtype=widened(grads.dtype), device=grads.device)
+        _synchronise(grads.device)
+        start = time.perf_counter()
+        record = Record(self, inputs, grads, scale=1.0, way=way)
+        record.squares()
+        record.weighted_sum(weights)
+        _synchronise(grads.device)
+        return time.perf_counter() - start
+
+
+@dataclass(eq=False)
+class Record:
+    """What one use of one layer leaves behind.
+
+    Attributes:
+        unit: The layer.
+        inputs: Its input, shape ``(batch, ...)``; None once the per-sample gradients are kept.
+        grads: Gradient by the output of what went backward, shape ``(batch, ...)``; None likewise.
+        scale: So many times is the gradient of a sample's own loss larger.
+        way: How norms and sums are had; chosen by the unit if None.
+        shapes: Those of the input and of the output's gradient.
+    """
+
+    unit: Unit
+    inputs: Tensor | None
+    grads: Tensor | None
+    scale: float = 1.0
+    way: Way | None = None
+    _kept: list[tuple[slice, Gradients]] | None = None
+    _squares: Tensor | None = None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    _versions: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        inputs, grads = self.evidence()
+        self.shapes = tuple(inputs.shape), tuple(grads.shape)
+        self._versions = _versions(inputs, grads)
+
+    def squares(self) -> Tensor:
+        """Return the squared norm of each sample's own gradient, shape ``(batch,)``."""
+        if self._squares is None:
+            inputs, grads = self.evidence()
+            way = self.way or self.unit.way(inputs, grads)
+            self.way = way
+            squares: list[Tensor] = []
+            kept: list[tuple[slice, Gradients]] = []
+            for rows in _pieces(self.unit, inputs, grads, way):
+                a, g = inputs[rows], grads[rows]
+                if not way.form:
+                    squares.append(self.unit.ghost_squares(a, g))
+                    continue
+                formed = self.unit.per_sample(a, g, form=way.form)
+                square = torch.stack([norm_squared(item) for item in formed.values()]).sum(0)
+                apart = None if way.kept else self.unit.apart_squares(a, g)
+                if apart is not None:
+                    square += cancelling(square.dtype) * apart
+                squares.append(square)
+                if way.kept:
+                    kept.append((rows, formed))
+            self._kept = kept if way.kept else None
+            self._squares = squares[0] if len(squares) == 1 else torch.cat(squares)
+        result: Tensor = self._squares * self.scale**2
+        return result
+
+    def release_inputs(self) -> None:
+        """Compute the norms now, and drop what is not needed for the sums."""
+        self.squares()
+        if self._kept is not None:
+            self.inputs = self.grads = None
+
+    def per_sample(self) -> Gradients:
+        """Return each sample's own gradient, shape ``(batch, *parameter.shape)``."""
+        if self._kept is not None:
+            pieces = [formed for _, formed in self._kept]
+        else:
+            inputs, grads = self.evidence()
+            pieces = [self.unit.per_sample(inputs, grads, form=self.unit.forms[0])]
+        return {
+            parameter: torch.cat([piece[parameter] for piece in pieces]) * self.scale
+            for parameter in pieces[0]
+        }
+
+    def weighted_sum(self, weights: Tensor, keep: Tensor | None = None) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` over the samples' own gradients.
+
+        Args:
+            weights: Shape ``(batch,)``.
+            keep: Rows that are left out where it is false, whatever stands in them: a weight of
+                zero would make NaN of an infinity.
+        """
+        weights = weights * self.scale
+        if self._kept is not None:
+            return self._combined(self._kept, weights, keep)
+        inputs, grads = self.evidence()
+        if keep is not None:
+            # Taken out, and not set to zero: a layer may well make NaN of an input of zeros.
+            inputs, grads, weights = inputs[keep], grads[keep], weights[keep]
+            if not len(weights):
+                return {p: torch.zeros_like(p, dtype=weights.dtype) for p in self.unit.parameters}
+        return self.unit.weighted_sum(inputs, grads, weights)
+
+    @staticmethod
+    def _combined(
+        kept: Sequence[tuple[slice, Gradients]], weights: Tensor, keep: Tensor | None
+    ) -> Gradients:
+        totals: dict[nn.Parameter, Tensor] = {}
+        for rows, piece in kept:
+            own = weights[rows]
+            if keep is not None:
+                own, piece = own[keep[rows]], {p: item[keep[rows]] for p, item in piece.items()}
+            for parameter, total in combined(piece, own).items():
+                accumulate(totals, parameter, total)
+        return totals
+
+    def evidence(self) -> tuple[Tensor, Tensor]:
+        """Return the input and the output's gradient, which must still be there.
+
+        Raises:
+            UnsupportedModelError: One was changed in place since, maybe after norms were taken.
+        """
+        assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
+        assert self.grads is not None  # noqa: S101
+        if self._versions not in (None, _versions(self.inputs, self.grads)):
+            raise UnsupportedModelError(
+                f"the input of layer {self.unit.name!r}, or the gradient of its output, was "
+                "changed in place in the backward pass, as by a hook that calls grad.mul_(): what "
+                "is added up would not be what was measured. Scale gradients by a "
+                "torch.autograd.Function that returns a new tensor. This step was not taken."
+            )
+        return self.inputs, self.grads
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """Return how often each tensor was changed in place, of those of which it is counted."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, which ``fully_shard`` exchanges for one that derives from it."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(FSDPModule) + 1] if FSDPModule in kinds else kinds[0]
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that norms and sums are computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_squared(per_sample: Tensor) -> Tensor:
+    """Return the squared norms, shape ``(batch,)``, of gradients of shape ``(batch, ...)``."""
+    dtype = widened(per_sample.dtype)
+    norms: Tensor = torch.linalg.vector_norm(per_sample.flatten(1), dim=1, dtype=dtype)
+    return norms.square()
+
+
+def combined(per_sample: Gradients, weights: Tensor) -> Gradients:
+    """Return the weighted sum over samples of each parameter's gradients."""
+    return {
+        parameter: (weights.to(item.dtype) @ item.flatten(1)).view(item.shape[1:])
+        for parameter, item in per_sample.items()
+    }
+
+
+def accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
+    """Add a value to a parameter's sum, in place, or begin the sum with the value itself."""
+    if parameter in sums:
+        sums[parameter].add_(value)
+    else:
+        sums[parameter] = value
+
+
+def zero_rows(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Return ``tensor`` with zeros in the rows for which ``keep`` is false."""
+    mask = keep.view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def trainable(parameter: Tensor | None) -> nn.Parameter | None:
+    """Return the parameter if it is one and requires grad."""
+    if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+        return parameter
+    return None
+
+
+def require_default(unit: Unit, option: str, *, ok: bool, advice: str) -> None:
+    """Refuse a layer with an option that its formula does not cover.
+
+    Raises:
+        UnsupportedModelError: ``ok`` is false.
+    """
+    if not ok:
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(unit.module).__name__}) has {option}, which the "
+            f"per-sample rules do not cover. {advice} No step was taken."
+        )
+
+
+def _pieces(unit: Unit, inputs: Tensor, grads: Tensor, way: Way) -> list[slice]:
+    """Return the rows that are looked at together."""
+    room = PIECE_BYTES * torch.get_num_threads()
+    if grads.device.type != "cpu":
+        room = PIECE_BYTES_ON_DEVICES
+    size = max(1, room // max(1, unit.working_bytes(inputs, grads, way)))
+    return [slice(start, start + size) for start in range(0, len(grads), size)]
+
+
+def _before_forward(unit: Unit, watch: Watch, *_: Any) -> None:
+    watch.before(unit)
+
+
+def _thaw(unit: Unit, watch: Watch, *_: Any) -> None:
+    watch.after(unit)
+
+
+def _after_forward(
+    unit: Unit, watch: Watch, module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> Tensor:
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(module).__name__}) does not map one tensor to one "
+            "tensor, so its per-sample gradients cannot be formed. This step was not taken."
+        )
+    if output.is_complex():
+        raise UnsupportedModelError(
+            f"layer {unit.name!r} ({type(module).__name__}) has trainable parameters and a complex "
+            "output, whose gradient the per-sample rules would take the real part of. Let the "
+            "layer return real numbers, and make complex ones of them outside. This step was not "
+            "taken."
+        )
+    return watch(unit, inputs[0], output)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        cast("Any", torch.cuda).synchronize(device)

@@ -1,0 +1,1 @@
+"""The search for planted values in what a run left behind."""

@@ -1,0 +1,1 @@
+"""What every room uses: events, files, locks of forked processes, checks of values, YAML."""
