@@ -13,10 +13,10 @@ from typing import Any, Final
 import click
 
 from lightning_secure.errors import ConfigError, LightningSecureError
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import (
     ACCOUNTANTS,
     BOUNDS,
-    Release,
     calibrate_noise,
     epsilon_by,
     epsilon_pld,

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_secure.privacy.accounting.carried_ledger import CHECKPOINT_KEY, write_ledger
 from lightning_secure.privacy.accounting.ledger import Ledger, bring_ledger, require_account
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum

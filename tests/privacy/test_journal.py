@@ -23,7 +23,7 @@ from lightning_secure.privacy.accounting.journal import (
     restore_journal,
 )
 from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.util.events import subscribe
 
 PUBLIC = PublicNumbers(

@@ -14,7 +14,7 @@ from lightning_secure.privacy.accounting.ledger import (
     Ledger,
     PublicNumbers,
 )
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.run_contract import begin_ledger, require_same_promise
 from lightning_secure.privacy.config import DPConfig
 

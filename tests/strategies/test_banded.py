@@ -23,7 +23,7 @@ from lightning_secure.errors import (
 )
 from lightning_secure.privacy.accounting.journal import known_releases
 from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
 from lightning_secure.privacy.released.steps import ClippedFraction

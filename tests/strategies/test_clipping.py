@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.errors import ConfigError, LedgerError, UnsupportedTrainerOptionError
 from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
-from lightning_secure.privacy.accounting.pld import Release, calibrate_noise, epsilon_pld
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.gradients.clipping.adaptive import BOUND, COUNT
 from lightning_secure.privacy.gradients.clipping.rules import (

@@ -37,7 +37,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, LedgerError
-from lightning_secure.privacy.accounting.pld import Release, merged
+from lightning_secure.privacy.accounting.mechanism import Release, merged
 from lightning_secure.util import events
 from lightning_secure.util.files import open_regular, require_regular, sync_directory
 from lightning_secure.util.validate import positive_int

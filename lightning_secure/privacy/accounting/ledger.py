@@ -22,13 +22,8 @@ from lightning_secure.privacy.accounting.carried_ledger import (
     watch_ledger,
 )
 from lightning_secure.privacy.accounting.ledger_state import parsed, state_of
-from lightning_secure.privacy.accounting.pld import (
-    Release,
-    affordable_steps,
-    epsilon_by,
-    epsilon_rdp,
-    joint_noise,
-)
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
+from lightning_secure.privacy.accounting.pld import affordable_steps, epsilon_by, epsilon_rdp
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.accounting.weight_notes import WeightNote, noted_weights
 from lightning_secure.privacy.noise.banded.planned import Planned

@@ -8,7 +8,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from lightning_secure.privacy.accounting.pld import Release, require_accountant
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import require_accountant
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 

@@ -13,12 +13,8 @@ from lightning_secure.privacy.accounting.journal import (
     restore_journal,
 )
 from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.accounting.pld import (
-    Release,
-    calibrate_noise,
-    epsilon_pld,
-    joint_noise,
-)
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
+from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.accounting.run_contract import begin_ledger
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
