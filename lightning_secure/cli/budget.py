@@ -217,7 +217,7 @@ def show(
             "releases": [list(release) for release in ledger.releases],
         }
         if journal is not None:
-            from lightning_secure.privacy.accounting.journal import known_releases
+            from lightning_secure.privacy.accounting.ledger import known_releases
 
             known = known_releases(ledger, journal)
             answer["run_steps"] = sum(release.steps for release in known)
@@ -253,7 +253,7 @@ def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) 
     small.
     """
     with _reported():
-        from lightning_secure.privacy.accounting.journal import restore_journal
+        from lightning_secure.privacy.accounting.ledger import restore_journal
 
         path = restore_journal(_account(checkpoint, key_file), journal, steps=steps)
         click.echo(f"{path}: {steps} steps")

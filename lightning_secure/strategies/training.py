@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting.carried_ledger import require_same_weights
-from lightning_secure.privacy.accounting.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.accounting.carried_ledger import keep_ledger, require_same_weights
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.accounting.run_contract import begin_ledger, require_same_promise
 from lightning_secure.privacy.checks.repeat_trials import Repeats
 from lightning_secure.privacy.checks.repeated_rows import require_distinct_rows

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.errors import ConfigError, LedgerError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.config import DPConfig

@@ -16,8 +16,8 @@ from lightning_secure.errors import (
     UnsupportedModelError,
 )
 from lightning_secure.metrics import PrivateAccuracy
-from lightning_secure.privacy.accounting.journal import known_releases
-from lightning_secure.privacy.accounting.ledger import ledger_of
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import known_releases
 from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
 from lightning_secure.privacy.accounting.pld import affordable_steps
 from lightning_secure.privacy.config import DPConfig

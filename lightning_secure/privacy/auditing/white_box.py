@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.auditing.bounds import (
     above,
     best_threshold,

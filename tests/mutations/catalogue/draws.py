@@ -98,7 +98,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a counted number of rows passes for a declared one",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/ledger_state.py",
         'self.mechanism == "poisson" and self.public.dataset_size_declared',
         'self.mechanism == "poisson"',
         "tests/privacy/test_ledger.py -k which_promise",

@@ -138,7 +138,7 @@ CATALOGUE = [
     Mutation(
         "a negative number of steps gives epsilon back",
         "privacy/accounting/ledger_state.py",
-        "        positive_int(steps=steps)\n",
+        "            positive_int(steps=steps)\n",
         "",
         "tests/privacy/test_ledger.py -k damaged",
     ),

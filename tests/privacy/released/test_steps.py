@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from lightning_secure.errors import ConfigError, PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.accounting.journal import (
+from lightning_secure.privacy.accounting.ledger import (
+    Ledger,
     attach_journal,
     known_releases,
     restore_journal,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
 from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
 from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.accounting.run_contract import begin_ledger
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
