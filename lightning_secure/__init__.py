@@ -55,10 +55,11 @@ if TYPE_CHECKING:
     from lightning_secure.data.manifests.garbage import collect_garbage
     from lightning_secure.data.reading.dataset import EncryptedShardDataset
     from lightning_secure.data.sources.arrow import Fill, Stack
-    from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
+    from lightning_secure.data.storage import CiphertextCache, RemoteStorage
     from lightning_secure.data.writing.ray_sink import EncryptedShardDatasink
     from lightning_secure.data.writing.seal import seal
     from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
+    from lightning_secure.data.writing.upload import upload_split
     from lightning_secure.data.writing.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.loggers.redacting import RedactingLogger
@@ -250,7 +251,7 @@ _HOMES = {
     "rotate_kek": "data.key_rotation.rotate",
     "rotate_partition": "data.key_rotation.rotate",
     "seal": "data.writing.seal",
-    "upload_split": "data.storage",
+    "upload_split": "data.writing.upload",
 }
 
 

@@ -31,8 +31,8 @@ from lightning_secure.errors import (
     UnsupportedTrainerOptionError,
 )
 from lightning_secure.privacy.accounting.ledger import Ledger, attach_journal
-from lightning_secure.privacy.accounting.run_contract import require_same_promise
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.run_contract import require_same_promise
 
 __all__ = [
     "carry_ledger",

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.accounting.carried_ledger import keep_ledger, require_same_weights
 from lightning_secure.privacy.accounting.ledger import Ledger
-from lightning_secure.privacy.accounting.run_contract import begin_ledger, require_same_promise
 from lightning_secure.privacy.checks.repeat_trials import Repeats
 from lightning_secure.privacy.checks.repeated_rows import require_distinct_rows
 from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.run_contract import begin_ledger, require_same_promise
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,

@@ -17,12 +17,12 @@ from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.gradients.clipping.adaptive import BOUND, COUNT
 from lightning_secure.privacy.gradients.clipping.rules import (
     AdaptiveClipping,
     FlatClipping,
     PerLayerClipping,
 )
+from lightning_secure.privacy.released.adaptive_bound import BOUND, COUNT
 from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm
 from lightning_secure.strategies.private import PrivateStrategy
 

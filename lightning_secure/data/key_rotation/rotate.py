@@ -29,7 +29,6 @@ from lightning_secure.crypto.manifest import (
     write_manifest,
 )
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.data.erasure.pending_record import UnfinishedErasure
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import (
     LOCK_NAME,
@@ -38,6 +37,7 @@ from lightning_secure.data.manifests.garbage import (
     locked,
     require_files,
 )
+from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.shards.shard import (
     Scratch,

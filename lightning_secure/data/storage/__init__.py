@@ -5,7 +5,6 @@ from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.local import LocalFile, LocalStorage
 from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import RemoteStorage
-from lightning_secure.data.storage.upload import upload_split
 
 __all__ = [
     "CiphertextCache",
@@ -15,5 +14,4 @@ __all__ = [
     "Storage",
     "StoredFile",
     "open_storage",
-    "upload_split",
 ]

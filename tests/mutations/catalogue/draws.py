@@ -105,7 +105,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a fit begins on a counted number of rows without a word",
-        "privacy/accounting/run_contract.py",
+        "privacy/run_contract.py",
         "if not (public.dataset_size_declared or ",
         "if not (True or ",
         "tests/privacy/test_ledger.py -k which_promise",

@@ -16,7 +16,6 @@ from lightning_secure.privacy.accounting.ledger import (
 from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
 from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
-from lightning_secure.privacy.accounting.run_contract import begin_ledger
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.steps import (
@@ -27,6 +26,7 @@ from lightning_secure.privacy.released.steps import (
     StepMetrics,
     require_rows_apart,
 )
+from lightning_secure.privacy.run_contract import begin_ledger
 
 DELTA = 1e-5
 METRICS = {
