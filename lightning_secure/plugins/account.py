@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_secure.compat.torch import FakeTensorMode
 from lightning_secure.crypto.file_header import CHECKPOINT
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import CheckpointCorruptedError, ConfigError, LedgerError

@@ -22,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_secure.compat.torch import FakeTensorMode
 from lightning_secure.crypto.file_header import CHECKPOINT
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 from lightning_secure.crypto.stream import StreamReader, StreamWriter

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
-from torch.utils.data._utils import pin_memory as _torch_pinning
 
+from lightning_secure.compat.torch import pin_memory
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
 
@@ -227,5 +227,4 @@ class LogicalCollate:
 
 
 def _pinned(data: Any) -> Any:
-    pin: Callable[[Any], Any] = _torch_pinning.pin_memory
-    return pin(data)
+    return pin_memory(data)

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,6 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from lightning_secure.compat.lightning import bare_optimizer
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.sharding import (
     Shards,
@@ -107,8 +107,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         Raises:
             UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
         """
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+        optimizer = bare_optimizer(optimizer)
         state = optimizer.state_dict()
         if self._alone:
             return state

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
 import lightning.pytorch as pl
@@ -19,13 +17,12 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_secure.compat.lightning import bring_processes_together, leave_processes_apart
 from lightning_secure.errors import (
     ConfigError,
     LightningSecureError,
@@ -166,12 +163,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             seed = seed_of_rank(self.config.insecure_seed, self.global_rank)
             self._randomness = FreshRandomness(seed, stream=1)
-            connector = trainer._data_connector
-            # Otherwise Lightning puts a sampler of its own in the place of the user's, and nobody
-            # can tell any more whether that drew all rows alike.
-            vars(connector)["_prepare_dataloader"] = partial(_as_it_is, connector)
-            signals = trainer._signal_connector
-            vars(signals)["_sigterm_notifier_fn"] = partial(_note_sigterm, signals)
+            leave_processes_apart(trainer)
         # Before weights are sent around, which takes the same shapes in every process.
         self._agree(lambda: model_statement(self._module))
         super().setup(trainer)
@@ -403,9 +395,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
 
     def teardown(self) -> None:
         """Take everything off again."""
-        if self._lightning_module is not None and self._module._trainer is not None:
-            vars(self._module._trainer._data_connector).pop("_prepare_dataloader", None)
-            vars(self._module._trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+        if self._lightning_module is not None:
+            bring_processes_together(self._lightning_module)
         super().teardown()
         self._shared_failure = None
 
@@ -425,26 +416,6 @@ def _failed_elsewhere() -> PrivacyError:
         "another process of this run has failed, so nothing was released here either; its own "
         "message says why. The last checkpoint holds the weights and the account."
     )
-
-
-def _as_it_is(
-    connector: _DataConnector, dataloader: object, shuffle: bool, mode: RunningStage
-) -> object:
-    """Leave a training loader as the user made it, and prepare others as ever."""
-    if mode == RunningStage.TRAINING:
-        return dataloader
-    return _DataConnector._prepare_dataloader(connector, dataloader, shuffle, mode)
-
-
-def _note_sigterm(signals: _SignalConnector, number: int, frame: FrameType | None) -> None:
-    """Note that the process is to end after its step, and exchange nothing about it.
-
-    Lightning's own handler waits for a broadcast, in the middle of whatever is exchanged just then.
-    """
-    launcher = signals.trainer.strategy.launcher
-    if not signals.received_sigterm and launcher is not None:
-        launcher.kill(signal.Signals(number))
-    signals.received_sigterm = True
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from lightning_secure.compat.torch import mps_generator
+
 __all__ = ["FreshRandomness", "WorkerInit"]
 
 _LEGACY: Final[Any] = np.random  # its stubs leave out what exchanges the generator
@@ -116,4 +118,4 @@ def _generators(device: torch.device | None) -> list[torch.Generator]:
     if kind == "cuda":
         index: Any = device.index
         return [module.default_generators[module.current_device() if index is None else index]]
-    return [module._get_default_mps_generator()] if kind == "mps" else []
+    return [mps_generator(module)] if kind == "mps" else []

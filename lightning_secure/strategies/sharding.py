@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
+from lightning_secure.compat.torch import fsdp_precision, state_dict_hooks
 from lightning_secure.errors import (
     PrivacyError,
     UnsupportedModelError,
@@ -119,7 +120,7 @@ class Shards:
                     "was taken."
                 )
         for module in self.modules:
-            policy = module._get_fsdp_state()._mp_policy
+            policy = fsdp_precision(module)
             if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
                 raise UnsupportedTrainerOptionError(
                     f"fully_shard was given a {MixedPrecisionPolicy.__name__}, by which weights "
@@ -236,7 +237,7 @@ def require_gatherable(state: Mapping[Any, Mapping[str, Any]]) -> None:
 @contextlib.contextmanager
 def left_whole(model: nn.Module) -> Iterator[None]:
     """Have ``state_dict`` leave weights whole while a block runs, which FSDP2 shards for it."""
-    hooks = [module._state_dict_pre_hooks for module in model.modules()]
+    hooks = [state_dict_hooks(module) for module in model.modules()]
     before = [dict(item) for item in hooks]
     try:
         for item in hooks:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_secure.compat.lightning import validation_source
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivateSum
 from lightning_secure.util.agreement import Statement
@@ -100,7 +101,7 @@ def _validation_statement(trainer: pl.Trainer) -> Statement:
     """Return whether a fit validates, and on how many loaders if it was given them."""
     if trainer.state.fn != TrainerFn.FITTING:
         return {}
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    source = validation_source(trainer)
     if not trainer.enable_validation:
         return {"validation": "none"}
     if source.is_module():

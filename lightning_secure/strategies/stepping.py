@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from lightning_secure.compat.lightning import (
+    before_batch_transfer,
+    checkpoint_content,
+    training_loaders,
+)
 from lightning_secure.errors import (
     BudgetExhaustedError,
     ConfigError,
@@ -218,8 +223,7 @@ class SteppingStrategy(AccountedStrategy):
     def _on_device(self, data: Any) -> Any:
         module = self._module
         data = self.precision_plugin.convert_input(data)
-        data = pl.LightningModule._on_before_batch_transfer(module, data, dataloader_idx=0)
-        return super().batch_to_device(data)
+        return super().batch_to_device(before_batch_transfer(module, data))
 
     def _tried(self, rest: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[Any], Any]:
         """Return what runs a trial batch, and returns what the training step returns."""
@@ -252,7 +256,7 @@ class SteppingStrategy(AccountedStrategy):
         def loss(batch: Any) -> Tensor:
             return loss_of(output(batch))
 
-        loader: Any = required(trainer.fit_loop._combined_loader).flattened[0]
+        loader = training_loaders(trainer)[0]
 
         def fetched() -> None:
             for row in range(5):  # each by itself, as they run
@@ -277,7 +281,7 @@ class SteppingStrategy(AccountedStrategy):
                 chunk.data,
                 size=chunk.size,
                 backward=self._backward,
-                checkpoint=partial(trainer._checkpoint_connector.dump_checkpoint, False),
+                checkpoint=partial(checkpoint_content, trainer),
                 stateful=self._stateful,
                 first=fetched if isolated else kept_apart,
                 isolated=isolated,
@@ -314,7 +318,7 @@ class SteppingStrategy(AccountedStrategy):
         trainer = self._module.trainer
         if trainer.world_size > 1:  # which may not run trial rows in this step
             return {"hyper_parameters": dict(self._module.hparams)}
-        return trainer._checkpoint_connector.dump_checkpoint(False)
+        return checkpoint_content(trainer)
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any

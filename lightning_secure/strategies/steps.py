@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_secure.compat.lightning import before_batch_transfer
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.sampling import LogicalBatch
 
@@ -68,7 +69,7 @@ def spare_logical_batch(module: pl.LightningModule, batch: Any, dataloader_idx: 
     """Run the module's hook on ordinary batches only; a logical one's chunks have their turn."""
     if isinstance(batch, LogicalBatch):
         return batch
-    return pl.LightningModule._on_before_batch_transfer(module, batch, dataloader_idx)
+    return before_batch_transfer(module, batch, dataloader_idx)
 
 
 def stop_before_any_minimum(trainer: pl.Trainer) -> None:

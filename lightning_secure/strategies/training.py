@@ -8,9 +8,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
+from lightning_secure.compat.lightning import (
+    exchange_before_transfer,
+    exchange_epoch_results,
+    has_before_transfer_hook,
+    restore_before_transfer,
+    training_loaders,
+)
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.accounting.carried_ledger import keep_ledger, require_same_weights
 from lightning_secure.privacy.accounting.ledger import Ledger
@@ -93,14 +99,10 @@ class PrivateTraining(SteppingStrategy):
         self._preflight_due = True
         self._repeats = Repeats()
         self._results = GuardedResults(self._public_metrics, self._released.metrics)
-        trainer.fit_loop.epoch_loop._results = self._results
-        selector = trainer._data_connector._datahook_selector
-        assert selector is not None  # noqa: S101 # set by the Trainer before any strategy's setup
-        if is_overridden(
-            "on_before_batch_transfer", selector.get_instance("on_before_batch_transfer")
-        ):
+        exchange_epoch_results(trainer, self._results)
+        if has_before_transfer_hook(trainer):
             # Lightning calls this hook once a batch, and here it is due once a chunk.
-            vars(module)["_on_before_batch_transfer"] = partial(spare_logical_batch, module)
+            exchange_before_transfer(module, spare_logical_batch)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Exchange the training loader for one that draws by Poisson sampling."""
@@ -154,8 +156,8 @@ class PrivateTraining(SteppingStrategy):
 
     def on_train_start(self) -> None:
         """Make sure that the rows come from the one loader that this strategy has put in place."""
-        loader = self._module.trainer.fit_loop._combined_loader
-        if loader is None or [type(item) for item in loader.flattened] != [PrivateDataLoader]:
+        loaders = training_loaders(self._module.trainer)
+        if [type(loader) for loader in loaders] != [PrivateDataLoader]:
             raise UnsupportedTrainerOptionError(
                 "private training takes its rows from one training DataLoader, and there are "
                 "several, or something exchanged it. No step was taken."
@@ -208,7 +210,7 @@ class PrivateTraining(SteppingStrategy):
         if self._ledger is not None and self._lightning_module is not None:
             settle_account(self._lightning_module, self._ledger, fitted=fitted)
         if self._lightning_module is not None:
-            vars(self._lightning_module).pop("_on_before_batch_transfer", None)
+            restore_before_transfer(self._lightning_module)
         super().teardown()
 
 

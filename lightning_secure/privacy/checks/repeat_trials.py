@@ -67,7 +67,8 @@ class Repeats:
         finally:
             self._last = self._clock() - start
             self._spent += self._last
-            self._free -= not self._turn
+            if not self._turn:
+                self._free -= 1
             self._turn = self._due = False
 
     def begin_step(self) -> None:

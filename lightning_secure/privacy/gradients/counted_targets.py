@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
+from lightning_secure.compat.torch import FUNCTIONS
+
 __all__ = ["CountedMeans"]
 
-#: Where the functional forms find torch's own, however they were imported. From the input, the
-#: target, the class weights, the reduction and the ignored index, to the loss.
-_NATIVE: Final[Any] = torch._C._nn
-_TORCHS: Final = {name: getattr(_NATIVE, name) for name in ("cross_entropy_loss", "nll_loss_nd")}
+#: From input, target, class weights, reduction and ignored index to the loss.
+_TORCHS: Final = {name: getattr(FUNCTIONS, name) for name in ("cross_entropy_loss", "nll_loss_nd")}
 _MEAN: Final = _reduction.get_enum("mean")
 _NONE: Final = _reduction.get_enum("none")
 _SUM: Final = _reduction.get_enum("sum")
@@ -58,14 +58,14 @@ class CountedMeans:
         Backward passes belong into the block as well: what is checkpointed runs again in them.
         """
         self._rows = rows or 0
-        before = {name: getattr(_NATIVE, name) for name in _TORCHS}
+        before = {name: getattr(FUNCTIONS, name) for name in _TORCHS}
         try:
             for name, function in self._exchanged.items():
-                setattr(_NATIVE, name, function)
+                setattr(FUNCTIONS, name, function)
             yield
         finally:
             for name, function in before.items():
-                setattr(_NATIVE, name, function)
+                setattr(FUNCTIONS, name, function)
 
     @contextlib.contextmanager
     def ignoring_all_but(self, row: int) -> Iterator[None]:

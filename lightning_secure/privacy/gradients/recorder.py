@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_secure.compat.torch import is_view, put_hook_first
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.clipping.layers import LayerGroups
 from lightning_secure.privacy.gradients.float32 import exact_products
@@ -71,11 +72,7 @@ class Recorder:
         for parameter in dict.fromkeys(p for unit in self._units for p in unit.parameters):
             handle = cast("Any", parameter).register_hook(self._past_layer)
             # First, so that no hook of the user's is shown a gradient without noise.
-            hooks: Any = parameter._backward_hooks
-            others = {key: hook for key, hook in hooks.items() if key != handle.id}
-            for key in others:  # put in again: torch does not ask for the order of an OrderedDict
-                del hooks[key]
-            hooks.update(others)
+            put_hook_first(parameter, handle)
             self._handles.append(handle.remove)
 
     def detach(self) -> None:
@@ -231,7 +228,7 @@ def _freeze(unit: Unit, parameter: nn.Parameter) -> None:
 
 def _anchored(tensor: Tensor, anchor: Tensor) -> Tensor:
     apply: Callable[..., Tensor] = _Anchored.apply
-    if tensor._is_view():  # of a compiled layer, which made it without grad: cannot be changed
+    if is_view(tensor):  # of a compiled layer, which made it without grad: cannot be changed
         tensor = tensor.clone()
     return apply(tensor, anchor)
 

@@ -11,6 +11,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
+from lightning_secure.compat.mlflow import (
+    artifact_repositories,
+    forget_stores,
+    model_registry_stores,
+    tracking_stores,
+    workspace_stores,
+)
 from lightning_secure.errors import ConfigError, MissingExtraError
 from lightning_secure.redaction.mlflow_store.artifacts import (
     ArtifactPolicy,
@@ -109,28 +116,18 @@ def _repository_class(cls: type) -> type:
 
 
 def _take_over() -> None:
-    from mlflow.store.artifact import artifact_repository_registry
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.store.model_registry.abstract_store import AbstractStore as ModelRegistryStore
     from mlflow.store.tracking.abstract_store import AbstractStore as TrackingStore
     from mlflow.store.workspace.abstract_store import AbstractStore as WorkspaceStore
-    from mlflow.tracking._model_registry import utils as model_registry
-    from mlflow.tracking._tracking_service import utils as tracking
-    from mlflow.tracking._workspace import registry as workspaces
 
     # Their methods are replaced, not the builders that are registered with them: so it holds for
     # schemes that are registered later, too.
-    registries: Any = (
-        tracking._tracking_store_registry,
-        model_registry._get_store_registry(),  # type: ignore[no-untyped-call]
-        workspaces._get_workspace_store_registry(),
-    )
-    for registry in registries:
+    for registry in (tracking_stores(), model_registry_stores(), workspace_stores()):
         registry.__class__ = _redacting_registry(type(registry))
-        registry._get_store_with_resolved_uri.cache_clear()
-    artifacts: Any = artifact_repository_registry._artifact_repository_registry
+    artifacts = artifact_repositories()
     artifacts.__class__ = _redacting_artifact_registry(type(artifacts))
-    tracking._artifact_repos_cache.clear()
+    forget_stores()
     # Somebody may hold one that was made before.
     for value in gc.get_objects():
         kind = type(value)  # not isinstance(): that would ask the object, which may be a proxy

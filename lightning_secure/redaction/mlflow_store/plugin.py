@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from lightning_secure.compat.mlflow import model_registry_stores, tracking_stores
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
 from lightning_secure.redaction.mlflow_store.transport import plain
 
@@ -19,20 +20,14 @@ __all__ = ["artifact_repository", "model_registry_store", "tracking_store"]
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
     """Return the tracking store at ``secure+<address>``, redacting."""
     enforce_mlflow_redaction()
-    from mlflow.tracking._tracking_service import utils
-
-    registry: Any = utils._tracking_store_registry
-    build = registry.get_store_builder(plain(store_uri))
+    build = tracking_stores().get_store_builder(plain(store_uri))
     return build(store_uri=store_uri, artifact_uri=artifact_uri)
 
 
 def model_registry_store(store_uri: str, tracking_uri: str | None = None) -> Any:
     """Return the model registry store at ``secure+<address>``, redacting."""
     enforce_mlflow_redaction()
-    from mlflow.tracking._model_registry import utils
-
-    registry: Any = utils._get_store_registry()  # type: ignore[no-untyped-call]
-    build = registry.get_store_builder(plain(store_uri))
+    build = model_registry_stores().get_store_builder(plain(store_uri))
     if "tracking_uri" in inspect.signature(build).parameters:  # as MLflow itself asks
         return build(store_uri=store_uri, tracking_uri=tracking_uri)
     return build(store_uri=store_uri)

@@ -130,8 +130,8 @@ CATALOGUE = [
     ),
     Mutation(
         "a signal to one process is waited with until the others hear of it",
-        "strategies/processes.py",
-        '            vars(signals)["_sigterm_notifier_fn"] = partial(_note_sigterm, signals)\n',
+        "compat/lightning.py",
+        '    vars(signals)["_sigterm_notifier_fn"] = partial(_note_sigterm, signals)\n',
         "",
         "tests/strategies/test_ddp.py -k is_terminated",
     ),

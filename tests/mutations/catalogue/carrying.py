@@ -47,9 +47,8 @@ CATALOGUE = [
     Mutation(
         "ckpt_path in a plain Trainer brings no ledger",
         "plugins/entry_point.py",
-        "        introduce(trainer.strategy)\n"
-        "        bring_ledger_with_weights(trainer.strategy)\n",
-        "        introduce(trainer.strategy)\n",
+        "introduce(trainer.strategy)\n        bring_ledger_with_weights(trainer.strategy)\n",
+        "introduce(trainer.strategy)\n",
         f"{ACCOUNT} -k 'ckpt_path and encrypted-validate'",
     ),
     Mutation(

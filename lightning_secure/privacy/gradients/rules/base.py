@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_secure.compat.torch import writes
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.gradients.formulas import cancelling
 
@@ -332,7 +333,7 @@ class Record:
 
 def _versions(*tensors: Tensor) -> list[int]:
     """Return how often each tensor was changed in place, of those of which it is counted."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [writes(tensor) for tensor in tensors]
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
