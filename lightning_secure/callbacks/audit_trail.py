@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_secure._version import __version__
+from lightning_secure.audit.event_recorder import Recorder
 from lightning_secure.audit.log import AuditLog
-from lightning_secure.audit.recorder import Recorder
 from lightning_secure.errors import AuditWriteError
 from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
 from lightning_secure.redaction import finding_counts

@@ -261,7 +261,7 @@ def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) 
 
 def _account(checkpoint: Path, key_file: Path | None) -> Any:
     from lightning_secure.crypto.providers import LocalKeyProvider
-    from lightning_secure.plugins.account import read_account
+    from lightning_secure.plugins.checkpoint_ledger import read_account
 
     if not checkpoint.is_file():
         raise ConfigError(f"there is no checkpoint at {str(checkpoint)!r}.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightning_secure.cli.local import failures, key_file, pins, provider, recipient_files
+from lightning_secure.cli.dataset_options import failures, key_file, pins, provider, recipient_files
 
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider

@@ -23,7 +23,7 @@ from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.anonymize.classes import ClassCount
 from lightning_secure.anonymize.reading import PLAN_KEYS, plan_rules
 from lightning_secure.anonymize.report import BeforeAndAfter
-from lightning_secure.cli.local import pins
+from lightning_secure.cli.dataset_options import pins
 from lightning_secure.cli.providers import provider_of
 from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.util.files import as_path, atomic_writer

@@ -42,7 +42,7 @@ from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.adaptive_bound import clip_bound, follow, with_count
-from lightning_secure.privacy.released.steps import (
+from lightning_secure.privacy.released.step_metrics import (
     ReleasedMetric,
     StepMetrics,
     require_rows_apart,

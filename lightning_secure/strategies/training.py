@@ -32,7 +32,6 @@ from lightning_secure.strategies.account import (
 )
 from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.expected import ExpectedBatch
-from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.measurements import (
     require_public_throughput,
     stop_system_metrics,
@@ -44,6 +43,7 @@ from lightning_secure.strategies.options import (
     require_optimizers,
     require_trainer_options,
 )
+from lightning_secure.strategies.private_loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.stepping import SteppingStrategy
 from lightning_secure.strategies.steps import required, spare_logical_batch
 from lightning_secure.strategies.telemetry import GuardedResults

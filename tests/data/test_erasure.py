@@ -18,7 +18,7 @@ from lightning_secure.crypto.providers import (
     SigningKey,
 )
 from lightning_secure.data.erasure import erase as erasure
-from lightning_secure.data.erasure import report as recovery
+from lightning_secure.data.erasure import erasure_report as recovery
 from lightning_secure.data.erasure.erase import erase_shard, erase_subject
 from lightning_secure.data.erasure.finish import finish_erasure
 from lightning_secure.data.key_rotation.rotate import add_recipient, rotate_data, rotate_partition

@@ -19,7 +19,6 @@ from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data.key_rotation.rotate import rotate_partition
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.shards import shard
-from lightning_secure.data.writing import key_partitions
 from lightning_secure.data.writing.progress_log import JOURNAL_NAME, Journal
 from lightning_secure.data.writing.seal import seal
 from lightning_secure.data.writing.split_rules import SplitByRatio
@@ -70,7 +69,7 @@ def interrupted(root, keys, *, until=800, **options):
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.sources.base._MOST_ROWS", 64)
+    monkeypatch.setattr("lightning_secure.data.sources.source._MOST_ROWS", 64)
 
 
 def labels(root, keys, split="train"):
@@ -224,7 +223,7 @@ def test_an_interruption_while_shards_are_out_of_order_loses_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            key_partitions, "seal_shard", slow
+            split_layout, "seal_shard", slow
         )  # a disk that fails at shard 7 cannot be had
         with pytest.raises(UnpluggedError):
             run(tmp_path, keys, threads=threads)

@@ -26,7 +26,7 @@ from lightning_secure.privacy.accounting.ledger import Ledger, known_releases
 from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
-from lightning_secure.privacy.released.steps import ClippedFraction
+from lightning_secure.privacy.released.step_metrics import ClippedFraction
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS, WIDTH, BATCH, EPOCH = 30, 40, 8, 4

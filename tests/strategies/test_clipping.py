@@ -23,7 +23,7 @@ from lightning_secure.privacy.gradients.clipping.rules import (
     PerLayerClipping,
 )
 from lightning_secure.privacy.released.adaptive_bound import BOUND, COUNT
-from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm
+from lightning_secure.privacy.released.step_metrics import ClippedFraction, GradientNorm
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS, WIDTH = 32, 60

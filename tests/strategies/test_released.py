@@ -21,7 +21,7 @@ from lightning_secure.privacy.accounting.ledger import known_releases
 from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
 from lightning_secure.privacy.accounting.pld import affordable_steps
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
+from lightning_secure.privacy.released.step_metrics import ClippedFraction, GradientNorm, RowMean
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS = 64

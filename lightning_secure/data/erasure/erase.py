@@ -23,7 +23,7 @@ from lightning_secure.crypto.entries import ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.data.erasure.report import ErasureReport, RecoveryAttempt, conclude
+from lightning_secure.data.erasure.erasure_report import ErasureReport, RecoveryAttempt, conclude
 from lightning_secure.data.key_rotation.rotate import commit, rotating
 from lightning_secure.data.manifests.garbage import Journal
 from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_secure.data.format.convert import count_rows
-from lightning_secure.data.sources.base import (
+from lightning_secure.data.sources.source import (
     BATCH_BYTES,
     Batch,
     Checksum,

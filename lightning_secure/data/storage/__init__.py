@@ -1,10 +1,10 @@
 """Where the bytes of a dataset lie, and how they are read: at an offset, into a buffer."""
 
-from lightning_secure.data.storage.base import Storage, StoredFile
 from lightning_secure.data.storage.cache import CiphertextCache
-from lightning_secure.data.storage.local import LocalFile, LocalStorage
+from lightning_secure.data.storage.local_files import LocalFile, LocalStorage
 from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import RemoteStorage
+from lightning_secure.data.storage.storage import Storage, StoredFile
 
 __all__ = [
     "CiphertextCache",

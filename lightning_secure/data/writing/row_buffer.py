@@ -20,7 +20,7 @@ from lightning_secure.data.format.convert import (
     joined,
     require_names,
 )
-from lightning_secure.data.writing.key_partitions import SplitLayout
+from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.subjects import by_subject, taken
 from lightning_secure.errors import DataError
 

@@ -22,7 +22,7 @@ from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.opening import local_root
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.shard_queue import DEFAULT_THREADS, ShardPool
 from lightning_secure.data.writing.split_rules import SplitRule
 from lightning_secure.data.writing.spool import remove_own

@@ -16,11 +16,11 @@ from lightning_secure.data.manifests.new_split import NewSplit, require_free
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.writing.commit_writers import close_together
-from lightning_secure.data.writing.key_partitions import SplitLayout
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.resume import SealingState
 from lightning_secure.data.writing.row_buffer import PendingRows
 from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
+from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.spool import open_spool
 from lightning_secure.errors import (
     ConfigError,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lightning_secure.errors import ConfigError
+from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.bounds import epsilon_one_run
-from lightning_secure.privacy.auditing.report import AuditReport
 from lightning_secure.util.validate import open_unit_interval, positive_int
 
 __all__ = ["OneRunAudit", "Rows"]

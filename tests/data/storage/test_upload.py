@@ -21,7 +21,7 @@ from lightning_secure.data.erasure.erase import erase_subject
 from lightning_secure.data.key_rotation.rotate import rotate_data, rotate_kek, rotate_partition
 from lightning_secure.data.manifests.garbage import collect_garbage
 from lightning_secure.data.storage import CiphertextCache, LocalStorage, RemoteStorage
-from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.seal import seal as seal_source
 from lightning_secure.data.writing.split_rules import SplitByRatio
 from lightning_secure.data.writing.upload import upload_split

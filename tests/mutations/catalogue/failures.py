@@ -70,7 +70,7 @@ CATALOGUE = [
     ),
     Mutation(
         "rows that are drawn unequally count as drawn alike",
-        "strategies/loader.py",
+        "strategies/private_loader.py",
         "elif type(dataloader.sampler) not in (RandomSampler, SequentialSampler) or (",
         "elif (",
         f"{STRATEGY} -k 'rate_would_be_wrong and weighted'",

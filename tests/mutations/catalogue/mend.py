@@ -64,7 +64,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a key is destroyed that a late split needs",
-        "data/erasure/report.py",
+        "data/erasure/erasure_report.py",
         "return not held(manifest) and keys.retire()",
         "return keys.retire()",
         "tests/data/test_erasure.py -k sealed_under_meanwhile",

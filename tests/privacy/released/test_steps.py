@@ -18,7 +18,7 @@ from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
-from lightning_secure.privacy.released.steps import (
+from lightning_secure.privacy.released.step_metrics import (
     ClippedFraction,
     GradientNorm,
     ReleasedMetric,
