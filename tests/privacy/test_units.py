@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.formulas import gram_squares
+from lightning_secure.privacy.gradients.rules import layer_rule
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit, unfolded
 from lightning_secure.privacy.gradients.rules.layer_rule import GHOST, Record, Way
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
