@@ -55,15 +55,16 @@ if TYPE_CHECKING:
     from lightning_secure.data.manifests.garbage import collect_garbage
     from lightning_secure.data.reading.dataset import EncryptedShardDataset
     from lightning_secure.data.sources.arrow import Fill, Stack
-    from lightning_secure.data.storage import CiphertextCache, RemoteStorage, upload_split
+    from lightning_secure.data.storage import CiphertextCache, RemoteStorage
     from lightning_secure.data.writing.ray_sink import EncryptedShardDatasink
     from lightning_secure.data.writing.seal import seal
     from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
+    from lightning_secure.data.writing.upload import upload_split
     from lightning_secure.data.writing.writer import EncryptedShardWriter
     from lightning_secure.loggers.mlflow import RedactingMLFlowLogger
     from lightning_secure.loggers.redacting import RedactingLogger
     from lightning_secure.metrics.membership import MembershipInferenceAdvantage
-    from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
+    from lightning_secure.metrics.private_means import PrivateAccuracy, PrivateMean
     from lightning_secure.plugins.checkpoint import (
         EncryptedCheckpointIO,
         load_encrypted_checkpoint,
@@ -73,7 +74,11 @@ if TYPE_CHECKING:
     from lightning_secure.privacy.auditing.one_run import OneRunAudit
     from lightning_secure.privacy.config import DPConfig
     from lightning_secure.privacy.gradients.clipping.rules import AdaptiveClipping, PerLayerClipping
-    from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
+    from lightning_secure.privacy.released.step_metrics import (
+        ClippedFraction,
+        GradientNorm,
+        RowMean,
+    )
     from lightning_secure.privacy.released.sums import PrivacyAccount
     from lightning_secure.redaction.artifacts.encrypted import decrypt_artifacts, open_artifact
     from lightning_secure.redaction.leak_search.search import CanaryHit, CanarySearch, WriteWatch
@@ -181,7 +186,7 @@ _HOMES = {
     "CanaryHit": "redaction.leak_search.search",
     "CanarySearch": "redaction.leak_search.search",
     "CiphertextCache": "data.storage",
-    "ClippedFraction": "privacy.released.steps",
+    "ClippedFraction": "privacy.released.step_metrics",
     "Column": "data.format.columns",
     "DPConfig": "privacy.config",
     "EncryptedCheckpointIO": "plugins.checkpoint",
@@ -194,7 +199,7 @@ _HOMES = {
     "FileSecret": "crypto.providers",
     "Fill": "data.sources.arrow",
     "Generalize": "anonymize",
-    "GradientNorm": "privacy.released.steps",
+    "GradientNorm": "privacy.released.step_metrics",
     "HpkeKeyProvider": "crypto.providers",
     "HpkePrivateKey": "crypto.providers",
     "Keep": "anonymize",
@@ -207,10 +212,10 @@ _HOMES = {
     "PrivacyAccount": "privacy.released.sums",
     "PrivacyAudit": "callbacks.privacy_audit",
     "PrivacyBudget": "callbacks.budget",
-    "PrivateAccuracy": "metrics.private",
+    "PrivateAccuracy": "metrics.private_means",
     "PrivateDDPStrategy": "strategies.ddp",
     "PrivateFSDPStrategy": "strategies.fsdp",
-    "PrivateMean": "metrics.private",
+    "PrivateMean": "metrics.private_means",
     "PrivateStrategy": "strategies.private",
     "Pseudonymize": "anonymize",
     "Pseudonyms": "anonymize",
@@ -223,7 +228,7 @@ _HOMES = {
     "RedactionPolicy": "redaction.policy",
     "Redactor": "redaction.redactor",
     "RemoteStorage": "data.storage",
-    "RowMean": "privacy.released.steps",
+    "RowMean": "privacy.released.step_metrics",
     "Schema": "data.format.columns",
     "SigningKey": "crypto.providers",
     "SplitByColumn": "data.writing.split_rules",
@@ -250,7 +255,7 @@ _HOMES = {
     "rotate_kek": "data.key_rotation.rotate",
     "rotate_partition": "data.key_rotation.rotate",
     "seal": "data.writing.seal",
-    "upload_split": "data.storage",
+    "upload_split": "data.writing.upload",
 }
 
 

@@ -20,7 +20,7 @@ from hypothesis import settings
 
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.redaction import finding_counts
-from lightning_secure.redaction.mlflow_store import enforce, transport
+from lightning_secure.redaction.mlflow_store import enforce, server_tls
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.util import events
 
@@ -177,7 +177,7 @@ def _no_redactors_left() -> Iterator[None]:
     yield
     known[:] = before or known[:1]
     enforce._POLICY.rules = Rules()
-    transport._in_the_clear.clear()
+    server_tls._in_the_clear.clear()
     for counter in (finding_counts._found, finding_counts._told, finding_counts._due):
         counter.clear()
 

@@ -7,8 +7,10 @@ import pickle
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import lightning_secure
@@ -226,6 +228,15 @@ def test_no_bare_error_is_raised_on_purpose():
 def test_files_stay_readable():
     for path in modules():
         assert len(path.read_text().splitlines()) <= 800, path
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports for types and in functions count, and so does a package's ``__init__``."""
+    graph = grimp.build_graph(
+        "lightning_secure", exclude_type_checking_imports=False, cache_dir=None
+    )
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names them
 
 
 def test_every_module_can_be_imported_alone():

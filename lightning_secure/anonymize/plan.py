@@ -94,11 +94,9 @@ class AnonymizationPlan:
         Raises:
             ConfigError: It cannot be read, or is no plan. The message holds no value of it.
         """
-        from lightning_secure.anonymize.reading import plan_of
-        from lightning_secure.util.yaml_config import parsed
+        from lightning_secure.anonymize.reading import read_plan
 
-        plan = plan_of(parsed(Path(path)), what="the plan")
-        return cls(plan.columns, plan.quasi_identifiers, plan.sensitive)
+        return cls(*read_plan(Path(path)))
 
     def bind(self, keys: KeySource) -> BoundPlan:
         """Derive the keys that the operators need."""

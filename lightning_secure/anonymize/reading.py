@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 from lightning_secure.anonymize.keyed import Pseudonymize, Tokenize
 from lightning_secure.anonymize.operators import (
@@ -13,11 +14,10 @@ from lightning_secure.anonymize.operators import (
     Redact,
     Suppress,
 )
-from lightning_secure.anonymize.plan import AnonymizationPlan
 from lightning_secure.errors import ConfigError
-from lightning_secure.util.yaml_config import known, typed
+from lightning_secure.util.yaml_config import known, parsed, typed
 
-__all__ = ["PLAN_KEYS", "plan_of"]
+__all__ = ["PLAN_KEYS", "PlanRules", "plan_rules", "read_plan"]
 
 #: The keys of a file that make up a plan.
 PLAN_KEYS: Final = ("anonymize", "quasi_identifiers", "sensitive")
@@ -29,8 +29,16 @@ _KEYED: Final[Mapping[str, type[Pseudonymize] | type[Tokenize]]] = {
 _NAMES: Final = ("keep", "suppress", "redact", "generalize", *_KEYED)
 
 
-def plan_of(config: Mapping[str, Any], *, what: str) -> AnonymizationPlan:
-    """Return the plan that a configuration describes.
+class PlanRules(NamedTuple):
+    """What a plan is made of."""
+
+    columns: dict[str, Operator]
+    quasi_identifiers: Sequence[str]
+    sensitive: Sequence[str]
+
+
+def plan_rules(config: Mapping[str, Any], *, what: str) -> PlanRules:
+    """Return what a configuration says of a plan.
 
     Args:
         config: Its keys are some of ``PLAN_KEYS``.
@@ -41,11 +49,20 @@ def plan_of(config: Mapping[str, Any], *, what: str) -> AnonymizationPlan:
     """
     known(dict(config), set(PLAN_KEYS), what)
     rules = typed(config.get("anonymize", {}), dict, "anonymize")
-    return AnonymizationPlan(
+    return PlanRules(
         {name: _operator(name, rule) for name, rule in rules.items()},
         quasi_identifiers=typed(config.get("quasi_identifiers", []), list, "quasi_identifiers"),
         sensitive=typed(config.get("sensitive", []), list, "sensitive"),
     )
+
+
+def read_plan(path: Path) -> PlanRules:
+    """Return what a file of YAML says of a plan.
+
+    Raises:
+        ConfigError: It cannot be read, or is no plan.
+    """
+    return plan_rules(parsed(path), what="the plan")
 
 
 def _operator(name: Any, rule: Any) -> Operator:

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_secure._version import __version__
+from lightning_secure.audit.event_recorder import EventRecorder
 from lightning_secure.audit.log import AuditLog
-from lightning_secure.audit.recorder import Recorder
 from lightning_secure.errors import AuditWriteError
 from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
 from lightning_secure.redaction import finding_counts
@@ -48,7 +48,7 @@ class AuditTrail(Callback):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._log = AuditLog(Path(folder) / FILE_NAME)
-        self._recorder = Recorder(self._log)
+        self._recorder = EventRecorder(self._log)
         name = f"audit:{self._log.path.resolve()}"
         events.subscribe(name, self._recorder, follows_keys=True)
 

@@ -14,8 +14,8 @@ from torch.utils.data import default_collate
 
 from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
+from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.one_run import OneRunAudit
-from lightning_secure.privacy.auditing.report import AuditReport
 from lightning_secure.privacy.auditing.white_box import CanaryRun, canary_audit
 from lightning_secure.util.validate import open_unit_interval, positive_int
 

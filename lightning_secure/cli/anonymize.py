@@ -87,8 +87,8 @@ def anonymize(
 
 
 def _checked(source: Path, plan: AnonymizationPlan, options: Mapping[str, Any]) -> PlanCheck:
+    from lightning_secure.data.format.convert import count_rows
     from lightning_secure.data.sources import open_source
-    from lightning_secure.data.writing.convert import count_rows
 
     result = PlanCheck(plan)
     for columns in open_source(source, **options).shown(plan).batches():

@@ -13,10 +13,10 @@ from typing import Any, Final
 import click
 
 from lightning_secure.errors import ConfigError, LightningSecureError
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import (
     ACCOUNTANTS,
     BOUNDS,
-    Release,
     calibrate_noise,
     epsilon_by,
     epsilon_pld,
@@ -217,7 +217,7 @@ def show(
             "releases": [list(release) for release in ledger.releases],
         }
         if journal is not None:
-            from lightning_secure.privacy.accounting.journal import known_releases
+            from lightning_secure.privacy.accounting.ledger import known_releases
 
             known = known_releases(ledger, journal)
             answer["run_steps"] = sum(release.steps for release in known)
@@ -253,7 +253,7 @@ def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) 
     small.
     """
     with _reported():
-        from lightning_secure.privacy.accounting.journal import restore_journal
+        from lightning_secure.privacy.accounting.ledger import restore_journal
 
         path = restore_journal(_account(checkpoint, key_file), journal, steps=steps)
         click.echo(f"{path}: {steps} steps")
@@ -261,7 +261,7 @@ def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) 
 
 def _account(checkpoint: Path, key_file: Path | None) -> Any:
     from lightning_secure.crypto.providers import LocalKeyProvider
-    from lightning_secure.plugins.account import read_account
+    from lightning_secure.plugins.checkpoint_ledger import read_account
 
     if not checkpoint.is_file():
         raise ConfigError(f"there is no checkpoint at {str(checkpoint)!r}.")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from lightning_secure.errors import ConfigError, MissingExtraError
-from lightning_secure.privacy.accounting.pld import Release, epsilon_by, epsilon_rdp
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import epsilon_by, epsilon_rdp
 from lightning_secure.util.files import atomic_writer
 
 __all__ = ["draw", "require_drawable"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lightning_secure.cli.local import failures, key_file, pins, provider, recipient_files
+from lightning_secure.cli.dataset_options import failures, key_file, pins, provider, recipient_files
 
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider
@@ -160,7 +160,7 @@ def _unfinished(root: Path, *keys: KeyProvider | None) -> Iterator[None]:
 def _erased(root: Path, keys: Sequence[KeyProvider]) -> bool:
     """Whether the manifest in place is without the rows of a record that can be believed."""
     from lightning_secure.crypto.manifest import read_manifest
-    from lightning_secure.data.erasure.pending_record import UnfinishedErasure
+    from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
     from lightning_secure.errors import IntegrityError
 
     trusted = {name: key for one in keys for name, key in one.trusted_signers.items()}

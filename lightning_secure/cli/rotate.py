@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lightning_secure.cli.local import failures, key_file, pins, provider, recipient_files
+from lightning_secure.cli.dataset_options import failures, key_file, pins, provider, recipient_files
 
 __all__ = ["rotate"]
 

@@ -19,11 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_secure.anonymize import AnonymizationReport
+from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.anonymize.classes import ClassCount
-from lightning_secure.anonymize.reading import PLAN_KEYS, plan_of
+from lightning_secure.anonymize.reading import PLAN_KEYS, plan_rules
 from lightning_secure.anonymize.report import BeforeAndAfter
-from lightning_secure.cli.local import pins
+from lightning_secure.cli.dataset_options import pins
 from lightning_secure.cli.providers import provider_of
 from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.util.files import as_path, atomic_writer
@@ -198,7 +198,9 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     options |= {name: read(config[name]) for name, read in readers.items() if name in config}
     plan = {name: config[name] for name in PLAN_KEYS if name in config}
-    return options | ({"anonymize": plan_of(plan, what="the file")} if plan else {})
+    if plan:
+        options["anonymize"] = AnonymizationPlan(*plan_rules(plan, what="the file"))
+    return options
 
 
 def _split(value: Any) -> Any:

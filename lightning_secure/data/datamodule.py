@@ -21,7 +21,7 @@ from lightning_secure.data.reading.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError, ManifestMismatchError
-from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
+from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
 from lightning_secure.util.agreement import Statement, compared, gathered
 from lightning_secure.util.strategy_check import introduce
 

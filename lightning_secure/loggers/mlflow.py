@@ -27,7 +27,7 @@ from lightning_secure.redaction.mlflow_store.enforce import (
     enforce_mlflow_redaction,
     switch_telemetry_off,
 )
-from lightning_secure.redaction.mlflow_store.transport import allow_http, plain, require_tls
+from lightning_secure.redaction.mlflow_store.server_tls import allow_http, plain, require_tls
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor

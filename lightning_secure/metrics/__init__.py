@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_secure.metrics.membership import MembershipInferenceAdvantage, membership_advantage
-from lightning_secure.metrics.private import PrivateAccuracy, PrivateMean
+from lightning_secure.metrics.private_means import PrivateAccuracy, PrivateMean
 
 __all__ = [
     "MembershipInferenceAdvantage",

@@ -42,7 +42,8 @@ from lightning_secure.plugins.readable import (
     require_waited_for,
     with_plain_numbers,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger, keep_ledger
+from lightning_secure.privacy.accounting.carried_ledger import keep_ledger
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.accounting.weight_notes import noted_weights
 from lightning_secure.util import events
 from lightning_secure.util.files import atomic_writer, open_regular

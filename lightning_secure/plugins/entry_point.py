@@ -40,14 +40,14 @@ class Introduction(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a strategy that would write past its CheckpointIO; have others bring ledgers."""
-        from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
+        from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
 
         introduce(trainer.strategy)
         bring_ledger_with_weights(trainer.strategy)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for ledgers once more, in parts that the module's own ``setup`` has made."""
-        from lightning_secure.privacy.accounting.ledger import bring_ledger_with_weights
+        from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
 
         bring_ledger_with_weights(trainer.strategy)
 

@@ -8,8 +8,9 @@ from lightning.fabric.plugins import CheckpointIO
 from torch.nn import Module
 
 from lightning_secure.errors import LedgerError, PrivacyError
-from lightning_secure.privacy.accounting.ledger import Ledger, drop_ledger, keep_ledger, ledger_of
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.carried_ledger import drop_ledger, keep_ledger, ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.weight_notes import noted_weights
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 from lightning_secure.util import events

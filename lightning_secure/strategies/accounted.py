@@ -13,9 +13,10 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_secure.privacy.accounting.carried_ledger import CHECKPOINT_KEY, write_ledger
-from lightning_secure.privacy.accounting.ledger import Ledger, bring_ledger, require_account
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.carried_ledger import bring_ledger, write_ledger
+from lightning_secure.privacy.accounting.ledger import Ledger, require_account
+from lightning_secure.privacy.accounting.ledger_state import CHECKPOINT_KEY
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum

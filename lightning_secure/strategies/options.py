@@ -30,10 +30,9 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.accounting.journal import attach_journal
-from lightning_secure.privacy.accounting.ledger import Ledger
-from lightning_secure.privacy.accounting.run_contract import require_same_promise
+from lightning_secure.privacy.accounting.ledger import Ledger, attach_journal
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.run_contract import require_same_promise
 
 __all__ = [
     "carry_ledger",
@@ -247,7 +246,7 @@ def carry_ledger(
         ConfigError: The directory is not on a local file system, where it can be locked and
             flushed.
         LedgerError: The promise is another one, or the journal does not allow the run to go on;
-            see :func:`~lightning_secure.privacy.accounting.journal.attach_journal`.
+            see :func:`~lightning_secure.privacy.accounting.ledger.attach_journal`.
     """
     require_same_promise(config, ledger)
     directory = str(journal) if journal is not None else f"{trainer.default_root_dir}/{_JOURNALS}"

@@ -17,7 +17,7 @@ from lightning_secure.privacy.gradients.clipping.rules import (
     FlatClipping,
     PerLayerClipping,
 )
-from lightning_secure.privacy.released.steps import ReleasedMetric
+from lightning_secure.privacy.released.step_metrics import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
 from lightning_secure.strategies.training import PrivateTraining
 

@@ -31,9 +31,9 @@ from lightning_secure.errors import (
     UnsupportedTrainerOptionError,
 )
 from lightning_secure.privacy.accounting.ledger import Ledger
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.gradients.rules.base import widened
+from lightning_secure.privacy.gradients.rules.layer_rule import widened
 from lightning_secure.privacy.sampling import Chunk, seed_of_rank
 from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.reduction import add_over_processes, answered

@@ -66,7 +66,7 @@ class Description(NamedTuple):
     indices: frozenset[int] | None
 
 
-class Part(NamedTuple):
+class RowValue(NamedTuple):
     """One value of a row: what must be equal, and a number that may differ a little.
 
     Attributes:
@@ -82,7 +82,7 @@ class Part(NamedTuple):
 
 #: The rows that could be read, in the order of the places; each with None in place of a part that
 #: is another one each time. None in place of a row that could not be read.
-Rows = list[tuple[Part | None, ...] | None]
+Rows = list[tuple[RowValue | None, ...] | None]
 
 
 def describe_rows(dataset: Dataset[Any], where: str = "the training dataset") -> Description:
@@ -281,36 +281,38 @@ def _seed() -> None:
     FreshRandomness(_SEED, stream=3).seed_all()
 
 
-def _parts_then_seed(samples: Any) -> tuple[Part, ...]:
+def _parts_then_seed(samples: Any) -> tuple[RowValue, ...]:
     try:
         return _parts(samples[0])
     finally:
         _seed()
 
 
-def _next(reads: Iterator[Any]) -> tuple[Part, ...] | None:
+def _next(reads: Iterator[Any]) -> tuple[RowValue, ...] | None:
     try:
-        parts: tuple[Part, ...] = next(reads)
+        parts: tuple[RowValue, ...] = next(reads)
     except Exception:  # noqa: BLE001 # training reports it, where it needs the row
         return None
     return parts
 
 
 def _steady(
-    once: tuple[Part, ...] | None, again: tuple[Part, ...] | None
-) -> tuple[Part | None, ...] | None:
+    once: tuple[RowValue, ...] | None, again: tuple[RowValue, ...] | None
+) -> tuple[RowValue | None, ...] | None:
     if once is None or again is None or len(once) != len(again):
         return None
     return tuple(a if _alike(a, b) else None for a, b in zip(once, again, strict=True))
 
 
-def _steady_parts(rows: Sequence[tuple[Part | None, ...] | None]) -> Iterator[bool]:
+def _steady_parts(rows: Sequence[tuple[RowValue | None, ...] | None]) -> Iterator[bool]:
     if all(row is not None for row in rows):
         for parts in zip(*(row for row in rows if row is not None), strict=False):
             yield None not in parts
 
 
-def _differ(one: tuple[Part | None, ...] | None, other: tuple[Part | None, ...] | None) -> bool:
+def _differ(
+    one: tuple[RowValue | None, ...] | None, other: tuple[RowValue | None, ...] | None
+) -> bool:
     if one is None or other is None:
         return False
     if len(one) != len(other):
@@ -318,23 +320,23 @@ def _differ(one: tuple[Part | None, ...] | None, other: tuple[Part | None, ...] 
     return not all(a is None or b is None or _alike(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _alike(one: Part, other: Part) -> bool:
+def _alike(one: RowValue, other: RowValue) -> bool:
     allowance = max(one.allowance, other.allowance)
     return one.tag == other.tag and abs(one.sketch - other.sketch) <= allowance
 
 
-def _parts(sample: Any) -> tuple[Part, ...]:
+def _parts(sample: Any) -> tuple[RowValue, ...]:
     """Return the values of a row; what is beyond the first ones is one value together."""
     parts = list(_values(sample))
     if len(parts) > _MOST_PARTS:
         rest = parts[_MOST_PARTS - 1 :]
         tag = _tag(*(str(part.tag) for part in rest))
         sketch = math.fsum(part.sketch for part in rest)
-        parts = [*parts[: _MOST_PARTS - 1], Part(tag, sketch, sum(p.allowance for p in rest))]
+        parts = [*parts[: _MOST_PARTS - 1], RowValue(tag, sketch, sum(p.allowance for p in rest))]
     return tuple(parts)
 
 
-def _values(value: Any, depth: int = 8) -> Iterator[Part]:
+def _values(value: Any, depth: int = 8) -> Iterator[RowValue]:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized:
             value = value.to_dense() if value.layout != torch.strided else value.dequantize()
@@ -344,33 +346,33 @@ def _values(value: Any, depth: int = 8) -> Iterator[Part]:
     elif isinstance(value, np.ndarray | np.generic):
         yield _of_array(np.asarray(value), coarse=value.dtype == np.float16)
     elif isinstance(value, bool | int | str | bytes | None):
-        yield Part(_tag(type(value).__name__, value), 0.0, 0.0)
+        yield RowValue(_tag(type(value).__name__, value), 0.0, 0.0)
     elif isinstance(value, float | complex):
         yield _of_array(np.asarray(value))
     elif depth == 0:
-        yield Part(_tag(type_name(value)), 0.0, 0.0)
+        yield RowValue(_tag(type_name(value)), 0.0, 0.0)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield Part(_tag("key", key if isinstance(key, int | str) else ""), 0.0, 0.0)
+            yield RowValue(_tag("key", key if isinstance(key, int | str) else ""), 0.0, 0.0)
             yield from _values(item, depth - 1)
     elif isinstance(value, list | tuple):
-        yield Part(_tag("items", len(value)), 0.0, 0.0)
+        yield RowValue(_tag("items", len(value)), 0.0, 0.0)
         for item in value:
             yield from _values(item, depth - 1)
     elif hasattr(value, "__array_interface__"):  # a picture of PIL's
         yield _of_array(np.asarray(value))
     else:
-        yield Part(_tag(type_name(value)), 0.0, 0.0)
+        yield RowValue(_tag(type_name(value)), 0.0, 0.0)
         if getattr(value, "__dict__", None):
             yield from _values(vars(value), depth - 1)
 
 
-def _of_array(array: npt.NDArray[Any], *, coarse: bool = False) -> Part:
+def _of_array(array: npt.NDArray[Any], *, coarse: bool = False) -> RowValue:
     form: tuple[Any, ...] = (str(array.dtype), array.shape)
     picture = array.dtype == np.uint8 and array.size >= _PICTURE
     if array.dtype.kind not in "fc" and not picture:
         exact = array.tobytes() if array.dtype.kind in "biuSUmM" else b""
-        return Part(_tag(*form, exact), 0.0, 0.0)
+        return RowValue(_tag(*form, exact), 0.0, 0.0)
     numbers = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64).reshape(-1)
     numbers = numbers.view(np.float64)
     finite = np.isfinite(numbers)
@@ -380,7 +382,7 @@ def _of_array(array: npt.NDArray[Any], *, coarse: bool = False) -> Part:
     weighted = numbers * np.resize(_WEIGHTS, numbers.size)
     size = float(np.sqrt(np.square(weighted).sum()))
     tolerance = _COARSE if coarse or picture else _TOLERANCE
-    return Part(_tag(*form), float(weighted.sum()), tolerance * size)
+    return RowValue(_tag(*form), float(weighted.sum()), tolerance * size)
 
 
 def _tag(*values: Any) -> int:

@@ -37,12 +37,12 @@ from lightning_secure.privacy.checks.stranger_rows import try_again
 from lightning_secure.privacy.checks.trial_run import Trial
 from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.gradients.clipping.adaptive import clip_bound, follow, with_count
 from lightning_secure.privacy.gradients.clipping.rules import ClippingRule, FlatClipping
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
-from lightning_secure.privacy.released.steps import (
+from lightning_secure.privacy.released.adaptive_bound import clip_bound, follow, with_count
+from lightning_secure.privacy.released.step_metrics import (
     ReleasedMetric,
     StepMetrics,
     require_rows_apart,

@@ -18,12 +18,12 @@ from lightning_secure.compat.lightning import (
     training_loaders,
 )
 from lightning_secure.errors import UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting.carried_ledger import require_same_weights
-from lightning_secure.privacy.accounting.ledger import Ledger, keep_ledger
-from lightning_secure.privacy.accounting.run_contract import begin_ledger, require_same_promise
+from lightning_secure.privacy.accounting.carried_ledger import keep_ledger, require_same_weights
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.checks.repeat_trials import Repeats
 from lightning_secure.privacy.checks.repeated_rows import require_distinct_rows
 from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.run_contract import begin_ledger, require_same_promise
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
@@ -32,7 +32,6 @@ from lightning_secure.strategies.account import (
 )
 from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.expected import ExpectedBatch
-from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.measurements import (
     require_public_throughput,
     stop_system_metrics,
@@ -44,6 +43,7 @@ from lightning_secure.strategies.options import (
     require_optimizers,
     require_trainer_options,
 )
+from lightning_secure.strategies.private_loader import PrivateDataLoader, require_plain_loader
 from lightning_secure.strategies.stepping import SteppingStrategy
 from lightning_secure.strategies.steps import required, spare_logical_batch
 from lightning_secure.strategies.telemetry import GuardedResults

@@ -31,7 +31,8 @@ from lightning_secure import (
 )
 from lightning_secure.errors import LedgerError
 from lightning_secure.plugins import entry_point
-from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.util import events
 
 STEPS = 8

@@ -28,7 +28,7 @@ from lightning_secure import (
 from lightning_secure.crypto import manifest as manifests
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.data.key_rotation.rotate import rotate_data
-from lightning_secure.data.manifests.garbage import Journal
+from lightning_secure.data.manifests.garbage import RemovalList
 from lightning_secure.errors import (
     AuditChainError,
     CheckpointCorruptedError,
@@ -166,7 +166,7 @@ def test_a_list_that_becomes_a_pipe_after_it_was_looked_at(sealed, keys, listens
     pipe(sealed / ".leftovers")
     end = os.open(sealed / ".leftovers", os.O_RDONLY | os.O_NONBLOCK) if listens else None
     with bounded(), pytest.raises(DataError, match="remove it"):
-        Journal(sealed).note(["train/shard-00000-00000000.lsec"])
+        RemovalList(sealed).note(["train/shard-00000-00000000.lsec"])
     if end is not None:
         assert os.read(end, 100) == b""
         os.close(end)

@@ -36,9 +36,9 @@ from lightning_secure.privacy.checks.metric_isolation import metrics_kept_apart
 from lightning_secure.privacy.checks.preflight import preflight
 from lightning_secure.privacy.checks.snapshot import copied, difference
 from lightning_secure.privacy.gradients.engine import GradientEngine
-from lightning_secure.privacy.gradients.rules.base import Record, Way
+from lightning_secure.privacy.gradients.rules.layer_rule import Record, Way
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
-from lightning_secure.privacy.released.steps import require_rows_apart
+from lightning_secure.privacy.released.step_metrics import require_rows_apart
 from lightning_secure.privacy.sampling import PoissonBatchSampler
 
 SIZE = 12

@@ -24,10 +24,11 @@ from lightning_secure.data.key_rotation.rotate import (
 )
 from lightning_secure.data.manifests.garbage import collect_garbage
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
-from lightning_secure.data.storage import RemoteStorage, upload_split
-from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.storage import RemoteStorage
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.seal import seal
 from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.upload import upload_split
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 from lightning_secure.util import events

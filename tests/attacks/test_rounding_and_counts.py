@@ -15,7 +15,7 @@ from lightning_secure.privacy.accounting.pld import epsilon_by
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
-from lightning_secure.privacy.released.steps import RowMean, StepMetrics
+from lightning_secure.privacy.released.step_metrics import RowMean, StepMetrics
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS = 32

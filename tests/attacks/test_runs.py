@@ -32,7 +32,8 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
 
 

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_secure import DPConfig, EncryptedCheckpointIO, PrivateStrategy, cli
-from lightning_secure.privacy.accounting.journal import journal_path
-from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.ledger import Ledger, journal_path
 
 # q, sigma, T, delta; PLD; RDP. The same table as in tests/privacy/test_accounting.py.
 REFERENCE = [

@@ -77,7 +77,7 @@ def unplugged(until):
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     """Else all rows would be one batch, and none would be cut where a sealing goes on."""
-    monkeypatch.setattr("lightning_secure.data.sources.base._MOST_ROWS", 64)
+    monkeypatch.setattr("lightning_secure.data.sources.source._MOST_ROWS", 64)
 
 
 def run(root, keys, source=None, **options):
@@ -199,7 +199,7 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 import test_anonymization_report as t
 from lightning_secure import LocalKeyProvider
-from lightning_secure.data.sources import base
+from lightning_secure.data.sources import source
 base._MOST_ROWS = 64
 def killed():
     yield from t.rows(450)

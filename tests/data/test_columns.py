@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_secure.data.format.columns import DTYPES, Column
-from lightning_secure.data.writing.convert import convert_column, count_rows, infer_column, joined
+from lightning_secure.data.format.convert import convert_column, count_rows, infer_column, joined
 from lightning_secure.errors import DataError
 
 

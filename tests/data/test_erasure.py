@@ -18,12 +18,12 @@ from lightning_secure.crypto.providers import (
     SigningKey,
 )
 from lightning_secure.data.erasure import erase as erasure
-from lightning_secure.data.erasure import report as recovery
+from lightning_secure.data.erasure import erasure_report as recovery
 from lightning_secure.data.erasure.erase import erase_shard, erase_subject
 from lightning_secure.data.erasure.finish import finish_erasure
-from lightning_secure.data.erasure.pending_record import RECORD_NAME, UnfinishedErasure
 from lightning_secure.data.key_rotation.rotate import add_recipient, rotate_data, rotate_partition
 from lightning_secure.data.manifests.garbage import collect_garbage
+from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.writing.subjects import SubjectPseudonyms
 from lightning_secure.data.writing.writer import EncryptedShardWriter

@@ -19,8 +19,8 @@ from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.data.key_rotation.rotate import rotate_partition
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.shards import shard
-from lightning_secure.data.writing import key_partitions
-from lightning_secure.data.writing.progress_log import JOURNAL_NAME, Journal
+from lightning_secure.data.writing import split_layout
+from lightning_secure.data.writing.progress_log import JOURNAL_NAME, ProgressLog
 from lightning_secure.data.writing.seal import seal
 from lightning_secure.data.writing.split_rules import SplitByRatio
 from lightning_secure.data.writing.writer import EncryptedShardWriter
@@ -70,7 +70,7 @@ def interrupted(root, keys, *, until=800, **options):
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.sources.base._MOST_ROWS", 64)
+    monkeypatch.setattr("lightning_secure.data.sources.source._MOST_ROWS", 64)
 
 
 def labels(root, keys, split="train"):
@@ -224,7 +224,7 @@ def test_an_interruption_while_shards_are_out_of_order_loses_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            key_partitions, "seal_shard", slow
+            split_layout, "seal_shard", slow
         )  # a disk that fails at shard 7 cannot be had
         with pytest.raises(UnpluggedError):
             run(tmp_path, keys, threads=threads)
@@ -284,14 +284,14 @@ def test_a_split_whose_key_was_exchanged_is_left_as_it_is(tmp_path, keys):
 
 
 def test_a_kill_between_manifest_and_end_is_seen_as_done(tmp_path, keys, monkeypatch):
-    close = Journal.close
+    close = ProgressLog.close
 
     def stop(self, *, remove):
         close(self, remove=False)
         raise UnpluggedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "close", stop)
+        patch.setattr(ProgressLog, "close", stop)
         with pytest.raises(UnpluggedError):
             run(tmp_path, keys)
     assert (tmp_path / "train" / JOURNAL_NAME).exists()

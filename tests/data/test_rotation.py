@@ -26,7 +26,7 @@ from lightning_secure.data.key_rotation.rotate import (
     rotate_kek,
     rotate_partition,
 )
-from lightning_secure.data.manifests.garbage import Journal, collect_garbage
+from lightning_secure.data.manifests.garbage import RemovalList, collect_garbage
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.shards.shard import ShardReader, fresh_uuid
 from lightning_secure.data.writing.writer import EncryptedShardWriter
@@ -507,14 +507,14 @@ def test_a_journal_is_never_written_through_a_link(sealed, keys, tmp_path):
     victim.write_bytes(b"before")
     (sealed / ".leftovers").symlink_to(victim)
     with pytest.raises(DataError, match="symbolic link"):
-        Journal(sealed).note(["train/shard-00000-00000000.lsec"])
+        RemovalList(sealed).note(["train/shard-00000-00000000.lsec"])
     rotate_data(sealed, "train", keys=keys)
     assert victim.read_bytes() == b"before"
     assert_whole(sealed, keys)
 
 
 def test_a_sweep_without_a_trusted_manifest_removes_nothing(sealed, keys, other_keys):
-    Journal(sealed).note(shard_files(sealed))
+    RemovalList(sealed).note(shard_files(sealed))
     with pytest.raises(ManifestMismatchError):
         rotate_partition(sealed, "train", keys=other_keys)
     assert_whole(sealed, keys)

@@ -16,7 +16,7 @@ from lightning_secure.data.format.columns import Column, Schema
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.shards import shard
 from lightning_secure.data.sources import Source, open_source
-from lightning_secure.data.writing import key_partitions, writer
+from lightning_secure.data.writing import split_layout, writer
 from lightning_secure.data.writing.seal import seal
 from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
 from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
@@ -150,7 +150,7 @@ def test_shards_are_written_side_by_side_and_stay_in_order(tmp_path, keys, monke
             active -= 1
         return entry
 
-    monkeypatch.setattr(key_partitions, "seal_shard", slow)  # the disk is too fast to see it
+    monkeypatch.setattr(split_layout, "seal_shard", slow)  # the disk is too fast to see it
     seal({"x": X, "y": Y}, tmp_path, keys=keys, threads=3, **SMALL)
     assert most == 3
     assert np.array_equal(rows(tmp_path, keys)[1].numpy(), Y)
@@ -167,7 +167,7 @@ def test_an_error_in_a_thread_ends_the_sealing_and_leaves_nothing(tmp_path, keys
             raise DataError("the disk says no")
         return shard.seal_shard(*args, **options)
 
-    monkeypatch.setattr(key_partitions, "seal_shard", fails)  # a full disk cannot be had
+    monkeypatch.setattr(split_layout, "seal_shard", fails)  # a full disk cannot be had
     with pytest.raises(DataError, match="the disk says no"):
         seal({"x": X, "y": Y}, tmp_path, keys=keys, threads=2, **SMALL)
     assert files(tmp_path) == before

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from mutation import catalogue
 
-from lightning_secure.privacy.accounting.pld import Release, epsilon_by
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import epsilon_by
 
 ROOT = Path(__file__).parent.parent.parent
 TABLE = (ROOT / "docs" / "privacy.md").read_text().split("## What goes wrong elsewhere")[1]

@@ -16,7 +16,8 @@ import torch
 import lightning_secure
 from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
 from lightning_secure.metrics import PrivateAccuracy, PrivateMean
-from lightning_secure.privacy.accounting.pld import Release, epsilon_pld
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import epsilon_pld
 from lightning_secure.privacy.checks.metric_isolation import metrics_kept_apart
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivacyAccount
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from lightning_secure.errors import PrivacyError
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import (
-    Release,
     affordable_steps,
     calibrate_noise,
     epsilon_pld,

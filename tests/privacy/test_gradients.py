@@ -21,7 +21,7 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_weighted_sum,
 )
 from lightning_secure.privacy.gradients.recorder import per_sample_norms
-from lightning_secure.privacy.gradients.rules.base import Record
+from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
 BATCH = 6

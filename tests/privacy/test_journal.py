@@ -16,14 +16,15 @@ import pytest
 
 from lightning_secure.errors import AuditWriteError, ConfigError, LedgerError
 from lightning_secure.privacy.accounting import journal as module
-from lightning_secure.privacy.accounting.journal import (
+from lightning_secure.privacy.accounting.ledger import (
+    Ledger,
     attach_journal,
     journal_path,
     known_releases,
     restore_journal,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.util.events import subscribe
 
 PUBLIC = PublicNumbers(
@@ -193,7 +194,7 @@ def test_two_processes_do_not_train_one_run(tmp_path, ledger):
     """The other one opens the same file; the lock is the operating system's."""
     code = (
         "import pickle, sys; from pathlib import Path\n"
-        "from lightning_secure.privacy.accounting.journal import attach_journal\n"
+        "from lightning_secure.privacy.accounting.ledger import attach_journal\n"
         "from lightning_secure.errors import LedgerError\n"
         "ledger = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         "try: attach_journal(ledger, Path(sys.argv[2]))\n"
@@ -212,7 +213,7 @@ def test_a_process_that_is_killed_has_entered_at_least_what_it_took(tmp_path, le
     ledger.close_journal()
     code = (
         "import pickle, sys; from pathlib import Path\n"
-        "from lightning_secure.privacy.accounting.journal import attach_journal\n"
+        "from lightning_secure.privacy.accounting.ledger import attach_journal\n"
         "ledger = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         "attach_journal(ledger, Path(sys.argv[2]))\n"
         "while True: ledger.record(); sys.stdout.write('.'); sys.stdout.flush()"

@@ -9,14 +9,11 @@ import pytest
 import torch
 
 from lightning_secure.errors import ConfigError, LedgerError
-from lightning_secure.privacy.accounting.ledger import (
-    HasLedger,
-    Ledger,
-    PublicNumbers,
-)
-from lightning_secure.privacy.accounting.pld import Release
-from lightning_secure.privacy.accounting.run_contract import begin_ledger, require_same_promise
+from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.run_contract import begin_ledger, require_same_promise
 
 PUBLIC = PublicNumbers(
     dataset_size=1000, dataset_size_declared=False, expected_batch_size=10, steps_per_epoch=100

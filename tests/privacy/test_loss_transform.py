@@ -10,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_secure.privacy.accounting import loss_transform
+from lightning_secure.privacy.accounting import loss_transform, pld
 from lightning_secure.privacy.accounting.loss_transform import (
     Part,
     gaussian_epsilon,
     gaussian_shift,
 )
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import (
-    Release,
     affordable_steps,
     calibrate_noise,
     epsilon_pld,
     epsilon_truncated,
-    pld,
 )
 
 # rate, noise multiplier, steps, delta, epsilon: in 60-digit arithmetic, by make.py beside it.

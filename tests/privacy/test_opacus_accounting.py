@@ -6,11 +6,11 @@ import pytest
 from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
 
 from lightning_secure.errors import ConfigError, PrivacyError
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.opacus import epsilon_by_opacus
 from lightning_secure.privacy.accounting.pld import (
     ACCOUNTANTS,
     BOUNDS,
-    Release,
     affordable_steps,
     calibrate_noise,
     epsilon_by,

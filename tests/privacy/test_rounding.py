@@ -19,9 +19,9 @@ from lightning_secure.privacy.gradients.formulas import (
     rounding,
 )
 from lightning_secure.privacy.gradients.recorder import add_clipped_sums
-from lightning_secure.privacy.gradients.rules.base import GHOST, Record, Unit, Way
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.layer_rule import GHOST, Record, Unit, Way
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 PRODUCT = Way("product", kept=False)

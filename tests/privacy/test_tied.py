@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
-from lightning_secure.privacy.gradients.rules import base, embedding
-from lightning_secure.privacy.gradients.rules.base import Way
+from lightning_secure.privacy.gradients.rules import embedding, layer_rule
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.layer_rule import Way
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 BATCH, TIME, WORDS, SIZE = 5, 6, 13, 4
@@ -100,7 +100,7 @@ def test_norms_and_sums_are_exact(options, monkeypatch):
 def test_uses_that_cancel_are_not_rounded_away(monkeypatch):
     """Both uses are large and their sum is small: a norm that is too small would not be clipped."""
     # What counts for parts that cancel within one use would hide what is asked here.
-    for module in (base, embedding):
+    for module in (layer_rule, embedding):
         monkeypatch.setattr(module, "cancelling", lambda dtype: 0.0)
     table = nn.Embedding(3, 64)
     head = nn.Linear(64, 3, bias=False)

@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.formulas import gram_squares
-from lightning_secure.privacy.gradients.rules import base
-from lightning_secure.privacy.gradients.rules.base import GHOST, Record, Way
+from lightning_secure.privacy.gradients.rules import layer_rule
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit, unfolded
+from lightning_secure.privacy.gradients.rules.layer_rule import GHOST, Record, Way
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 
@@ -37,11 +37,11 @@ def test_large_gradients_are_neither_kept_nor_formed(monkeypatch):
     unit, inputs, grads = linear(6)
     everything = {GHOST, Way("product", kept=False), Way("product", kept=True)}
     assert set(unit.ways(inputs, grads)) == everything
-    monkeypatch.setattr(base, "KEPT_BYTES", 8)
+    monkeypatch.setattr(layer_rule, "KEPT_BYTES", 8)
     assert set(unit.ways(inputs, grads)) == everything  # no larger than what they replace
     unit, inputs, grads = linear(6, time=1)
     assert set(unit.ways(inputs, grads)) == {GHOST, Way("product", kept=False)}
-    monkeypatch.setattr(base, "FORMED_BYTES", 8)
+    monkeypatch.setattr(layer_rule, "FORMED_BYTES", 8)
     assert unit.ways(inputs, grads) == [GHOST]
 
 
@@ -63,7 +63,7 @@ def test_pieces_of_a_batch_give_the_whole(monkeypatch, way, keep):
     whole = Record(unit, inputs, grads, scale=7.0, way=way)
     expected = whole.squares(), whole.weighted_sum(torch.arange(7.0), keep), whole.per_sample()
     # Room for two rows, so that there are several pieces.
-    monkeypatch.setattr(base, "PIECE_BYTES", 2 * unit.working_bytes(inputs, grads, way))
+    monkeypatch.setattr(layer_rule, "PIECE_BYTES", 2 * unit.working_bytes(inputs, grads, way))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the room grows with threads
     parts = Record(unit, inputs, grads, scale=7.0, way=way)
     torch.testing.assert_close(parts.squares(), expected[0])

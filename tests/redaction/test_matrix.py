@@ -26,10 +26,15 @@ from lightning_secure import RedactingMLFlowLogger, RedactionPolicy
 from lightning_secure.errors import ConfigError, RedactionError
 from lightning_secure.redaction.detect.split_secrets import halves
 from lightning_secure.redaction.leak_search.search import CanarySearch
+from lightning_secure.redaction.mlflow_store.argument_kinds import (
+    ARGUMENTS,
+    ARTIFACTS,
+    CHECKED,
+    REFUSED,
+)
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
 from lightning_secure.redaction.mlflow_store.guard import guarded_class, is_guarded
-from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, ARTIFACTS, CHECKED, REFUSED
-from lightning_secure.redaction.mlflow_store.transport import PREFIX
+from lightning_secure.redaction.mlflow_store.server_tls import PREFIX
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 

@@ -24,8 +24,8 @@ from lightning_secure import (
 )
 from lightning_secure.errors import AuditWriteError, ConfigError, RedactionError, WrongKeyError
 from lightning_secure.redaction.mlflow_store import enforce, sinks
+from lightning_secure.redaction.mlflow_store.argument_kinds import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
-from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.policy import SINKS, RedactionPolicy, Rules
 from lightning_secure.redaction.redactor import REDACTED
 from lightning_secure.util import events

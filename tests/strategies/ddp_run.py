@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_secure.metrics import PrivateAccuracy
-from lightning_secure.privacy.accounting.journal import known_releases
+from lightning_secure.privacy.accounting.ledger import known_releases
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))

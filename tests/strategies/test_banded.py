@@ -21,12 +21,12 @@ from lightning_secure.errors import (
     LedgerError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.privacy.accounting.journal import known_releases
-from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
-from lightning_secure.privacy.accounting.pld import Release
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger, known_releases
+from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
-from lightning_secure.privacy.released.steps import ClippedFraction
+from lightning_secure.privacy.released.step_metrics import ClippedFraction
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS, WIDTH, BATCH, EPOCH = 30, 40, 8, 4

@@ -12,16 +12,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.errors import ConfigError, LedgerError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting.ledger import Ledger, ledger_of
-from lightning_secure.privacy.accounting.pld import Release, calibrate_noise, epsilon_pld
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.gradients.clipping.adaptive import BOUND, COUNT
 from lightning_secure.privacy.gradients.clipping.rules import (
     AdaptiveClipping,
     FlatClipping,
     PerLayerClipping,
 )
-from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm
+from lightning_secure.privacy.released.adaptive_bound import BOUND, COUNT
+from lightning_secure.privacy.released.step_metrics import ClippedFraction, GradientNorm
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS, WIDTH = 32, 60

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure import DPConfig, PrivateStrategy
-from lightning_secure.privacy.accounting.run_contract import begin_ledger
+from lightning_secure.privacy.run_contract import begin_ledger
 
 
 class Model(L.LightningModule):

@@ -16,12 +16,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
 
 from lightning_secure.errors import BudgetExhaustedError, ConfigError, LedgerError
-from lightning_secure.privacy.accounting.journal import (
+from lightning_secure.privacy.accounting.ledger import (
+    Ledger,
     journal_path,
     known_releases,
     restore_journal,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.private import PrivateStrategy
 

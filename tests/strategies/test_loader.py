@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_secure.data.datamodule import EncryptedDataModule
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import UnsupportedTrainerOptionError
-from lightning_secure.strategies.loader import PrivateDataLoader, require_plain_loader
+from lightning_secure.strategies.private_loader import PrivateDataLoader, require_plain_loader
 
 
 def test_rows_of_a_batching_loader_are_drawn_instead(tmp_path, keys):

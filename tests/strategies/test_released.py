@@ -16,11 +16,12 @@ from lightning_secure.errors import (
     UnsupportedModelError,
 )
 from lightning_secure.metrics import PrivateAccuracy
-from lightning_secure.privacy.accounting.journal import known_releases
-from lightning_secure.privacy.accounting.ledger import ledger_of
-from lightning_secure.privacy.accounting.pld import Release, affordable_steps, joint_noise
+from lightning_secure.privacy.accounting.carried_ledger import ledger_of
+from lightning_secure.privacy.accounting.ledger import known_releases
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
+from lightning_secure.privacy.accounting.pld import affordable_steps
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.released.steps import ClippedFraction, GradientNorm, RowMean
+from lightning_secure.privacy.released.step_metrics import ClippedFraction, GradientNorm, RowMean
 from lightning_secure.strategies.private import PrivateStrategy
 
 ROWS = 64

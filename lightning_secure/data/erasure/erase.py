@@ -23,10 +23,10 @@ from lightning_secure.crypto.entries import ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.data.erasure.pending_record import RECORD_NAME, UnfinishedErasure
-from lightning_secure.data.erasure.report import ErasureReport, RecoveryAttempt, conclude
+from lightning_secure.data.erasure.erasure_report import ErasureReport, RecoveryAttempt, conclude
 from lightning_secure.data.key_rotation.rotate import commit, rotating
-from lightning_secure.data.manifests.garbage import Journal
+from lightning_secure.data.manifests.garbage import RemovalList
+from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.writing.subjects import SubjectPseudonyms
@@ -220,7 +220,7 @@ def _erase(
                 changed = rotation.with_kek(changed, keys=keys, to=to)
             return changed
 
-        Journal(root).note(shard.file for _, shard in record.erased)
+        RemovalList(root).note(shard.file for _, shard in record.erased)
         with record.pending(root, keys, _signer(keys, to)):
             after = commit(
                 root,

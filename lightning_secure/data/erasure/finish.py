@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import read_manifest
-from lightning_secure.data.erasure.pending_record import RECORD_NAME, UnfinishedErasure
-from lightning_secure.data.erasure.report import ErasureReport, conclude
+from lightning_secure.data.erasure.erasure_report import ErasureReport, conclude
 from lightning_secure.data.key_rotation.rotate import rotating
+from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError

@@ -29,15 +29,15 @@ from lightning_secure.crypto.manifest import (
     write_manifest,
 )
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.data.erasure.pending_record import UnfinishedErasure
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import (
     LOCK_NAME,
     ROTATION_LOCK_NAME,
-    Journal,
+    RemovalList,
     locked,
     require_files,
 )
+from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.shards.shard import (
     Scratch,
@@ -234,7 +234,7 @@ def rotate_data(
                 "Nothing was rotated."
             )
         # The journal clears away whatever does not make it into a manifest.
-        journal = Journal(folder)
+        journal = RemovalList(folder)
         partitions = [before.open_partition(name, keys) for name in entry.partitions]
         resealed = [
             _resealed(folder, group, partition, before)
@@ -310,7 +310,7 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
 def _sweep(root: Path, keys: KeyProvider, pins: Pins) -> None:
     # Where the manifest in place cannot be verified, or is an older one, nothing is removed.
     with contextlib.suppress(IntegrityError):
-        if journal := Journal(root):
+        if journal := RemovalList(root):
             manifest = read_manifest(root, trusted=keys.trusted_signers)
             pins.check(manifest, root)
             journal.sweep(manifest)
@@ -350,14 +350,14 @@ def commit(
         require_files(root, manifest.files - current.files)
         write_manifest(root, manifest, signer=signer)
         with contextlib.suppress(DataError):  # what was decided stands
-            Journal(root).sweep(manifest)
+            RemovalList(root).sweep(manifest)
     return manifest
 
 
 def _resealed(
     root: Path, group: ColumnGroup, partition: PartitionKey, manifest: Manifest
 ) -> tuple[ShardEntry, ...]:
-    schema, storage, journal = Schema.from_json(group.schema), LocalStorage(root), Journal(root)
+    schema, storage, journal = Schema.from_json(group.schema), LocalStorage(root), RemovalList(root)
 
     def reader(entry: ShardEntry) -> ShardReader:
         return ShardReader(

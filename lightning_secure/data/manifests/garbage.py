@@ -27,7 +27,7 @@ __all__ = [
     "LOCK_NAME",
     "ROTATION_LOCK_NAME",
     "SEALING_JOURNAL_NAME",
-    "Journal",
+    "RemovalList",
     "collect_garbage",
     "locked",
     "remove_unnamed",
@@ -97,7 +97,7 @@ def require_files(root: Path, files: Iterable[str]) -> None:
             )
 
 
-class Journal:
+class RemovalList:
     """The list of files that a running rotation may leave behind, kept beside the manifest.
 
     A name is on the disk before the file is made, or before the manifest that no longer names it
@@ -224,7 +224,7 @@ def collect_garbage(
         with locked(folder, LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
             Pins(min_generation, manifest_digest).check(manifest, folder)
-            Journal(folder).sweep(manifest)
+            RemovalList(folder).sweep(manifest)
             oldest = time.time() - min_age_s
             for name in before - manifest.files:
                 with contextlib.suppress(FileNotFoundError):

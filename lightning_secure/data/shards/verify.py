@@ -14,7 +14,7 @@ from lightning_secure.data.format.columns import HEADER_BYTES, Header
 from lightning_secure.errors import ShardCorruptedError
 
 if TYPE_CHECKING:
-    from lightning_secure.data.storage.base import Storage, StoredFile
+    from lightning_secure.data.storage.storage import Storage, StoredFile
 
 __all__ = ["read_tags", "tags_root", "verify_shard"]
 

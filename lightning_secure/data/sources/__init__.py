@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_secure.data.sources.base import Source
 from lightning_secure.data.sources.memory import ArraySource, DatasetSource, RowSource
+from lightning_secure.data.sources.source import Source
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.files import as_path
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from lightning_secure.data.format.columns import DTYPES
-from lightning_secure.data.sources.base import Batch, extra
-from lightning_secure.data.writing.convert import Ragged
+from lightning_secure.data.format.convert import Ragged
+from lightning_secure.data.sources.source import Batch, extra
 from lightning_secure.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 
 from lightning_secure.crypto.attributes import ENCRYPTED
 from lightning_secure.crypto.encoding import canonical_json
-from lightning_secure.data.sources.base import Batch, Source, extra, files_identity, gathered
 from lightning_secure.data.sources.metadata import strip_metadata
+from lightning_secure.data.sources.source import Batch, Source, extra, files_identity, gathered
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.util.files import open_regular
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_secure.data.sources.base import (
+from lightning_secure.data.format.convert import count_rows
+from lightning_secure.data.sources.source import (
     BATCH_BYTES,
     Batch,
     Checksum,
@@ -18,7 +19,6 @@ from lightning_secure.data.sources.base import (
     gathered,
     size_of,
 )
-from lightning_secure.data.writing.convert import count_rows
 from lightning_secure.errors import DataError
 
 __all__ = ["ArraySource", "DatasetSource", "RowSource"]

@@ -17,7 +17,7 @@ from lightning_secure.data.sources.arrow import (
     convert_batch,
     require_rules,
 )
-from lightning_secure.data.sources.base import (
+from lightning_secure.data.sources.source import (
     BATCH_BYTES,
     Batch,
     Checksum,

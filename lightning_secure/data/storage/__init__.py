@@ -1,11 +1,10 @@
 """Where the bytes of a dataset lie, and how they are read: at an offset, into a buffer."""
 
-from lightning_secure.data.storage.base import Storage, StoredFile
 from lightning_secure.data.storage.cache import CiphertextCache
-from lightning_secure.data.storage.local import LocalFile, LocalStorage
+from lightning_secure.data.storage.local_files import LocalFile, LocalStorage
 from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import RemoteStorage
-from lightning_secure.data.storage.upload import upload_split
+from lightning_secure.data.storage.storage import Storage, StoredFile
 
 __all__ = [
     "CiphertextCache",
@@ -15,5 +14,4 @@ __all__ = [
     "Storage",
     "StoredFile",
     "open_storage",
-    "upload_split",
 ]

@@ -16,7 +16,7 @@ from typing import Final
 from typing_extensions import Buffer
 
 from lightning_secure.crypto.manifest import ShardEntry
-from lightning_secure.data.storage.base import StoredFile
+from lightning_secure.data.storage.storage import StoredFile
 from lightning_secure.errors import ConfigError
 from lightning_secure.util import events
 from lightning_secure.util.files import exclusive_lock, release_lock

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.cache import CiphertextCache
-from lightning_secure.data.storage.local import LocalStorage
+from lightning_secure.data.storage.local_files import LocalStorage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
+from lightning_secure.data.storage.storage import Storage
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.files import as_path
 

@@ -15,10 +15,10 @@ import fsspec
 from fsspec.config import conf as fsspec_settings
 
 from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
-from lightning_secure.data.storage.base import StoredFile
 from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.calls import call, kind_of
 from lightning_secure.data.storage.ranges import RemoteFile
+from lightning_secure.data.storage.storage import StoredFile
 from lightning_secure.data.storage.transport import (
     S3,
     check_url,

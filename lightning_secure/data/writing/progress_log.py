@@ -30,7 +30,7 @@ from lightning_secure.data.shards.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
 from lightning_secure.util.files import release_lock, sync_directory
 
-__all__ = ["JOURNAL_NAME", "Journal", "Progress", "source_mark"]
+__all__ = ["JOURNAL_NAME", "Progress", "ProgressLog", "source_mark"]
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
@@ -102,7 +102,7 @@ class Progress:
         self.remove_unfinished(folder, keep=keep)
 
 
-class Journal:
+class ProgressLog:
     """The journal of one split's sealing, held open under a lock.
 
     Args:

@@ -14,7 +14,7 @@ from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
-from lightning_secure.data.writing.progress_log import Journal, Progress, source_mark
+from lightning_secure.data.writing.progress_log import Progress, ProgressLog, source_mark
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
 from lightning_secure.util import events
 
@@ -46,7 +46,7 @@ class SealingState:
         wrapped: tuple[WrappedKey, ...],
         *,
         folder: Path,
-        journal: Journal | None = None,
+        journal: ProgressLog | None = None,
     ) -> None:
         self.partition = partition
         self.wrapped = wrapped
@@ -93,7 +93,7 @@ class SealingState:
             IntegrityError: The journal or a shard is not what the earlier sealing left.
         """
         identity = canonical_json([source_id, dict(settings)]).decode()
-        journal = Journal(folder, keys)
+        journal = ProgressLog(folder, keys)
         try:
             if resume and (done := _sealed(dataset, folder, keys, identity)):
                 journal.close(remove=True)
@@ -131,7 +131,7 @@ class SealingState:
         dataset: Manifest,
         folder: Path,
         keys: KeyProvider,
-        journal: Journal,
+        journal: ProgressLog,
         earlier: Progress,
         identity: str,
         settings: Mapping[str, Any],
@@ -199,7 +199,7 @@ class SealingState:
             self._journal.close(remove=not keep)
 
 
-def _earlier(journal: Journal, *, strict: bool) -> Progress | None:
+def _earlier(journal: ProgressLog, *, strict: bool) -> Progress | None:
     try:
         return journal.read()
     except IntegrityError:

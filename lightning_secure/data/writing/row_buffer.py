@@ -13,14 +13,14 @@ from lightning_secure.anonymize.tally import Prepared, Tally
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.format.columns import ColumnData, Schema, segment_lengths
-from lightning_secure.data.writing.convert import (
+from lightning_secure.data.format.convert import (
     convert_column,
     count_rows,
     infer_column,
     joined,
     require_names,
 )
-from lightning_secure.data.writing.key_partitions import SplitLayout
+from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.subjects import by_subject, taken
 from lightning_secure.errors import DataError
 

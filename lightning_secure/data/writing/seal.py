@@ -17,15 +17,15 @@ from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.data.format.columns import Schema
+from lightning_secure.data.format.convert import Ragged, count_rows
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.opening import local_root
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.storage.spool import remove_own
-from lightning_secure.data.writing.commit_writers import close_together
-from lightning_secure.data.writing.convert import Ragged, count_rows
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.shard_queue import DEFAULT_THREADS, ShardPool
 from lightning_secure.data.writing.split_rules import SplitRule
+from lightning_secure.data.writing.spool import remove_own
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry
 from lightning_secure.data.format.columns import ColumnData, Schema
-from lightning_secure.data.manifests.commit import open_or_start
+from lightning_secure.data.manifests.commit import commit_splits, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
 from lightning_secure.data.manifests.new_split import NewSplit, require_free
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
-from lightning_secure.data.storage.spool import open_spool
-from lightning_secure.data.writing.commit_writers import close_together
-from lightning_secure.data.writing.key_partitions import SplitLayout
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.resume import SealingState
 from lightning_secure.data.writing.row_buffer import PendingRows
 from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
+from lightning_secure.data.writing.split_layout import SplitLayout
+from lightning_secure.data.writing.spool import open_spool
 from lightning_secure.errors import (
     ConfigError,
     DataError,
@@ -290,8 +290,11 @@ class EncryptedShardWriter:
                 "splits of your own."
             )
 
-    def _ended(self) -> NewSplit | None:
+    def _finish(self) -> NewSplit | None:
         """Seal the remaining rows, and return what the manifest is to say of all of them."""
+        self._closed = True
+        if self.complete:
+            return None
         if self._pending.schema is None or self.records == 0:
             raise DataError(
                 f"split {self._split!r} got no rows, and an empty split is most often a mistake "
@@ -300,6 +303,20 @@ class EncryptedShardWriter:
         if self._pending.rows:
             self._seal_pending(last=True)
         return self._new_split(self._pending.schema, self._queue.finish())
+
+    def _commit(self, new: Sequence[NewSplit]) -> Manifest:
+        if not new:
+            return self._open_dataset()  # others may have written since it was opened
+        return commit_splits(
+            self._root, new, keys=self._keys, replace=self._replace, pins=self._pins
+        )
+
+    def _send(self, manifest: Manifest, splits: Sequence[str]) -> Manifest:
+        return self._spool.send(splits) if self._spool else manifest
+
+    def _committed(self) -> None:
+        self._over = True
+        self._release(keep=False)
 
     def abort(self) -> None:
         """Give up: remove what was written. The dataset is as it was before this writer.
@@ -322,9 +339,9 @@ class EncryptedShardWriter:
         if kind is None:
             self.close()
         else:
-            self._leave(kind)
+            self._failed(kind)
 
-    def _leave(self, kind: type[BaseException]) -> None:
+    def _failed(self, kind: type[BaseException]) -> None:
         # Rows that were refused are refused again; an interruption, or a key that is away, is not.
         if issubclass(kind, LightningSecureError) and not issubclass(kind, KeyUnavailableError):
             self.abort()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 from lightning_secure.errors import LedgerError
+from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
+from lightning_secure.privacy.accounting.ledger_state import CHECKPOINT_KEY
 from lightning_secure.privacy.accounting.weight_notes import (
     WeightNote,
     changed_weights,
@@ -18,11 +20,9 @@ from lightning_secure.privacy.accounting.weight_notes import (
 )
 from lightning_secure.util import events
 
-if TYPE_CHECKING:
-    from lightning_secure.privacy.accounting.ledger import Ledger
-
 __all__ = [
-    "CHECKPOINT_KEY",
+    "bring_ledger",
+    "bring_ledger_with_weights",
     "declare_public_weights",
     "drop_ledger",
     "keep_ledger",
@@ -34,7 +34,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_KEY: Final = "lightning_secure"
 _ATTRIBUTE: Final = "_lightning_secure_ledger"
 #: Of a part of a module that carries a ledger: that ledger, and the name of the part there.
 _PART: Final = "_lightning_secure_part"
@@ -233,6 +232,49 @@ def declare_public_weights(module: Any) -> None:
     ledger.declared_public += 1
     ledger.weights = noted_weights(module)
     keep_ledger(module, ledger)
+
+
+def bring_ledger(
+    module: nn.Module, checkpoint: Mapping[str, Any], load: Callable[[], object]
+) -> None:
+    """Let a module take over a checkpoint's weights, and carry their ledger if they have one.
+
+    Args:
+        module: Carries the ledger also if loading fails.
+        checkpoint: Holds the weights.
+        load: Loads them into the module. A hook of the module may rename them.
+
+    Raises:
+        LedgerError: if they have one that cannot be read. Nothing was loaded.
+    """
+    ledger = Ledger.from_checkpoint(checkpoint)
+    if ledger is None:
+        load()
+        return
+    state = checkpoint.get("state_dict", {})
+    try:
+        load()
+    finally:
+        # Of the second, Lightning's WeightAveraging makes the module's weights in some cases.
+        average = checkpoint.get("current_model_state", {})
+        ledger.weights = noted_weights(module, *((state, average) if average else ()))
+        keep_ledger(module, ledger, covers=state.keys())
+
+
+def bring_ledger_with_weights(strategy: Any) -> None:
+    """Let a strategy of Lightning's bring the ledger of a checkpoint whose weights it loads.
+
+    Args:
+        strategy: A Trainer's. One that keeps a ledger itself is left alone.
+    """
+    if not isinstance(strategy, HasLedger):
+        vars(strategy)["load_model_state_dict"] = partial(_load_weights, strategy)
+        watch_ledger(strategy.lightning_module)
+
+
+def _load_weights(strategy: Any, checkpoint: Mapping[str, Any], *args: Any, **options: Any) -> None:
+    load = partial(type(strategy).load_model_state_dict, strategy, checkpoint, *args, **options)
+    bring_ledger(strategy.lightning_module, checkpoint, load)
 
 
 def _marked(ledger: Ledger, changed: list[str]) -> Ledger:

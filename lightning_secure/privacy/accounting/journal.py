@@ -33,19 +33,14 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, LedgerError
-from lightning_secure.privacy.accounting.pld import Release, merged
-from lightning_secure.util import events
+from lightning_secure.privacy.accounting.mechanism import Release, merged
 from lightning_secure.util.files import open_regular, require_regular, sync_directory
-from lightning_secure.util.validate import positive_int
 
-if TYPE_CHECKING:
-    from lightning_secure.privacy.accounting.ledger import Ledger
-
-__all__ = ["Journal", "attach_journal", "journal_path", "known_releases", "restore_journal"]
+__all__ = ["Journal", "Totals", "read_totals"]
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +77,11 @@ class Journal:
         self._block = 1
         self._since = time.monotonic()
         self._steps_then = self.steps
+
+    @property
+    def entered(self) -> Totals:
+        """What stands on the disk: all that was released, and may be released now."""
+        return dict(self._entered)
 
     @property
     def steps(self) -> int:
@@ -231,77 +231,16 @@ class Journal:
         raise LedgerError(f"privacy journal {str(path)!r}: {failure}. No step was taken.")
 
 
-def attach_journal(ledger: Ledger, directory: Path) -> None:
-    """Let a ledger enter its releases in its run's journal, and charge what only the journal knows.
-
-    Args:
-        ledger: A new one, or one from a checkpoint or module.
-        directory: Where journals lie. A ledger that was attached in this process before stays with
-            its journal of then, if that still exists.
-
-    Raises:
-        LedgerError: The journal is in use, was altered, knows less than the checkpoint, or is
-            absent although the run has one. The ledger is unchanged, and nothing may be trained.
-    """
-    ledger.close_journal()
-    path = journal_path(ledger, directory)
-    if ledger.journal_directory is not None:
-        before = journal_path(ledger, ledger.journal_directory)
-        path = before if before.exists() else path
-    key = ledger.journal_key()
-    if ledger.journaled or path.exists():
-        journal = Journal.open(path, key=key, run_id=ledger.run_id)
-    else:
-        totals = merged(ledger.releases)
-        journal = Journal.create(path, key=key, run_id=ledger.run_id, totals=totals)
-    try:
-        _charge(ledger, journal._entered, path)
-    except BaseException:
-        journal.close()
-        raise
-    ledger.adopt(journal, path.parent)
-
-
-def _charge(ledger: Ledger, known: Totals, path: Path) -> None:
-    own = merged(ledger.releases)
-    short = sum(max(0, steps - known.get(mechanism, 0)) for mechanism, steps in own.items())
-    if short:
-        raise LedgerError(
-            f"the privacy journal {str(path)!r} knows {short} steps fewer than the checkpoint: it "
-            "was put back to an older state or belongs to a copy of the run. What it no longer "
-            "knows may have been released, so nothing was resumed. Put the newest journal there; "
-            "if it is lost, remove this one and see 'lightning-secure budget recover --help'."
-        )
-    missing = [
-        Release(*mechanism, steps - own.get(mechanism, 0))
-        for mechanism, steps in known.items()
-        if steps > own.get(mechanism, 0)
-    ]
-    if missing:
-        steps = sum(release.steps for release in missing)
-        events.announce("privacy.abandoned", {"run_id": ledger.run_id, "steps": steps})
-        ledger.add_abandoned(missing)
-        log.warning(
-            "run %s took %d steps that this checkpoint does not contain, or may have: it was "
-            "resumed from an earlier one, or it crashed. They are charged to the account, which "
-            "now has %d steps.",
-            ledger.run_id,
-            steps,
-            ledger.steps,
-        )
-
-
-def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
-    """Return what the journal of a ledger's run says was released in all, without opening it.
+def read_totals(path: Path, *, key: bytes, run_id: str) -> Totals:
+    """Return what the journal of a run says was released in all, without opening it.
 
     Raises:
         LedgerError: It is absent or was altered.
     """
-    path, failure = journal_path(ledger, directory), ""
+    failure = ""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            totals, _, _ = _parsed(file, key=ledger.journal_key(), run_id=ledger.run_id)
-        return [Release(*mechanism, steps) for mechanism, steps in totals.items()]
+            return _parsed(file, key=key, run_id=run_id)[0]
     except FileNotFoundError:
         raise _absent(path) from None
     except IntegrityError as error:
@@ -309,45 +248,6 @@ def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
     except OSError as error:
         failure = f"it cannot be read: {error.strerror or type(error).__name__}"
     raise LedgerError(f"privacy journal {str(path)!r}: {failure}.")
-
-
-def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
-    """Begin a lost journal anew, with what its owner declares was released.
-
-    Args:
-        ledger: From a checkpoint of the run.
-        directory: Where the journal is to lie.
-        steps: All steps that the run has taken on any branch, at most. The declaration is not
-            checked: if it is too small, so is every epsilon from then on.
-
-    Returns:
-        Where it lies.
-
-    Raises:
-        ConfigError: ``steps`` is no such number.
-        LedgerError: There is a journal, or the checkpoint alone has more steps.
-    """
-    positive_int(steps=steps)
-    more = steps - ledger.steps
-    if more < 0:
-        raise LedgerError(
-            f"the checkpoint alone has {ledger.steps} steps, and {steps} were declared for the "
-            "whole run. No journal was begun."
-        )
-    rate = ledger.step.sample_rate
-    # Which metrics another branch has released with its steps is not known: the most of any here.
-    noises = [noise for noise, its_rate, _ in (*ledger.releases, ledger.step) if its_rate == rate]
-    step = Release(min(noises), rate, more)
-    path = journal_path(ledger, directory)
-    totals = merged([*ledger.releases, step])
-    key = ledger.journal_key()
-    Journal.create(path, key=key, run_id=ledger.run_id, totals=totals).close()
-    return path
-
-
-def journal_path(ledger: Ledger, directory: Path) -> Path:
-    """Return where the journal of a run lies."""
-    return directory / f"{ledger.run_id}.journal"
 
 
 def _absent(path: Path) -> LedgerError:

@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
-
-from torch.nn import Module
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 from lightning_secure.errors import BudgetExhaustedError, LedgerError
-from lightning_secure.privacy.accounting.carried_ledger import (
-    CHECKPOINT_KEY,
-    drop_ledger,
-    keep_ledger,
-    ledger_of,
-    watch_ledger,
-)
-from lightning_secure.privacy.accounting.ledger_state import parsed, state_of
-from lightning_secure.privacy.accounting.pld import (
-    Release,
-    affordable_steps,
-    epsilon_by,
-    epsilon_rdp,
-    joint_noise,
-)
+from lightning_secure.privacy.accounting.journal import Journal, Totals, read_totals
+from lightning_secure.privacy.accounting.ledger_state import CHECKPOINT_KEY, LedgerState
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise, merged
+from lightning_secure.privacy.accounting.pld import affordable_steps, epsilon_by, epsilon_rdp
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
-from lightning_secure.privacy.accounting.weight_notes import WeightNote, noted_weights
+from lightning_secure.privacy.accounting.weight_notes import WeightNote
 from lightning_secure.privacy.noise.banded.planned import Planned
-
-if TYPE_CHECKING:
-    from lightning_secure.privacy.accounting.journal import Journal
+from lightning_secure.util import events
+from lightning_secure.util.validate import positive_int
 
 __all__ = [
-    "CHECKPOINT_KEY",
     "GuardsMetrics",
     "HasLedger",
     "Ledger",
     "PublicNumbers",
-    "bring_ledger",
-    "bring_ledger_with_weights",
-    "drop_ledger",
-    "keep_ledger",
-    "ledger_of",
+    "attach_journal",
+    "journal_path",
+    "known_releases",
     "require_account",
+    "restore_journal",
 ]
+
+log = logging.getLogger(__name__)
 
 _AHEAD: Final = 1000
 
@@ -130,8 +116,7 @@ class Ledger:
         row has no gradient in one of them. That is what holds if the rows were counted, because
         the sampling rate of all rows follows their number, and for ``banded``.
         """
-        declared = self.mechanism == "poisson" and self.public.dataset_size_declared
-        return "add-or-remove-one-row" if declared else "zero-out-one-row"
+        return self._state().adjacency
 
     def plan(self, steps: int) -> None:
         """Let the next ``steps`` steps be one release, which is charged at the first of them."""
@@ -216,8 +201,6 @@ class Ledger:
         self._journal, self.journaled, self.journal_directory = journal, True, directory
 
     def _reopen_journal(self) -> None:
-        from lightning_secure.privacy.accounting.journal import attach_journal
-
         if self.journal_directory is None:
             raise LedgerError(
                 f"run {self.run_id} has a privacy journal, and this process does not know where: "
@@ -294,7 +277,15 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, for a checkpoint."""
-        return state_of(self)
+        return self._state().to_dict()
+
+    def _state(self) -> LedgerState:
+        names = {field.name for field in fields(LedgerState)} - {"releases", "journal_key"}
+        return LedgerState(
+            **{name: getattr(self, name) for name in names},
+            releases=tuple(self.releases),
+            journal_key=self._journal_key,
+        )
 
     @classmethod
     def from_state_dict(cls, state: Any) -> Self:
@@ -303,15 +294,16 @@ class Ledger:
         Raises:
             LedgerError: It is something else.
         """
-        ledger: Self | None = None
+        read: LedgerState | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):
-            ledger = parsed(cls, state)
-        if ledger is None:
+            read = LedgerState.from_dict(state)
+        if read is None:
             raise LedgerError(
                 "the checkpoint's privacy ledger cannot be read, so the spent epsilon is unknown. "
                 "Nothing was resumed."
             )
-        return ledger
+        values = {**vars(read), "releases": list(read.releases)}
+        return cls(_journal_key=values.pop("journal_key"), **values)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
@@ -343,45 +335,114 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
     return ledger
 
 
-def bring_ledger(module: Module, checkpoint: Mapping[str, Any], load: Callable[[], object]) -> None:
-    """Let a module take over a checkpoint's weights, and carry their ledger if they have one.
+def attach_journal(ledger: Ledger, directory: Path) -> None:
+    """Let a ledger enter its releases in its run's journal, and charge what only the journal knows.
 
     Args:
-        module: Carries the ledger also if loading fails.
-        checkpoint: Holds the weights.
-        load: Loads them into the module. A hook of the module may rename them.
+        ledger: A new one, or one from a checkpoint or module.
+        directory: Where journals lie. A ledger that was attached in this process before stays with
+            its journal of then, if that still exists.
 
     Raises:
-        LedgerError: if they have one that cannot be read. Nothing was loaded.
+        LedgerError: The journal is in use, was altered, knows less than the checkpoint, or is
+            absent although the run has one. The ledger is unchanged, and nothing may be trained.
     """
-    ledger = Ledger.from_checkpoint(checkpoint)
-    if ledger is None:
-        load()
-        return
-    state = checkpoint.get("state_dict", {})
+    ledger.close_journal()
+    path = journal_path(ledger, directory)
+    if ledger.journal_directory is not None:
+        before = journal_path(ledger, ledger.journal_directory)
+        path = before if before.exists() else path
+    key = ledger.journal_key()
+    if ledger.journaled or path.exists():
+        journal = Journal.open(path, key=key, run_id=ledger.run_id)
+    else:
+        totals = merged(ledger.releases)
+        journal = Journal.create(path, key=key, run_id=ledger.run_id, totals=totals)
     try:
-        load()
-    finally:
-        # Of the second, Lightning's WeightAveraging makes the module's weights in some cases.
-        average = checkpoint.get("current_model_state", {})
-        ledger.weights = noted_weights(module, *((state, average) if average else ()))
-        keep_ledger(module, ledger, covers=state.keys())
+        _charge(ledger, journal.entered, path)
+    except BaseException:
+        journal.close()
+        raise
+    ledger.adopt(journal, path.parent)
 
 
-def bring_ledger_with_weights(strategy: Any) -> None:
-    """Let a strategy of Lightning's bring the ledger of a checkpoint whose weights it loads.
+def _charge(ledger: Ledger, known: Totals, path: Path) -> None:
+    own = merged(ledger.releases)
+    short = sum(max(0, steps - known.get(mechanism, 0)) for mechanism, steps in own.items())
+    if short:
+        raise LedgerError(
+            f"the privacy journal {str(path)!r} knows {short} steps fewer than the checkpoint: it "
+            "was put back to an older state or belongs to a copy of the run. What it no longer "
+            "knows may have been released, so nothing was resumed. Put the newest journal there; "
+            "if it is lost, remove this one and see 'lightning-secure budget recover --help'."
+        )
+    missing = [
+        Release(*mechanism, steps - own.get(mechanism, 0))
+        for mechanism, steps in known.items()
+        if steps > own.get(mechanism, 0)
+    ]
+    if missing:
+        steps = sum(release.steps for release in missing)
+        events.announce("privacy.abandoned", {"run_id": ledger.run_id, "steps": steps})
+        ledger.add_abandoned(missing)
+        log.warning(
+            "run %s took %d steps that this checkpoint does not contain, or may have: it was "
+            "resumed from an earlier one, or it crashed. They are charged to the account, which "
+            "now has %d steps.",
+            ledger.run_id,
+            steps,
+            ledger.steps,
+        )
+
+
+def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
+    """Return what the journal of a ledger's run says was released in all, without opening it.
+
+    Raises:
+        LedgerError: It is absent or was altered.
+    """
+    path = journal_path(ledger, directory)
+    totals = read_totals(path, key=ledger.journal_key(), run_id=ledger.run_id)
+    return [Release(*mechanism, steps) for mechanism, steps in totals.items()]
+
+
+def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
+    """Begin a lost journal anew, with what its owner declares was released.
 
     Args:
-        strategy: A Trainer's. One that keeps a ledger itself is left alone.
+        ledger: From a checkpoint of the run.
+        directory: Where the journal is to lie.
+        steps: All steps that the run has taken on any branch, at most. The declaration is not
+            checked: if it is too small, so is every epsilon from then on.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ConfigError: ``steps`` is no such number.
+        LedgerError: There is a journal, or the checkpoint alone has more steps.
     """
-    if not isinstance(strategy, HasLedger):
-        vars(strategy)["load_model_state_dict"] = partial(_load_weights, strategy)
-        watch_ledger(strategy.lightning_module)
+    positive_int(steps=steps)
+    more = steps - ledger.steps
+    if more < 0:
+        raise LedgerError(
+            f"the checkpoint alone has {ledger.steps} steps, and {steps} were declared for the "
+            "whole run. No journal was begun."
+        )
+    rate = ledger.step.sample_rate
+    # Which metrics another branch has released with its steps is not known: the most of any here.
+    noises = [noise for noise, its_rate, _ in (*ledger.releases, ledger.step) if its_rate == rate]
+    step = Release(min(noises), rate, more)
+    path = journal_path(ledger, directory)
+    totals = merged([*ledger.releases, step])
+    key = ledger.journal_key()
+    Journal.create(path, key=key, run_id=ledger.run_id, totals=totals).close()
+    return path
 
 
-def _load_weights(strategy: Any, checkpoint: Mapping[str, Any], *args: Any, **options: Any) -> None:
-    load = partial(type(strategy).load_model_state_dict, strategy, checkpoint, *args, **options)
-    bring_ledger(strategy.lightning_module, checkpoint, load)
+def journal_path(ledger: Ledger, directory: Path) -> Path:
+    """Return where the journal of a run lies."""
+    return directory / f"{ledger.run_id}.journal"
 
 
 @runtime_checkable

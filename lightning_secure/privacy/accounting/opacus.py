@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from lightning_secure.errors import PrivacyError
-from lightning_secure.privacy.accounting.pld import Release, merged
+from lightning_secure.privacy.accounting.mechanism import Release, merged
 
 __all__ = ["epsilon_by_opacus"]
 

@@ -6,8 +6,8 @@ that is released; :class:`OneRunAudit` attacks one real job by what became of it
 
 from __future__ import annotations
 
+from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.one_run import OneRunAudit
-from lightning_secure.privacy.auditing.report import AuditReport
 from lightning_secure.privacy.auditing.white_box import AttackedRun, CanaryRun, canary_audit
 
 __all__ = ["AttackedRun", "AuditReport", "CanaryRun", "OneRunAudit", "canary_audit"]

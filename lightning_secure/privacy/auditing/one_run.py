@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lightning_secure.errors import ConfigError
+from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.bounds import epsilon_one_run
-from lightning_secure.privacy.auditing.report import AuditReport
 from lightning_secure.util.validate import open_unit_interval, positive_int
 
-__all__ = ["OneRunAudit", "Rows"]
+__all__ = ["IndexedRows", "OneRunAudit"]
 
 #: Parts of the canaries that are guessed about, on either side; the rest is abstained from.
 _PARTS: Final = (0.01, 0.05, 0.2, 0.5)
 
 
-class Rows(Protocol):
+class IndexedRows(Protocol):
     """A dataset whose rows can be had by number."""
 
     def __getitem__(self, index: int, /) -> Any:
@@ -63,7 +63,7 @@ class OneRunAudit:
         ConfigError: There are no canaries, or as many coins as canaries there are not.
     """
 
-    def __init__(self, canaries: Rows, *, included: Sequence[bool] | None = None) -> None:
+    def __init__(self, canaries: IndexedRows, *, included: Sequence[bool] | None = None) -> None:
         positive_int(canaries=len(canaries))
         self._canaries = canaries
         coins = _tossed(len(canaries)) if included is None else np.array(included, dtype=bool)
@@ -82,11 +82,11 @@ class OneRunAudit:
         """Which canaries are among the rows; keep it to resume the run in another process."""
         return list(map(bool, self._included))
 
-    def among(self, rows: Rows) -> Dataset[Any]:
+    def among(self, rows: IndexedRows) -> Dataset[Any]:
         """Return the rows, and behind them those canaries that the coins have chosen."""
         return _Joined(rows, self._canaries, np.flatnonzero(self._included).tolist())
 
-    def public_size(self, rows: Rows) -> int:
+    def public_size(self, rows: IndexedRows) -> int:
         """Return a number of rows to declare, which does not depend on the coins."""
         return len(rows) + (len(self._canaries) + 1) // 2
 
@@ -166,7 +166,7 @@ class OneRunAudit:
 
 
 class _Joined(Dataset[Any]):
-    def __init__(self, rows: Rows, canaries: Rows, chosen: list[int]) -> None:
+    def __init__(self, rows: IndexedRows, canaries: IndexedRows, chosen: list[int]) -> None:
         self._rows = rows
         # Only those: a worker process has no use for the others.
         self._chosen = [canaries[index] for index in chosen]

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
+from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.bounds import (
     above,
     best_threshold,
@@ -30,7 +32,6 @@ from lightning_secure.privacy.auditing.bounds import (
     mu_of_rates,
     rates,
 )
-from lightning_secure.privacy.auditing.report import AuditReport
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler

@@ -16,7 +16,7 @@ from lightning_secure.privacy.checks.trial_run import (
     same_layers,
     whole_difference,
 )
-from lightning_secure.privacy.gradients.rules.base import Record
+from lightning_secure.privacy.gradients.rules.layer_rule import Record
 
 __all__ = ["require_unmoved", "require_unmoved_by_strangers"]
 

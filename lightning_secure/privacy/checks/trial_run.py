@@ -20,7 +20,7 @@ from lightning_secure.privacy.checks.batch_rows import copied
 from lightning_secure.privacy.checks.loss_graph import ISOLATE, loss_graph
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.recorder import add_clipped_sums
-from lightning_secure.privacy.gradients.rules.base import Gradients, Record, accumulate
+from lightning_secure.privacy.gradients.rules.layer_rule import Gradients, Record, accumulate
 
 __all__ = [
     "NO_STEP",

@@ -18,8 +18,8 @@ from lightning_secure.privacy.gradients.clipping.rules import (
 )
 from lightning_secure.privacy.gradients.counted_targets import CountedMeans
 from lightning_secure.privacy.gradients.recorder import Recorder, add_clipped_sums
-from lightning_secure.privacy.gradients.rules.base import Record, widened
-from lightning_secure.privacy.gradients.rules.registry import find_units
+from lightning_secure.privacy.gradients.rules.find_units import find_units
+from lightning_secure.privacy.gradients.rules.layer_rule import Record, widened
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.util.validate import positive

@@ -26,7 +26,7 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.clipping.layers import LayerGroups
 from lightning_secure.privacy.gradients.float32 import exact_products
 from lightning_secure.privacy.gradients.formulas import clip_factor
-from lightning_secure.privacy.gradients.rules.base import (
+from lightning_secure.privacy.gradients.rules.layer_rule import (
     Record,
     Unit,
     accumulate,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_secure.errors import BudgetExhaustedError, ConfigError
-from lightning_secure.privacy.accounting.pld import Release, epsilon_by, joint_noise
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
+from lightning_secure.privacy.accounting.pld import epsilon_by
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Final
 
-from lightning_secure.redaction.detect.base import Detector, Finding
+from lightning_secure.redaction.detect.finding import Detector, Finding
 
 __all__ = ["SPELLINGS", "DisguiseDetector", "folded", "looks_alike"]
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Final, NamedTuple
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.redaction.detect.base import Finding
+from lightning_secure.redaction.detect.finding import Finding
 
 __all__ = ["LOOKS", "PHONE_REGIONS", "PersonalDataDetector"]
 

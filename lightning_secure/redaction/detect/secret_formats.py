@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lightning_secure.errors import ConfigError
-from lightning_secure.redaction.detect.base import Finding
+from lightning_secure.redaction.detect.finding import Finding
 
 __all__ = ["Rule", "RuleSet", "built_in_rules", "read_rules"]
 

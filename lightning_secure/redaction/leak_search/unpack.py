@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
-__all__ = ["Part", "unpacked"]
+__all__ = ["UnpackedPart", "unpacked"]
 
 #: How deep archives may lie in archives.
 _MAX_DEPTH: Final = 8
@@ -63,7 +63,7 @@ _OPENERS: Final[dict[str, Callable[[], Any]]] = {
 }
 
 
-class Part(NamedTuple):
+class UnpackedPart(NamedTuple):
     """Some bytes to search.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Opened(NamedTuple):
     stop: int | None
 
 
-def unpacked(name: str, data: bytes) -> Iterator[Part]:
+def unpacked(name: str, data: bytes) -> Iterator[UnpackedPart]:
     """Yield a file's bytes as they are, and then those of everything packed in it.
 
     gzip, bzip2, xz, LZMA and zlib streams and members of zip archives are opened wherever they
@@ -107,11 +107,11 @@ class _Allowance:
         self.left = _MAX_BYTES
 
 
-def _unpacked(name: str, data: bytes, depth: int, allowance: _Allowance) -> Iterator[Part]:
+def _unpacked(name: str, data: bytes, depth: int, allowance: _Allowance) -> Iterator[UnpackedPart]:
     found, whole = _opened(data, allowance)
     if found and depth == _MAX_DEPTH:
         found, whole = [], False
-    yield Part(name, data, whole and not data.startswith(_CLOSED))
+    yield UnpackedPart(name, data, whole and not data.startswith(_CLOSED))
     for label, content in found:
         yield from _unpacked(f"{name}!{label}", content, depth + 1, allowance)
 

@@ -12,9 +12,9 @@ from typing import Any
 from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.artifacts.copy import as_it_is, copy_checked, copy_tree_checked
 from lightning_secure.redaction.artifacts.encrypted import SUFFIX, encrypted
+from lightning_secure.redaction.mlflow_store.argument_kinds import ARTIFACTS
 from lightning_secure.redaction.mlflow_store.guard import call_inside, guarding
 from lightning_secure.redaction.mlflow_store.sinks import limited_trace_data
-from lightning_secure.redaction.mlflow_store.tables import ARTIFACTS
 from lightning_secure.redaction.mlflow_store.values import Policy
 
 __all__ = ["ArtifactPolicy", "guarded_repository_class"]

@@ -24,7 +24,7 @@ from lightning_secure.redaction.mlflow_store.artifacts import (
     guarded_repository_class,
 )
 from lightning_secure.redaction.mlflow_store.guard import guarded, guarded_class
-from lightning_secure.redaction.mlflow_store.transport import allow_http, plain, require_tls
+from lightning_secure.redaction.mlflow_store.server_tls import allow_http, plain, require_tls
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor

@@ -12,8 +12,8 @@ from typing import Any, Final
 from lightning_secure.errors import RedactionError
 from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.bound_call import Parameters
+from lightning_secure.redaction.mlflow_store.argument_kinds import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.sinks import label_of, limited, sinks_of
-from lightning_secure.redaction.mlflow_store.tables import ARGUMENTS, CHECKED, Kind
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED
 

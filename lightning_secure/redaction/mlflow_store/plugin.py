@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_secure.compat.mlflow import model_registry_stores, tracking_stores
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
-from lightning_secure.redaction.mlflow_store.transport import plain
+from lightning_secure.redaction.mlflow_store.server_tls import plain
 
 __all__ = ["artifact_repository", "model_registry_store", "tracking_store"]
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from lightning_secure.errors import RedactionError
 from lightning_secure.redaction import finding_counts
-from lightning_secure.redaction.mlflow_store.tables import Kind, words
+from lightning_secure.redaction.mlflow_store.argument_kinds import Kind, words
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED
 

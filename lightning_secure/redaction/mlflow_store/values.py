@@ -18,13 +18,13 @@ from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.clean_metrics import known_clean
 from lightning_secure.redaction.containers import fields_of, items_of, number_of
 from lightning_secure.redaction.detect.split_secrets import halves
+from lightning_secure.redaction.mlflow_store.argument_kinds import ENTITIES
 from lightning_secure.redaction.mlflow_store.delimited import DELIMITED, by_columns
 from lightning_secure.redaction.mlflow_store.ids import (
     is_id,
     lists_experiments,
     without_experiment,
 )
-from lightning_secure.redaction.mlflow_store.tables import ENTITIES
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 

@@ -15,7 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_secure.data.datamodule import EncryptedDataModule
-from lightning_secure.data.storage import CiphertextCache, RemoteStorage, open_storage, upload_split
+from lightning_secure.data.storage import CiphertextCache, RemoteStorage, open_storage
+from lightning_secure.data.writing.upload import upload_split
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     ConfigError,

@@ -20,15 +20,11 @@ from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
 from lightning_secure.data.erasure.erase import erase_subject
 from lightning_secure.data.key_rotation.rotate import rotate_data, rotate_kek, rotate_partition
 from lightning_secure.data.manifests.garbage import collect_garbage
-from lightning_secure.data.storage import (
-    CiphertextCache,
-    LocalStorage,
-    RemoteStorage,
-    upload_split,
-)
-from lightning_secure.data.writing.commit_writers import close_together
+from lightning_secure.data.storage import CiphertextCache, LocalStorage, RemoteStorage
+from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.seal import seal as seal_source
 from lightning_secure.data.writing.split_rules import SplitByRatio
+from lightning_secure.data.writing.upload import upload_split
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (
     AuditWriteError,
@@ -303,7 +299,7 @@ def test_an_upload_of_which_every_answer_got_lost_is_called_again(s3, seal, read
 
 
 def test_a_manifest_that_changes_each_time_is_given_up(s3, seal, keys, monkeypatch):
-    monkeypatch.setattr("lightning_secure.data.storage.upload._TRIES", 2)
+    monkeypatch.setattr("lightning_secure.data.writing.upload._TRIES", 2)
     seal(s3.root, storage_options=s3.options)
     number = iter(range(100))
 

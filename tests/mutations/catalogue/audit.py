@@ -61,7 +61,7 @@ CATALOGUE = [
     ),
     Mutation(
         "what is released of one draw is accounted for as draws of their own",
-        "privacy/accounting/pld.py",
+        "privacy/accounting/mechanism.py",
         "sum(noise**-2 for noise in noise_multipliers) ** -0.5",
         "min(noise_multipliers)",
         f"{STEPS} -k 'one_draw or charged_for_all'",

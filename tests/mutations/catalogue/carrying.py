@@ -67,14 +67,14 @@ CATALOGUE = [
     ),
     Mutation(
         "weights are not noted when a Trainer loads them",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/carried_ledger.py",
         "        ledger.weights = noted_weights(module, *((state, average) if average else ()))\n",
         "",
         f"{ACCOUNT} -k 'past_the_ledger and by_hand-validated'",
     ),
     Mutation(
         "weights are noted before they are loaded",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/carried_ledger.py",
         "    try:\n        load()\n    finally:\n",
         "    with contextlib.ExitStack() as late:\n        late.callback(load)\n",
         f"{ACCOUNT} -k 'hook_renames and False'",
@@ -116,7 +116,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a plain Trainer does not look for ledgers in parts",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/carried_ledger.py",
         "        watch_ledger(strategy.lightning_module)\n",
         "",
         f"{ACCOUNT} -k 'part_brings and itself-False'",
@@ -137,7 +137,7 @@ CATALOGUE = [
     ),
     Mutation(
         "averaged weights count as changed",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/carried_ledger.py",
         "*((state, average) if average else ()))",
         ")",
         f"{ACCOUNT} -k 'averaged and EMA'",

@@ -38,7 +38,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the bound follows a count without noise",
-        "privacy/released/steps.py",
+        "privacy/released/step_metrics.py",
         "noise.add_(sums[place : place + 1], std=width)",
         "pass",
         f"{RUNS} -k count_is_told",

@@ -98,14 +98,14 @@ CATALOGUE = [
     ),
     Mutation(
         "a counted number of rows passes for a declared one",
-        "privacy/accounting/ledger.py",
+        "privacy/accounting/ledger_state.py",
         'self.mechanism == "poisson" and self.public.dataset_size_declared',
         'self.mechanism == "poisson"',
         "tests/privacy/test_ledger.py -k which_promise",
     ),
     Mutation(
         "a fit begins on a counted number of rows without a word",
-        "privacy/accounting/run_contract.py",
+        "privacy/run_contract.py",
         "if not (public.dataset_size_declared or ",
         "if not (True or ",
         "tests/privacy/test_ledger.py -k which_promise",

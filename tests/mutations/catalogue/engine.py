@@ -39,7 +39,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the last rows of a layer are left out of its norms",
-        "privacy/gradients/rules/base.py",
+        "privacy/gradients/rules/layer_rule.py",
         "for start in range(0, len(grads), size)]",
         "for start in range(0, len(grads) - len(grads) % size, size)]",
         f"{UNITS} -k pieces",

@@ -42,14 +42,14 @@ CATALOGUE = [
     ),
     Mutation(
         "the divisor follows the number of rows",
-        "privacy/accounting/run_contract.py",
+        "privacy/run_contract.py",
         "    if expected > dataset_size:\n",
         "    expected = int(rows * (expected / dataset_size))\n    if expected > dataset_size:\n",
         f"{FAILURES} -k divisor",
     ),
     Mutation(
         "the steps of an epoch are a rounded fraction",
-        "privacy/accounting/run_contract.py",
+        "privacy/run_contract.py",
         "steps_per_epoch=-(-dataset_size // expected)",
         "steps_per_epoch=int(1 / (expected / dataset_size))",
         f"{FAILURES} -k rounded",
@@ -70,7 +70,7 @@ CATALOGUE = [
     ),
     Mutation(
         "rows that are drawn unequally count as drawn alike",
-        "strategies/loader.py",
+        "strategies/private_loader.py",
         "elif type(dataloader.sampler) not in (RandomSampler, SequentialSampler) or (",
         "elif (",
         f"{STRATEGY} -k 'rate_would_be_wrong and weighted'",

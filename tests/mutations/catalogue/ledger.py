@@ -18,7 +18,7 @@ CATALOGUE = [
     ),
     Mutation(
         "what other branches took is not charged",
-        "privacy/accounting/journal.py",
+        "privacy/accounting/ledger.py",
         "        ledger.add_abandoned(missing)\n",
         "",
         f"{JOURNAL} -k another_branch",
@@ -32,14 +32,14 @@ CATALOGUE = [
     ),
     Mutation(
         "a journal that was put back to an older state is taken for whole",
-        "privacy/accounting/journal.py",
+        "privacy/accounting/ledger.py",
         "    if short:",
         "    if False:",
         f"{JOURNAL} -k older_state",
     ),
     Mutation(
         "a removed journal is begun anew",
-        "privacy/accounting/journal.py",
+        "privacy/accounting/ledger.py",
         "    if ledger.journaled or path.exists():",
         "    if path.exists():",
         f"{JOURNAL} -k removed",

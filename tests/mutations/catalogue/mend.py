@@ -57,14 +57,14 @@ CATALOGUE = [
     ),
     Mutation(
         "nobody knows of an erasure that broke off",
-        "data/erasure/pending_record.py",
+        "data/manifests/pending_erasure.py",
         "        self.write(root, signer)\n",
         "",
         "tests/data/test_erasure.py -k old_key_went_is_finished",
     ),
     Mutation(
         "a key is destroyed that a late split needs",
-        "data/erasure/report.py",
+        "data/erasure/erasure_report.py",
         "return not held(manifest) and keys.retire()",
         "return keys.retire()",
         "tests/data/test_erasure.py -k sealed_under_meanwhile",
@@ -85,7 +85,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the record of another dataset's erasure destroys a key",
-        "data/erasure/pending_record.py",
+        "data/manifests/pending_erasure.py",
         "current.dataset_id == self.before.dataset_id and ",
         "",
         "tests/data/test_erasure.py -k of_another_dataset",
@@ -134,7 +134,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a forked process removes its parent's temporary folder",
-        "data/storage/spool.py",
+        "data/writing/spool.py",
         "    if os.getpid() == owner:\n",
         "    if True:\n",
         "tests/data/test_writer_and_dataset.py -k temporary_folder",

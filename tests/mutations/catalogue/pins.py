@@ -32,7 +32,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a remote manifest is replaced whatever was pinned",
-        "data/storage/upload.py",
+        "data/writing/upload.py",
         "        pins.check(current, storage)\n        if current is None:",
         "        if current is None:",
         f"{ROLLBACK} -k remote_roll_back",
@@ -53,14 +53,14 @@ CATALOGUE = [
     ),
     Mutation(
         "what a sealing returns to be pinned is from before it",
-        "data/storage/spool.py",
+        "data/writing/spool.py",
         "there, _, _ = current_manifest(self._storage, self._keys)",
         "there = self._there",
         f"{UPLOAD} -k 'in_place_at_its_end and url'",
     ),
     Mutation(
         "shards are sent unseen",
-        "data/storage/upload.py",
+        "data/writing/upload.py",
         "        verify_shard(LocalStorage(here), entry)\n",
         "        pass\n",
         f"{UPLOAD} -k 'replaces_nothing'",

@@ -60,7 +60,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a row left out is set to zero",
-        "privacy/gradients/rules/base.py",
+        "privacy/gradients/rules/layer_rule.py",
         "inputs, grads, weights = inputs[keep], grads[keep], weights[keep]",
         "inputs, grads = zero_rows(inputs, keep), zero_rows(grads, keep)\n"
         "            weights = keep.to(grads.dtype)",
@@ -75,7 +75,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a layer under two parents counts twice",
-        "privacy/gradients/rules/registry.py",
+        "privacy/gradients/rules/find_units.py",
         "    seen.add(id(module))\n",
         "",
         f"{ATTACKS} -k two_parents",
@@ -111,7 +111,7 @@ CATALOGUE = [
     ),
     Mutation(
         "released numbers toss one coin only",
-        "privacy/released/steps.py",
+        "privacy/released/step_metrics.py",
         "        seed_all(seed)  #",
         "        seed_all(0)  #",
         f"{ATTACKS} -k by_chance",
@@ -139,7 +139,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a hook lengthens a gradient after it was measured",
-        "privacy/gradients/rules/base.py",
+        "privacy/gradients/rules/layer_rule.py",
         "if self._versions not in (None, _versions(self.inputs, self.grads)):",
         "if False:",
         f"{ATTACKS} -k lengthens_it_later",
@@ -209,7 +209,7 @@ CATALOGUE = [
     ),
     Mutation(
         "trial runs fetch no rows where torch's own function collates them",
-        "strategies/loader.py",
+        "strategies/private_loader.py",
         "        if self.num_workers and not own:",
         "        if not own:",
         f"{ATTACKS} -k 'keeps_of_rows and default_collate-False'",
@@ -244,7 +244,7 @@ CATALOGUE = [
     ),
     Mutation(
         "complex weights get real noise",
-        "privacy/gradients/rules/registry.py",
+        "privacy/gradients/rules/find_units.py",
         "if parameter.requires_grad and parameter.is_complex():",
         "if False:",
         "tests/privacy/test_gradients.py -k complex",

@@ -39,7 +39,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a way is kept for a batch that its memory does not fit",
-        "privacy/gradients/rules/base.py",
+        "privacy/gradients/rules/layer_rule.py",
         "len(grads) > 2 * self._timed_rows",
         "self._timed_rows == 0",
         f"{UNITS} -k larger_batch",
@@ -138,7 +138,7 @@ CATALOGUE = [
     Mutation(
         "a negative number of steps gives epsilon back",
         "privacy/accounting/ledger_state.py",
-        "        positive_int(steps=steps)\n",
+        "            positive_int(steps=steps)\n",
         "",
         "tests/privacy/test_ledger.py -k damaged",
     ),

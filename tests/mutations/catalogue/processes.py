@@ -32,7 +32,7 @@ CATALOGUE = [
     ),
     Mutation(
         "processes draw alike",
-        "strategies/loader.py",
+        "strategies/private_loader.py",
         "        seed = seed_of_rank(seed, rank)\n",
         "        seed = 7\n",
         f"{DDP} -k draw_apart",

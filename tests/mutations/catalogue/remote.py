@@ -71,14 +71,14 @@ CATALOGUE = [
     ),
     Mutation(
         "an upload leaves columns under other keys behind",
-        "data/storage/upload.py",
+        "data/writing/upload.py",
         "for group in new.entry.all_groups for entry in group.shards]",
         "for group in [new.entry] for entry in group.shards]",
         f"{STORAGE}/test_upload.py -k all_groups",
     ),
     Mutation(
         "a split that is sent again with new keys loses its files",
-        "data/storage/upload.py",
+        "data/writing/upload.py",
         "_remove(storage, older - manifest.files)",
         "_remove(storage, older)",
         f"{STORAGE}/test_upload.py -k keys_or_rows_went",

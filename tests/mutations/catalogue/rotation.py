@@ -7,7 +7,7 @@ from mutation import Mutation
 CATALOGUE = [
     Mutation(
         "a sensitive column lies under everybody's key",
-        "data/writing/key_partitions.py",
+        "data/writing/split_layout.py",
         "partition=self._keys[partition],",
         "partition=self._keys[self._split],",
         "tests/data/test_column_keys.py -k 'only_the_keys'",
@@ -49,7 +49,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an erasure that failed is called a success",
-        "data/erasure/report.py",
+        "data/erasure/erasure_report.py",
         'return any(attempt.outcome != "refused" for attempt in self.attempts)',
         "return False",
         "tests/data/test_erasure.py -k 'live_key or new_kek_alone'",

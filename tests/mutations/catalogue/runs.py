@@ -16,7 +16,7 @@ CATALOGUE = [
     ),
     Mutation(
         "augmentation in the process follows from the user's seed",
-        "strategies/loader.py",
+        "strategies/private_loader.py",
         "        with self._randomness.apart():\n",
         "        if True:\n",
         f"{RUNS} -k 'augmentation and 0'",

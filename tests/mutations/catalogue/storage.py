@@ -114,7 +114,7 @@ CATALOGUE = [
     ),
     Mutation(
         "NaN rows are sealed",
-        "data/writing/convert.py",
+        "data/format/convert.py",
         "if allow_nonfinite or not tensor.is_floating_point():",
         "if True:",
         "tests/data/test_columns.py -k nan",

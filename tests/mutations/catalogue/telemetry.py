@@ -80,7 +80,7 @@ CATALOGUE = [
     ),
     Mutation(
         "an embedding writes down which tokens it met",
-        "privacy/gradients/rules/registry.py",
+        "privacy/gradients/rules/find_units.py",
         'if getattr(module, "max_norm", None) is not None:',
         "if False:",
         f"{PRIVACY} -k embeddings",
@@ -122,7 +122,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a full audit log is passed over",
-        "audit/recorder.py",
+        "audit/event_recorder.py",
         '        self.log.append(event.action, {"run": self.run, **event.details}, '
         "outcome=event.outcome)",
         "        try:\n"

@@ -7,22 +7,18 @@ import torch
 from torch import nn
 
 from lightning_secure.errors import ConfigError, PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.accounting.journal import (
+from lightning_secure.privacy.accounting.ledger import (
+    Ledger,
     attach_journal,
     known_releases,
     restore_journal,
 )
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.accounting.pld import (
-    Release,
-    calibrate_noise,
-    epsilon_pld,
-    joint_noise,
-)
-from lightning_secure.privacy.accounting.run_contract import begin_ledger
+from lightning_secure.privacy.accounting.mechanism import Release, joint_noise
+from lightning_secure.privacy.accounting.pld import calibrate_noise, epsilon_pld
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
-from lightning_secure.privacy.released.steps import (
+from lightning_secure.privacy.released.step_metrics import (
     ClippedFraction,
     GradientNorm,
     ReleasedMetric,
@@ -30,6 +26,7 @@ from lightning_secure.privacy.released.steps import (
     StepMetrics,
     require_rows_apart,
 )
+from lightning_secure.privacy.run_contract import begin_ledger
 
 DELTA = 1e-5
 METRICS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.formulas import clip_factor
-from lightning_secure.privacy.gradients.rules.base import Unit
+from lightning_secure.privacy.gradients.rules.layer_rule import Unit
 
 __all__ = ["LayerGroups", "layer_groups"]
 

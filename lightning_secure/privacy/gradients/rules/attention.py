@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.gradients.rules.base import (
+from lightning_secure.privacy.gradients.rules.layer_rule import (
     Gradients,
     Record,
     Unit,

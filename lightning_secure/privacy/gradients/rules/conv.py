@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_secure.privacy.gradients.formulas import gram, gram_squares, grams_squares, rounding
-from lightning_secure.privacy.gradients.rules.base import (
+from lightning_secure.privacy.gradients.rules.layer_rule import (
     Gradients,
     Unit,
     Way,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.privacy.gradients.formulas import cancelling
-from lightning_secure.privacy.gradients.rules.base import (
+from lightning_secure.privacy.gradients.rules.layer_rule import (
     GHOST,
     Gradients,
     Record,

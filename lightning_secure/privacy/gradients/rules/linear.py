@@ -13,7 +13,7 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_per_sample,
     linear_weighted_sum,
 )
-from lightning_secure.privacy.gradients.rules.base import (
+from lightning_secure.privacy.gradients.rules.layer_rule import (
     GHOST,
     Gradients,
     Record,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_secure.privacy.gradients.rules.base import Gradients, Unit, Way, trainable, widened
+from lightning_secure.privacy.gradients.rules.layer_rule import (
+    Gradients,
+    Unit,
+    Way,
+    trainable,
+    widened,
+)
 
 __all__ = ["NormUnit"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_secure.privacy.gradients.formulas import gram, rounding
-from lightning_secure.privacy.gradients.rules.base import Record
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 __all__ = ["TiedPair", "tied_pairs"]

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from lightning_secure.errors import ConfigError, LedgerError, PrivacyError
-from lightning_secure.privacy.accounting.ledger import Ledger, PublicNumbers
-from lightning_secure.privacy.accounting.pld import calibrate_noise, joint_noise
+from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.accounting.mechanism import joint_noise
+from lightning_secure.privacy.accounting.pld import calibrate_noise
+from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.config import DPConfig
 
 __all__ = ["begin_ledger", "require_same_promise"]

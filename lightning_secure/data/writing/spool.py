@@ -13,10 +13,10 @@ from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_secure.data.manifests.new_split import require_free
 from lightning_secure.data.manifests.rollback_pins import Pins
-from lightning_secure.data.storage.base import Storage
 from lightning_secure.data.storage.opening import local_root, open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
-from lightning_secure.data.storage.upload import (
+from lightning_secure.data.storage.storage import Storage
+from lightning_secure.data.writing.upload import (
     current_manifest,
     require_same_dataset,
     same_split,

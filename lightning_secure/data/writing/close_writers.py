@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lightning_secure.crypto.manifest import Manifest
-from lightning_secure.data.manifests.commit import commit_splits
+from lightning_secure.data.manifests.new_split import NewSplit
 
-if TYPE_CHECKING:
-    from lightning_secure.data.writing.writer import EncryptedShardWriter
-
-__all__ = ["close_together"]
+__all__ = ["ClosingWriter", "close_together"]
 
 
-def close_together(writers: Sequence[EncryptedShardWriter]) -> Manifest:
+class ClosingWriter(Protocol):
+    """What a writer of one split does at its end."""
+
+    _split: str
+
+    def _require_owner(self) -> None:
+        """Raise ConfigError in a process that was forked from the writer's."""
+
+    def _finish(self) -> NewSplit | None:
+        """Take no more rows, and seal those that remain; None if there is nothing to commit."""
+
+    def _commit(self, new: Sequence[NewSplit]) -> Manifest:
+        """Put the splits of all writers into the manifest of the dataset."""
+
+    def _send(self, manifest: Manifest, splits: Sequence[str]) -> Manifest:
+        """Send the splits of all writers, if the dataset is behind a URL."""
+
+    def _committed(self) -> None:
+        """Let go of the shards, which are the manifest's now."""
+
+    def _failed(self, kind: type[BaseException]) -> None:
+        """Remove what was written, or keep it to be resumed."""
+
+
+def close_together(writers: Sequence[ClosingWriter]) -> Manifest:
     """Seal what remains and put the splits of several writers into the manifest at once.
 
     Args:
@@ -36,26 +57,15 @@ def close_together(writers: Sequence[EncryptedShardWriter]) -> Manifest:
     first = writers[0]
     for one in writers:
         one._require_owner()
-    for one in writers:
-        one._closed = True
     try:
-        ends = [one._ended() for one in writers if not one.complete]
-        new = [end for end in ends if end is not None]
-        if new:
-            manifest = commit_splits(
-                first._root, new, keys=first._keys, replace=first._replace, pins=first._pins
-            )
-        else:
-            manifest = first._open_dataset()  # others may have written since it was opened
+        ends = [one._finish() for one in writers]
+        manifest = first._commit([end for end in ends if end is not None])
     except BaseException as error:  # an interruption leaves no lock or shard behind either
         for one in writers:
-            one._leave(type(error))
+            one._failed(type(error))
         raise
     # From here on the manifest names the shards: they are no longer the writers' to remove.
     with contextlib.ExitStack() as held:
         for one in writers:
-            one._over = True
-            held.callback(one._release, keep=False)
-        if first._spool:
-            manifest = first._spool.send([one._split for one in writers])
-    return manifest
+            held.callback(one._committed)
+        return first._send(manifest, [one._split for one in writers])

@@ -17,9 +17,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.rules.attention import AttentionUnit
-from lightning_secure.privacy.gradients.rules.base import Gradients, Unit, Way, kind_of, widened
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
+from lightning_secure.privacy.gradients.rules.layer_rule import (
+    Gradients,
+    Unit,
+    Way,
+    kind_of,
+    widened,
+)
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 from lightning_secure.privacy.gradients.rules.norms import NormUnit
 

@@ -14,8 +14,8 @@ from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.crypto.segments import SUITE_AES256GCM_SHA256, SegmentKeys
-from lightning_secure.data.erasure.pending_record import UnfinishedErasure
 from lightning_secure.data.manifests.garbage import LOCK_NAME, locked
+from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
 from lightning_secure.errors import IntegrityError, KeyAccessError
 
 __all__ = ["ErasureReport", "RecoveryAttempt", "conclude"]

@@ -15,7 +15,7 @@ from lightning_secure.privacy.gradients.clipping.rules import (
     ClippingRule,
     PerLayerClipping,
 )
-from lightning_secure.privacy.released.steps import ClippedFraction, ReleasedMetric
+from lightning_secure.privacy.released.step_metrics import ClippedFraction, ReleasedMetric
 
 __all__ = ["BOUND", "COUNT", "clip_bound", "follow", "with_count"]
 

@@ -24,7 +24,7 @@ from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.data.manifests.new_split import NewSplit, require_free, with_split
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.shards.verify import verify_shard
-from lightning_secure.data.storage.local import LocalStorage
+from lightning_secure.data.storage.local_files import LocalStorage
 from lightning_secure.data.storage.opening import open_storage
 from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
