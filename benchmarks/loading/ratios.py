@@ -113,7 +113,7 @@ def ratios(rates: Rates, fits: Rates) -> dict[str, float]:
                 f"{size}/sequential/aes",
                 f"{size}/sequential/{reader}",
             )
-        # Against reading in order: nobody else is made for fully random access.
+        # Against reading in order: no peer is made for fully random access.
         add(
             f"random_aes_vs_litdata_plain_{size}",
             f"{size}/random/aes",

@@ -65,7 +65,7 @@ class Setting:
         return TASKS[self.size][self.model]
 
     def net(self) -> nn.Module:
-        """Return the model, with the same weights for everybody."""
+        """Return the model, with the same weights for every system."""
         torch.manual_seed(0)
         return self.task.make()
 

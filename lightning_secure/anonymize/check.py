@@ -52,7 +52,7 @@ class PlanCheck:
     Args:
         plan: What would be done to the rows.
 
-    Operators with keys get keys that nobody keeps; nothing is written.
+    Operators with keys get throw-away keys; nothing is written.
     """
 
     def __init__(self, plan: AnonymizationPlan) -> None:

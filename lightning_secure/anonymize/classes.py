@@ -30,7 +30,7 @@ Counts = npt.NDArray[np.int64]
 
 
 class RowHash:
-    """Hashes rows by some columns, under a key that nobody keeps.
+    """Hashes rows by some columns, under a throw-away key.
 
     The hash of a row is the exclusive or of keyed hashes (BLAKE2b, 128 bits) of its values, each
     with the name of its column. Two rows that differ agree in it with probability 2^-128.

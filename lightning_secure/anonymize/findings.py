@@ -35,7 +35,7 @@ __all__ = ["Found", "Look"]
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 #: No text has one of these; what has is not looked at.
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
-#: A number with fewer digits is nobody's telephone, card or national number.
+#: No telephone, card or national number has fewer digits.
 _LEAST: Final = 10**6
 _MOST: Final = 10**40
 _SHORT: Final = 64

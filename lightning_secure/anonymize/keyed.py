@@ -59,19 +59,19 @@ class _Names(ABC):
 
 
 class Pseudonyms(_Names):
-    """The pseudonyms of one domain, for whoever has the key.
+    """The pseudonyms of one domain, for the key's holder.
 
     Args:
         keys: What the domain's keys are taken from.
         domain: What kind of thing is named, as in :class:`Pseudonymize`.
 
     Without the key a pseudonym cannot be traced back, not even by hashing every possible value.
-    Whoever has the key can do that: pseudonymous data is still personal data.
+    With the key this is possible: pseudonymous data is still personal data.
 
     A pseudonym has 32 hexadecimal digits. That of generation 2 is the keyed hash of that of
     generation 1, and so on. So the key's holder brings pseudonyms of older datasets forward,
-    without the values, and joins them; nobody else can tell that two of different generations
-    belong together.
+    without the values, and joins them. Without the key, two pseudonyms of different generations
+    cannot be linked.
 
     Source:
         HMAC-SHA256, RFC 2104, truncated to 128 bits. ENISA, Pseudonymisation techniques and best
@@ -125,7 +125,7 @@ class Pseudonyms(_Names):
 
 
 class Tokens(_Names):
-    """The tokens of one domain, for whoever has the key: from values, and back.
+    """The tokens of one domain, for the key's holder: from values, and back.
 
     Args:
         keys: What the domain's keys are taken from.

@@ -48,7 +48,7 @@ class Bound(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Operator):
-    """Seal the column as it is: somebody looked at it and says that it may stay."""
+    """Seal the column unchanged: the plan's author has looked at it and decided so."""
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the identity."""

@@ -36,13 +36,13 @@ class AnonymizationPlan:
         quasi_identifiers: Columns that could tell people apart when they are taken together, such
             as year of birth and postcode. The sealing's report says how many rows agree in all of
             them at least (k-anonymity), before and after.
-        sensitive: Columns whose values nobody should learn of a person, such as a diagnosis. The
+        sensitive: Columns whose values must stay secret of a person, such as a diagnosis. The
             report says how many different ones there are at least among rows that agree in all
-            quasi-identifiers (l-diversity). Both count rows: of somebody with ten rows, ten.
+            quasi-identifiers (l-diversity). Both count rows: a person with ten rows counts ten.
 
     Columns of numbers that the plan does not name are sealed as they are. A column of text or
-    bytes that it does not name is refused: text is where identities hide, so somebody must have
-    said :class:`Keep` on purpose.
+    bytes that it does not name is refused: text is where identities hide, so the plan must say
+    :class:`Keep` on purpose.
 
     Raises:
         ConfigError: Something else than an operator stands for a column, one is named twice among
@@ -73,10 +73,11 @@ class AnonymizationPlan:
                 raise ConfigError(f"{what} of an AnonymizationPlan are names of columns.")
             object.__setattr__(self, what, tuple(names))
         both = (*self.quasi_identifiers, *self.sensitive)
-        if len(set(both)) != len(both):
+        twice = next((name for name in both if both.count(name) > 1), None)
+        if twice is not None:
             raise ConfigError(
-                "an AnonymizationPlan has a column twice among quasi_identifiers and sensitive; "
-                "what somebody may know of a person is not what nobody should learn."
+                f"an AnonymizationPlan has column {twice!r} twice among quasi_identifiers and "
+                "sensitive: a column is one of them, and named once."
             )
         if self.sensitive and not self.quasi_identifiers:
             raise ConfigError(
@@ -223,7 +224,7 @@ class BoundPlan:
         return Applied(result, found)
 
     def _inspected(self, name: str, values: Sequence[Any], rule: Operator | None) -> Found:
-        # What may be sealed of a text; of a number, a part of it is nobody's.
+        # The part of a text that may be sealed; a part of a number identifies no person.
         prefix = isinstance(rule, Generalize) and rule.prefix is not None
         whole = prefix or isinstance(rule, Keep) or (rule is None and holds_text(values))
         if not whole and self._glance is not None:

@@ -72,7 +72,7 @@ class AnonymizationReport:
             if none are declared, or it cannot be known, see :attr:`unknown`.
         l_diversity: By sensitive column, different values in the class that has fewest.
         unknown: Why figures of all rows are missing, or empty.
-        salt: 32 random digits, so that nobody can test a guess of the report against its digest.
+        salt: 32 random digits, so that no guess of the report can be tested against its digest.
 
     It is of the rows at the time of the sealing. Rows that are erased later take the cover of
     others away.

@@ -33,8 +33,8 @@ class PrivacyBudget(Callback):
         BudgetExhaustedError: Training went on although it was asked to stop. The step that would
             have passed ``max_epsilon`` was not taken.
 
-    A module can replace callbacks in its ``configure_callbacks``, and then nobody looks at
-    ``max_epsilon``. What must hold whatever the module does is
+    A module can replace callbacks in its ``configure_callbacks``; ``max_epsilon`` is then not
+    checked. A budget that must hold whatever the module does is
     ``DPConfig(target_epsilon=)``, which the strategy enforces.
     """
 

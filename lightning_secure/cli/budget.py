@@ -247,10 +247,9 @@ def show(
 def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) -> None:
     """Begin a run's lost journal anew, and charge the steps that you declare.
 
-    Without its journal a run is not resumed, because nobody knows what was released after
-    CHECKPOINT was written. If you know how many steps were taken at most, for example from a log of
-    them, they are charged at the next fit. Declare too few, and every epsilon from then on is too
-    small.
+    Without its journal a run is not resumed, because releases made after CHECKPOINT was written are
+    unknown. If you know how many steps were taken at most, for example from a log of them, they are
+    charged at the next fit. Declare too few, and every epsilon from then on is too small.
     """
     with _reported():
         from lightning_secure.privacy.accounting.journal import restore_journal

@@ -86,8 +86,8 @@ def provider_of(value: Any, path: Path) -> KeyProvider:
     Args:
         value: The part: ``kind``, and the arguments of that kind of provider by their names. A
             passphrase, PIN or token is ``{env: NAME}``, ``{file: PATH}`` or ``prompt``.
-        path: The file it is from. Where it says more than which key file to use, whoever can write
-            it decides who may read and who is believed, so others must not be able to.
+        path: The file it is from. Where it says more than which key file to use, its writer
+            decides who may read and who is believed, so others must not be able to write it.
 
     Raises:
         ConfigError: A field is missing, unknown or of another type, or a secret itself stands

@@ -131,7 +131,7 @@ class SplitEntry(ColumnGroup):
         order: The names of all columns in the order of a sample's fields; empty without
             ``groups``.
         content: The content digest that the split had before its data keys were exchanged, as
-            stated by whoever exchanged them and compared the rows; None if they never were.
+            stated by the signer who exchanged them and compared the rows; None if they never were.
         subject_key: The key that makes subjects' ids into pseudonyms, under the partition key;
             None if the rows are not sealed by subject.
     """

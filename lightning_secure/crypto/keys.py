@@ -1,4 +1,4 @@
-"""Symmetric keys that do not leak by accident, and whoever guards the topmost one."""
+"""Symmetric keys that do not leak by accident, and the providers that guard the topmost one."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class WrappedKey:
 
 
 class UnwrapDeniedError(KeyUnavailableError):
-    """Whoever keeps the KEK lets this process wrap at most, which says nothing of the KEK."""
+    """The key service lets this process wrap at most, which says nothing of the KEK."""
 
 
 class KeyProvider(ABC):
@@ -329,7 +329,7 @@ class KeyProvider(ABC):
                 self.unwrap_any(wrapped, context=context)
             except UnwrapDeniedError:
                 denied = True
-            if denied:  # so is whoever's login is over, who cannot wrap either
+            if denied:  # so is a process whose login is over, which cannot wrap either
                 self.wrap_all(DataKey.generate(), context=context)
             self._require_kept()
 
@@ -352,8 +352,8 @@ class KeyProvider(ABC):
         """Destroy the current KEK for good, where that is in this provider's power.
 
         Returns:
-            Whether it was destroyed. False: this provider cannot, and whoever keeps the KEK can
-            still unwrap everything that was ever wrapped under it.
+            Whether it was destroyed. False: this provider cannot, and the KEK's holder can still
+            unwrap everything that was ever wrapped under it.
 
         Raises:
             KeyUnavailableError: It could be destroyed, and that failed.

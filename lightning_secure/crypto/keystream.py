@@ -1,4 +1,4 @@
-"""Random bytes that nobody can predict, fast: AES-256 in counter mode."""
+"""Unpredictable random bytes, fast: AES-256 in counter mode."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A shard opens only under the data key that the manifest names for it, and only if its header and
 all of its segments are the ones that the manifest's signer saw. So a shard that was exchanged,
-replayed from an older state, cut or rebuilt by somebody who merely may read is refused.
+replayed from an older state, cut or rebuilt by a mere reader is refused.
 
 What a manifest cannot show by itself is that it is the *newest* one. Pin ``min_generation`` or the
 manifest's digest where the storage administrator cannot write.

@@ -34,7 +34,7 @@ class PartitionKey:
 
     @classmethod
     def generate(cls, dataset_id: bytes, partition: str) -> Self:
-        """Make a fresh partition key that nobody has been given yet."""
+        """Make a fresh partition key that no recipient has yet."""
         return cls(DataKey.generate(), dataset_id=dataset_id, partition=partition)
 
     def wrapped_for(self, keys: KeyProvider) -> tuple[WrappedKey, ...]:

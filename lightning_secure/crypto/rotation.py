@@ -75,7 +75,7 @@ def without_recipient(
     if key_id not in known or key_id == keys.key_id:
         raise ConfigError(
             f"key {key_id!r} cannot be taken from partition {partition!r}: its recipients are "
-            f"{known}, and whoever removes one stays ({keys.key_id!r}). Nothing was changed."
+            f"{known}, and the caller's own key stays ({keys.key_id!r}). Nothing was changed."
         )
     return rekeyed(manifest, partition, keys=keys, recipients=recipients, without=[key_id])
 

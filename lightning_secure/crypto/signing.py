@@ -123,8 +123,8 @@ def open_envelope(
         return payload
     raise ManifestMismatchError(
         f"{what} carries no valid signature of a trusted key "
-        f"({', '.join(sorted(trusted)) or 'none is trusted'}): it was altered, or somebody else "
-        "wrote it. Nothing from it was used."
+        f"({', '.join(sorted(trusted)) or 'none is trusted'}): it was altered, or another "
+        "signer wrote it. Nothing from it was used."
     )
 
 

@@ -62,7 +62,7 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
     if ledger is None:
         raise LedgerError(
             f"checkpoint {str(path)!r} has no privacy ledger: it was not trained privately, or the "
-            "ledger was removed. Nobody knows what it reveals."
+            "ledger was removed. Its privacy loss is unknown."
         )
     return ledger
 

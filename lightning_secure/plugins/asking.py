@@ -83,7 +83,7 @@ def require_asked_to_read(strategy: Strategy, checkpoint_io: CheckpointIO) -> No
         return
     raise ConfigError(
         f"{type(strategy).__name__} has read a checkpoint itself and not asked "
-        f"{type(checkpoint_io).__name__}: nobody knows who wrote it, and it may have run code. "
+        f"{type(checkpoint_io).__name__}: its writer is unknown, and it may have run code. "
         "What is in the module now was not trained, evaluated or saved. Make the module anew, with "
         "load_encrypted_checkpoint and without ckpt_path. "
         f"{_BY_ITSELF.format(method='load_checkpoint')}"

@@ -60,7 +60,7 @@ def strict() -> bool:
 
 
 def count(rule: str, times: int = 1) -> None:
-    """Count a finding, if somebody said in what.
+    """Count a finding for the sink that is being redacted, if one is named.
 
     Args:
         rule: What was recognised, or ``<what>-failed`` for what could not be checked.
@@ -112,7 +112,7 @@ def _announce(chosen: Any) -> None:
                 )
             del waiting[sink, rule]
     finally:
-        if waiting:  # somebody could not record it
+        if waiting:  # a listener could not record it
             with _LOCK:
                 _told.subtract(waiting)
                 _due.update(waiting)

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def account_of(module: Module) -> Ledger | None:
-    """Return the account of a module's weights; one without a release binds nobody to anything."""
+    """Return the account of a module's weights; None for a ledger without releases."""
     ledger = ledger_of(module)
     if ledger is not None and not ledger.releases:
         drop_ledger(module)

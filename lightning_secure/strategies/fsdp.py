@@ -79,8 +79,9 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the processes; ``device_mesh["data_parallel"]`` is all of them.
 
-        Weights are gathered by the connection that everything else goes by, so that nobody waits
-        for them longer than ``timeout``: the groups of Lightning's own mesh have a time of theirs.
+        Weights are gathered by the connection that everything else goes by, so that no process
+        waits for them longer than ``timeout``: the groups of Lightning's own mesh have a time of
+        theirs.
         """
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()

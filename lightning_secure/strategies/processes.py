@@ -167,8 +167,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             seed = seed_of_rank(self.config.insecure_seed, self.global_rank)
             self._randomness = FreshRandomness(seed, stream=1)
             connector = trainer._data_connector
-            # Otherwise Lightning puts a sampler of its own in the place of the user's, and nobody
-            # can tell any more whether that drew all rows alike.
+            # Otherwise Lightning puts a sampler of its own in the place of the user's, and whether
+            # the user's drew all rows alike can no longer be checked.
             vars(connector)["_prepare_dataloader"] = partial(_as_it_is, connector)
             signals = trainer._signal_connector
             vars(signals)["_sigterm_notifier_fn"] = partial(_note_sigterm, signals)
@@ -216,8 +216,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             return
         with self._together():
             read = read_rows(loader)
-        everyone = answered(lambda: gathered((described.indices, read, rows)))
-        indices, reads, counts = zip(*everyone, strict=True)
+        by_rank = answered(lambda: gathered((described.indices, read, rows)))
+        indices, reads, counts = zip(*by_rank, strict=True)
         if not found:
             apart, places = rows_apart(reads)
             if apart:

@@ -29,8 +29,8 @@ def register_strategies(config: DPConfig, **options: Any) -> None:
             process; a later call replaces it.
         options: Further arguments of the strategies, such as ``public_metrics``.
 
-    There is no default: how much may be revealed is for whoever answers for the rows to say, where
-    it can be read and reviewed. Without it the names raise an error that says so. In a file of
+    There is no default: the data's owner decides how much may be revealed, where it can be read
+    and reviewed. Without it the names raise an error that says so. In a file of
     LightningCLI, name the class instead: ``class_path: lightning_secure.PrivateStrategy``, with
     ``config`` among its ``init_args``.
 

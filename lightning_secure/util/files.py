@@ -52,7 +52,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         OSError: It cannot be opened, or it is a pipe, a device or a folder: reading such a thing
             could wait for ever or never end.
     """
-    # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+    # Without O_NONBLOCK, opening a pipe waits until a process writes to it.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         require_regular(fd)
@@ -102,7 +102,7 @@ def make_private_directories(path: Path) -> None:
     """Make ``path`` and its missing parents, each with mode 0700.
 
     ``Path.mkdir(parents=True, mode=0o700)`` gives only the last one that mode, and leaves the
-    others open to whoever may rename what lies in them. Directories that exist are left as they
+    others open to users who may rename what lies in them. Directories that exist are left as they
     are.
 
     Raises:
@@ -185,7 +185,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
     Raises:
         OSError: It cannot be opened, or it is a link, a pipe, a device or a folder: through a link,
-            a file would be made wherever somebody wants one.
+            a file would be made wherever the link's author wants one.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     owner = os.getpid()

@@ -116,8 +116,8 @@ class ExternalKeyProvider(KeyProvider):
     def create_derivation_key(self, path: PathLike) -> None:
         """Make a fresh key for :meth:`derive`, and write it, wrapped under the KEK, to a new file.
 
-        The file is no secret, but losing it changes all pseudonyms made from now on. Everybody who
-        should get the same pseudonyms needs the same file, and a KEK that opens it.
+        The file is no secret, but losing it changes all pseudonyms made from now on. To get the
+        same pseudonyms elsewhere, use the same file there, and a KEK that opens it.
 
         Raises:
             ConfigError: ``path`` exists. It is never overwritten.

@@ -1,4 +1,4 @@
-"""Public-key recipients: whoever seals cannot open."""
+"""Public-key recipients: the sealer cannot open."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class HpkePublicKey:
 
         Raises:
             ConfigError: It is not a recipient's public key.
-            KeyUnavailableError: The file is missing, or can be written by anyone but its owner.
+            KeyUnavailableError: if the file is missing, or others than its owner can write it.
         """
         kem, data = read_public(item)
         if _PUBLIC_BYTES.get(kem) != len(data):
@@ -104,8 +104,8 @@ class HpkePrivateKey:
         path: A file made by :meth:`generate`.
 
     Raises:
-        KeyUnavailableError: The file is missing, is not a private key, or can be read or written by
-            anyone but its owner.
+        KeyUnavailableError: if the file is missing, is not a private key, or others than its owner
+            can read or write it.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -179,9 +179,9 @@ class HpkeKeyProvider(ExternalKeyProvider):
     HPKE (RFC 9180) in base mode, HKDF-SHA256 and AES-256-GCM, with X25519 or with ML-KEM-768 and
     X25519 together; its ``info`` is the context, the recipient and the signer. Base mode tells
     nothing about the sender, and public keys are public: so the sealer signs the message, and
-    nobody else can put a key of their own in its place.
+    no other party can put a key of its own in its place.
 
-    Everybody who opens must trust the sealer: pass its public key as ``trusted``.
+    Every recipient must trust the sealer: pass its public key as ``trusted``.
     """
 
     def __init__(

@@ -46,11 +46,11 @@ class SigningKey:
         path: A file made by :meth:`generate`.
 
     Raises:
-        KeyUnavailableError: The file is missing, is not a signing key, or can be read or written by
-            anyone but its owner.
+        KeyUnavailableError: if the file is missing, is not a signing key, or others than its owner
+            can read or write it.
 
-    Whoever seals has one. Whoever reads needs its public half alone, as text or in the file beside
-    it, and takes it from where the storage administrator cannot write.
+    A sealer has one. A reader needs its public half alone, as text or in the file beside it, and
+    takes it from where the storage administrator cannot write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -129,11 +129,11 @@ def read_public(item: str | os.PathLike[str]) -> tuple[str, bytes]:
 
     Raises:
         ConfigError: It is not a public key.
-        KeyUnavailableError: The file is missing, or can be written by anyone but its owner.
+        KeyUnavailableError: if the file is missing, or others than its owner can write it.
     """
     text = item if isinstance(item, str) else ""
     if not _PUBLIC.fullmatch(text):
-        # Not secret; but whoever can write it decides who may read, or who is believed.
+        # Not secret; but its writer decides who may read, or who is believed.
         data = read_file(Path(item), what="public key file", forbidden=0o022)
         text = data.decode("ascii", errors="replace").strip()
     match = _PUBLIC.fullmatch(text)

@@ -66,8 +66,8 @@ def read_record(
         advice: What to do if it is missing.
 
     Raises:
-        KeyUnavailableError: It is missing, is not of that kind, or can be read or written by anyone
-            but its owner.
+        KeyUnavailableError: if the file is missing, is not of that kind, or others than its owner
+            can read or write it.
     """
     data = read_file(path, what=what, forbidden=0o077, advice=advice)
     record: dict[str, Any] = {}
@@ -97,8 +97,8 @@ def read_file(path: Path, *, what: str, forbidden: int, advice: str = "") -> byt
 
     Raises:
         ConfigError: ``path`` has a NUL character.
-        KeyUnavailableError: It is missing, too long, not a regular file, not its owner's alone, or
-            belongs to somebody else.
+        KeyUnavailableError: if the file is missing, too long, not a regular file, not its owner's
+            alone, or another user's.
     """
     try:
         fd = os.open(as_path(path, what=what), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -124,7 +124,7 @@ def _require_private(path: Path, status: os.stat_result, what: str, forbidden: i
         raise KeyUnavailableError(
             f"{what} {str(path)!r} has mode {stat.S_IMODE(status.st_mode):04o}: others than its "
             "owner can use it, so it cannot be trusted. No key was read. Take the bits "
-            f"{status.st_mode & forbidden:04o} away if nobody else had access, otherwise rotate "
+            f"{status.st_mode & forbidden:04o} away if no other user had access, otherwise rotate "
             "to a new key."
         )
     if status.st_uid not in (os.geteuid(), 0):

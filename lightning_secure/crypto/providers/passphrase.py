@@ -42,7 +42,7 @@ def seal_with_passphrase(
     """
     if len(passphrase) < MIN_CHARACTERS:
         raise ConfigError(
-            f"the passphrase has fewer than {MIN_CHARACTERS} characters, and whoever copies the "
+            f"the passphrase has fewer than {MIN_CHARACTERS} characters: a thief of the "
             "file can try all short ones. No key was made."
         )
     kdf = {"name": "argon2id", "salt": b64encode(os.urandom(_SALT_BYTES)), **_DEFAULT}

@@ -45,7 +45,7 @@ class EnvironmentSecret:
 class FileSecret:
     """Reads a secret from a file with mode 0600 or 0400, each time it is needed.
 
-    Whoever refreshes it, for example an agent that renews tokens, replaces the file. White space
+    To refresh the secret, replace the file, as an agent that renews tokens does. White space
     around the secret is left out.
 
     Raises:

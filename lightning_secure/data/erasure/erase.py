@@ -1,12 +1,12 @@
 """Erasing rows by destroying their keys, and saying honestly whether that was enough.
 
-A row is gone when nobody can obtain the key of its shard. Taking the key out of the manifest is not
+A row is gone when the key of its shard is lost to all. Taking the key out of the manifest is not
 enough: an old copy of the manifest holds it still, under a partition key that the same copy holds
 under the recipients' own keys. So after everything that can be done was done, the old manifest is
 tried with every key that is left, and the report says what came of it.
 
-Weights that were trained on the rows are not erased. Nor are copies that somebody made of the rows,
-or of a key, nor what older manifests hold under keys of their time.
+Weights that were trained on the rows are not erased. Nor are copies made of the rows or of a key,
+nor what older manifests hold under keys of their time.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def erase_shard(
         retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can,
             and only once ``rotate_kek_to`` was seen to open the new manifest. Everything else
             under the key, other datasets and checkpoints too, is lost.
-        min_generation: The oldest generation that is erased from. If somebody put an older one in
-            its place, nothing is erased.
+        min_generation: The oldest generation that is erased from. If an older one was put in its
+            place, nothing is erased.
         manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Returns:
@@ -146,8 +146,8 @@ def erase_subject(
     def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:
         if entry.subject_key is None:
             raise ConfigError(
-                f"split {split!r} was not sealed with subject_column=, so nobody can tell whose "
-                "rows are where. Nothing was erased."
+                f"split {split!r} was not sealed with subject_column=, so the subject's rows "
+                "cannot be found. Nothing was erased."
             )
         key = manifest.open_partition(entry.partition, keys).open_subject_key(entry.subject_key)
         pseudonym = SubjectPseudonyms(key)(subject)

@@ -37,7 +37,7 @@ def finish_erasure(
             destroyed now, once ``keys`` was seen to open the manifest in place.
         recipients: All other recipients, to be tried on the old manifest.
         old_is_gone: Ends it without ``old``, although it was to destroy that key and did not write
-            down that it had; after a crash right behind that, nobody can give the key any more.
+            down that it had; after a crash right behind that, the key is gone and cannot be given.
         min_generation: The oldest generation that is accepted as the manifest in place.
         manifest_digest: The only manifest that is.
 
@@ -48,8 +48,8 @@ def finish_erasure(
     Raises:
         ConfigError: No erasure is unfinished, it did not get so far that rows were erased, ``old``
             is not the key that it was begun with, or is missing and was to be destroyed.
-        IntegrityError: The record of it was altered, or is not by somebody whom ``keys`` or
-            ``old`` trusts.
+        IntegrityError: if the record of it was altered, or its signer is trusted neither by
+            ``keys`` nor by ``old``.
         AuditWriteError: A listener could not record it. It is still unfinished.
     """
     folder = folder_of(root)

@@ -147,8 +147,8 @@ class UnfinishedErasure:
     def settle(cls, root: Path, keys: KeyProvider) -> None:
         """Remove the record of an erasure that did not happen. Hold the rotation lock.
 
-        Rotations do so before they rename shards: afterwards nobody could tell. A record that was
-        half written goes too: it is a copy of the manifest of then, of which none should stay.
+        Rotations do so before they rename shards: afterwards the record could not be judged. A
+        half-written record goes too: it is a copy of an old manifest, of which none should stay.
         """
         with contextlib.suppress(OSError):
             for path in root.glob(f".{RECORD_NAME}.*.tmp"):

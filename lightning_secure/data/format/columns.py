@@ -158,8 +158,8 @@ class Schema:
         """Parse what :meth:`to_json` wrote.
 
         Raises:
-            IntegrityError: The value does not describe columns: whoever signed it was not this
-                package, or not well.
+            IntegrityError: if the value does not describe columns: its signer was not this
+                package, or was at fault.
         """
         types = {"name": str, "kind": str, "dtype": str, "shape": list}
         schema = None
@@ -261,8 +261,8 @@ def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dic
     Tensors are views of ``plaintext``, which they keep alive; strings and bytes are copies.
 
     Raises:
-        ShardCorruptedError: The plaintext is not what :func:`encode_segment` makes of this schema
-            and so many records: whoever sealed it was not this package, or not well.
+        ShardCorruptedError: if the plaintext is not what :func:`encode_segment` makes of this
+            schema and so many records: its sealer was not this package, or was at fault.
     """
     result: dict[str, ColumnData] = {}
     position = 0

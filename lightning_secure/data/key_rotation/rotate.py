@@ -71,7 +71,7 @@ def add_recipient(
         keys: Opens it, and signs the new manifest.
         recipient: Is asked to wrap the partition's key.
         min_generation: The oldest generation that is changed. Each change is made of the manifest
-            that is in place under the lock; if somebody put an older one there, it is refused.
+            that is in place under the lock; if that is an older one, put back, it is refused.
         manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:

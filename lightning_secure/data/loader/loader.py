@@ -58,8 +58,8 @@ class EncryptedLoader:
         transform: Applied to each batch, by the thread that iterates, and on the device.
         device: A CUDA device to copy batches to ahead of time. Others mean nothing here.
         num_workers: Worker processes of :meth:`random_access`; nothing else has any.
-        trained_batches: Says how many batches of the epoch were trained on, where somebody knows
-            better than that all that were handed out were.
+        trained_batches: Returns how many batches of the epoch were trained on. By default, all
+            that were handed out count as trained on.
 
     Raises:
         ConfigError: An argument is wrong.
@@ -171,7 +171,7 @@ class EncryptedLoader:
             current.handed_out += 1
             yield batch if self._transform is None else self._transform(batch)
             del batch
-        # Without anybody who tells the epoch, the next pass is the next one.
+        # Unless the Trainer tells the epoch, the next pass is the next one.
         self._epoch = current.epoch + 1
 
     @property

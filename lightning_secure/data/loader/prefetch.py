@@ -141,7 +141,7 @@ class Pipeline:
         groups = [group for group in self._line.groups() if self._wanted(group.start, group.stop)]
         opened: deque[tuple[Group, list[Future[OpenShard]]]] = deque()
         for index in range(len(groups)):
-            # One group ahead, so that nobody waits when its turn comes.
+            # One group ahead, so that the reader need not wait when its turn comes.
             for group in groups[index + len(opened) : index + 2]:
                 futures = [executor.submit(self._shards.reader, int(s)) for s in group.shards]
                 opened.append((group, futures))

@@ -46,7 +46,7 @@ def open_or_start(
             was pinned, or there is none where one was.
     """
     pins = pins or Pins()
-    reason, signer = None, keys.signer  # whoever may only read is refused before a row is taken
+    reason, signer = None, keys.signer  # a mere reader is refused before a row is taken
     try:
         if not (root / MANIFEST_NAME).exists():
             pins.check(None, root)  # before a folder is made there
@@ -141,7 +141,7 @@ def commit_splits(
 
 
 def _require_openable(manifest: Manifest, new: NewSplit, keys: KeyProvider) -> None:
-    """Refuse a split that nobody could read, and say so while its source may still be there."""
+    """Refuse a split that could never be read, while its source may still be there."""
     reason = ""
     try:
         name = new.entry.partition

@@ -165,7 +165,7 @@ class Journal:
         return left
 
     def _opened(self) -> int:
-        # Without O_NONBLOCK, opening a pipe waits until somebody reads from it.
+        # Without O_NONBLOCK, opening a pipe waits until a process reads from it.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         reason = None
         try:
@@ -203,8 +203,8 @@ def collect_garbage(
             longest one takes. What a rotation left is known and removed at any age. A folder in
             which an interrupted sealing waits to be resumed is left alone: go on with it, or start
             anew with ``resume=False``.
-        min_generation: The oldest generation that says which files are named. If somebody put an
-            older one in its place, the shards that only the newer ones name are left alone.
+        min_generation: The oldest generation that says which files are named. If an older one was
+            put in its place, the shards that only the newer ones name are left alone.
         manifest_digest: The only manifest that does, as SHA-256 in hexadecimal.
 
     Returns:

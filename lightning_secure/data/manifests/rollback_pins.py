@@ -1,7 +1,7 @@
-"""What somebody keeps outside of the storage about a manifest, and whether one agrees with it.
+"""Pins against roll-backs: facts about a manifest, kept outside the storage, and their comparison.
 
-A manifest cannot show that it is the newest: whoever may write to the storage can put an older,
-complete state back, signed by the right key. Readers and writers compare it with what they know.
+A manifest cannot show that it is the newest: a writer to the storage can put an older, complete
+state back, signed by the right key. Readers and writers compare it with what they know.
 """
 
 from __future__ import annotations

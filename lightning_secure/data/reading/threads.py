@@ -21,5 +21,5 @@ def threads_to_use(asked: int | None) -> int:
     if asked is None:
         return min(_MOST, len(os.sched_getaffinity(0)))
     if asked < 1:
-        raise ConfigError(f"threads={asked} is not positive: somebody must decrypt.")
+        raise ConfigError(f"`threads` must be at least 1, got {asked}.")
     return asked

@@ -68,7 +68,7 @@ def _opener(source: Any) -> _Opener:
         return _Opener(lambda value: ArraySource({"x": value}))
     if isinstance(source, Mapping):
         return _Opener(ArraySource)
-    # Only somebody who imported them can have made one.
+    # Only a caller who imported them can have made one.
     if (pandas := sys.modules.get("pandas")) and isinstance(source, pandas.DataFrame):
         from lightning_secure.data.sources.tables import pandas_source
 

@@ -103,7 +103,7 @@ class Checksum:
     """A fast sum of many byte strings, to see that a source is the one it was.
 
     It is there against mistakes, at the speed of memory where SHA-256 would take longer than the
-    encryption: whoever may choose the source can have sealed what they like, so nobody gains by
+    encryption. The caller who chooses the source can seal any rows, and so gains nothing by
     two sources with one sum. Manifest and journal hold a keyed digest of it and never itself.
 
     Source:

@@ -57,7 +57,7 @@ class RemoteStorage:
         timeout: How long one request of up to ``range_bytes`` may take, in seconds, where fsspec's
             file system is asynchronous, as those of S3 and HTTP are.
         insecure_allow_http: Whether the storage may be spoken to without TLS, or without checking
-            its certificate. Anybody on the line can then take the credentials.
+            its certificate. An attacker on the network can then take the credentials.
 
     Raises:
         ConfigError: The URL is not accepted, or a number is not positive.
@@ -217,7 +217,7 @@ class RemoteStorage:
             raise StorageError(f"{name!r} did not arrive whole at {self._url!r}.")
 
     def put(self, name: str, data: bytes, *, replacing: str | None) -> bool:
-        """Write a small object if nobody else wrote it meanwhile.
+        """Write a small object unless another writer changed it meanwhile.
 
         Args:
             name: Path below the root.

@@ -71,8 +71,8 @@ def check_url(url: str, *, insecure_allow_http: bool) -> str:
     protocol = protocol.lower()
     if "::" in url:
         raise ConfigError(
-            "a chained URL such as simplecache::s3://... is not accepted: its copies would be "
-            "checked by nobody. Pass cache=CiphertextCache(...). Nothing was opened."
+            "a chained URL such as simplecache::s3://... is not accepted: its copies would not be "
+            "checked. Pass cache=CiphertextCache(...). Nothing was opened."
         )
     if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
         raise ConfigError(

@@ -82,16 +82,16 @@ def upload_split(
             time. What was sent is in no manifest, unless the last answer got lost.
 
     The pins are of what lies there; the folder here is taken as it is, so look at its generation
-    first where somebody else may write to it. All groups of columns go together, with the keys of
+    first where other users may write to it. All groups of columns go together, with the keys of
     their partitions as they are wrapped here.
     Before anything is sent, size, header and all tags of each shard are compared with the manifest;
-    ciphertext that was damaged under an intact tag shows to whoever has the key. A shard that is
+    ciphertext that was damaged under an intact tag shows when a reader decrypts. A shard that is
     there already, and passes the same comparison, is left as it is: it is read instead of written.
     Each other is sent whole, and the manifest after them, so a reader sees the split as it was or
     as it is. The manifest is replaced only if it is still the one that was read; where the storage
     offers no such condition, or ignores it, two writers at once can lose one's split, see
-    :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and nobody
-    reads; on S3 also parts of an upload, which a life-cycle rule removes.
+    :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and no reader
+    opens; on S3 also parts of an upload, which a life-cycle rule removes.
     """
     storage = open_storage(root, storage_options=storage_options)
     if not isinstance(storage, RemoteStorage):

@@ -51,7 +51,7 @@ class SplitLayout:
         #: The partitions, the split's own first.
         self.partitions = tuple(dict.fromkeys([split, *self._partition_of.values()]))
         self._keys: dict[str, PartitionKey] = {}
-        #: Each partition's key, wrapped for whoever seals.
+        #: Each partition's key, wrapped for the sealer.
         self.wrapped: dict[str, tuple[WrappedKey, ...]] = {}
         self._pseudonyms: SubjectPseudonyms | None = None
         self._subject_key: bytes | None = None
@@ -103,7 +103,7 @@ class SplitLayout:
         if missing := self._partition_of.keys() - set(schema.names):
             raise DataError(
                 f"column_keys names {sorted(missing)}, which the rows do not have: a renamed "
-                "column would be sealed under everybody's key. Nothing of this call was sealed."
+                "column would be sealed under the split's key. Nothing of this call was sealed."
             )
         columns: dict[str, list[Column]] = {name: [] for name in self.partitions}
         for column in schema.columns:

@@ -1,9 +1,9 @@
 """How far a sealing got, so that one that was killed can go on.
 
 Each line of the journal is a DSSE envelope, signed like a manifest but as a type of its own, and
-names the digest of the line before. Nothing is believed that the sealer did not sign: whoever may
-write to the storage can cut lines off, which costs time and no row, and nothing else. Of the source
-it holds a keyed digest only, so that nobody can test a guess of the plaintext against it.
+names the digest of the line before. Nothing is believed that the sealer did not sign: a writer to
+the storage can cut lines off, which costs time and no row, and nothing else. Of the source the
+journal holds a keyed digest only, so that no guess of the plaintext can be tested against it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _FIELDS: Final = {
 def source_mark(partition: PartitionKey, source_id: str) -> str:
     """Return what stands for a source in journal and manifest: HMAC-SHA256, in hexadecimal.
 
-    Its key is derived from the split's random partition key, so the mark says nothing to whoever
-    cannot read the rows anyway.
+    Its key is derived from the split's random partition key, so the mark tells nothing to those
+    who cannot read the rows anyway.
     """
     key = partition.subkey("sealing-source").derive(info=b"lsec/v1/source-mark")
     return hmac.digest(key, source_id.encode(), hashlib.sha256).hex()
@@ -270,7 +270,7 @@ def _open_locked(path: Path) -> int:
                 f"split {path.parent.name!r} of {str(path.parent.parent)!r} is being sealed by "
                 "another process or writer. Nothing was done."
             ) from None
-        # Whoever held the lock before may have removed the file between our opening and locking.
+        # The lock's last holder may have removed the file between our opening and locking.
         if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
             return fd
         os.close(fd)

@@ -106,7 +106,7 @@ class ShardQueue:
         return tuple(self.entries)
 
     def stop(self) -> list[ShardEntry]:
-        """Wait for what runs, begin nothing more, and return the shards that nobody was told of.
+        """Wait for running work, begin nothing more, and return the shards not yet reported.
 
         Those that are done together with all before them are taken as always.
         """

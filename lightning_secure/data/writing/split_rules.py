@@ -44,7 +44,7 @@ class SplitByRatio(SplitRule):
         ratios: Share of each split; they add up to 1.
         seed: The same seed gives the same splits of the same source.
         group: A column, for example a patient's number. Rows that agree in it go to one split, so
-            that nobody is both trained and tested on.
+            that no patient is both trained and tested on.
 
     Raises:
         ConfigError: The shares are not positive or do not add up to 1, or a name is no split's.

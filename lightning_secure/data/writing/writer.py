@@ -67,9 +67,9 @@ class EncryptedShardWriter:
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
             Those whose names begin with ``encrypted.`` are seen by readers of the split only.
-        min_generation: The oldest generation of the dataset that is built on. One that somebody
-            put an older state in place of is refused, when the sealing begins and again, under the
-            lock, when the split is put into the manifest.
+        min_generation: The oldest generation of the dataset that is built on. An older state, put
+            back in its place, is refused when the sealing begins and again, under the lock, when
+            the split is put into the manifest.
         manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the split is sealed in before it is sent, see
@@ -85,8 +85,8 @@ class EncryptedShardWriter:
         StorageError: A remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
-    until then, and for good after an error or a crash, they are in no manifest and nobody reads
-    them. No plaintext is written at any time.
+    until then, and for good after an error or a crash, they are in no manifest and cannot be
+    read. No plaintext is written at any time.
 
         with EncryptedShardWriter("shards", split="train", keys=keys) as writer:
             for row in rows:
@@ -127,8 +127,8 @@ class EncryptedShardWriter:
             raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
         if resume and source_id is None:
             raise ConfigError(
-                "resume=True needs source_id=, which names the state of the source: without it "
-                "nobody can tell whether the remaining rows belong to those that are sealed."
+                "resume=True needs source_id=, which names the state of the source: without it the "
+                "remaining rows cannot be matched with those that are sealed."
             )
         self._layout = SplitLayout(split, column_keys or {}, subject_column)
         if source_id is not None and not self._layout.plain:
@@ -272,8 +272,8 @@ class EncryptedShardWriter:
 
         Raises:
             DataError: There is no row. The dataset is as it was.
-            KeyUnavailableError: The key was destroyed meanwhile, or cannot be used now, so nobody
-                could read the split. The dataset is as it was: keep the source.
+            KeyUnavailableError: if the key was destroyed meanwhile, or cannot be used now, so that
+                the split could not be read. The dataset is as it was: keep the source.
             ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
             ManifestMismatchError: The manifest in place is not what was pinned, or an older one
                 than this writer has seen. It was left as it is.

@@ -1,6 +1,6 @@
 r"""A run's own count of its releases, on the disk before each of them.
 
-A checkpoint holds the account of the run as it was then. If the run went on, and somebody resumes
+A checkpoint holds the account of the run as it was then. If the run went on, and is then resumed
 from that checkpoint, what happened since has been released and is missing from the account. So one
 file a run, which all its branches share, holds how much was released in all.
 

@@ -1,4 +1,4 @@
-"""The numbers of a run that everybody may know."""
+"""The numbers of a run that are public."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class OneRunAudit:
     Args:
         canaries: Rows made for the purpose, in the form of the dataset's own; hundreds of them, of
             which the model will learn as much as possible: inputs like no other, wrong labels. They
-            must not be anybody's: reports say something about them.
+            must not be a real person's: reports say something about them.
         included: Which of them are, if another process of the same run has tossed the coins. By
             default the operating system tosses them.
 

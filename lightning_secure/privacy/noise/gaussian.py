@@ -41,8 +41,8 @@ class GaussianNoise:
     def __init__(self, seed: int | None = None, *, secure: bool = False) -> None:
         if secure and seed is not None:
             raise ConfigError(
-                "secure_noise contradicts insecure_seed: noise from a seed can be subtracted by "
-                "whoever knows it."
+                "secure_noise contradicts insecure_seed: noise from a known seed can be "
+                "subtracted. Leave one of them out."
             )
         self._seed = seed
         self._secure = secure

@@ -37,7 +37,7 @@ class Chargeable(Protocol):
 
 @runtime_checkable
 class ChargesAccount(Protocol):
-    """A metric that needs somebody to pay for it; a private strategy pays for its module's."""
+    """A metric whose releases are charged to an account; a private strategy names its own."""
 
     def charge_to(self, account: Chargeable) -> None:
         """Charge this account, unless another one was chosen before."""
@@ -117,7 +117,7 @@ class PrivateSum:
         noise_multiplier: Standard deviation of the noise, in units of what one row can change.
         public_rows: Number of rows to divide by, if it is public. Otherwise the number is released
             as well, with the same noise multiplier, and both are charged.
-        known: Whether somebody may know the noise. It is charged as none.
+        known: Whether the noise may be known to others. It is charged as none.
 
     Raises:
         ConfigError: A number is out of range.
@@ -179,7 +179,7 @@ class PrivateSum:
         account.charge(self.cost)
         noised = noise.add_(torch.stack([total, count.to(total)]), std=self.noise_multiplier)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Noise of their own on each rank would be averaged away by whoever sees them all.
+            # Noise of their own on each rank could be averaged away by an observer of them all.
             torch.distributed.broadcast(noised, 0)
         rows = noised[1].clamp(1)
         if self.public_rows is not None:

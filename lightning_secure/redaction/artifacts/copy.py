@@ -1,4 +1,4 @@
-"""Redacting files before they are handed to somebody who keeps them."""
+"""Redacting files before they are handed to a store that keeps them."""
 
 from __future__ import annotations
 

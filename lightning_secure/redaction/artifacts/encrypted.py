@@ -118,8 +118,8 @@ def decrypt_artifacts(
         target: A folder that does not exist yet, or is empty.
         keys: Release the keys.
         insecure_copy_others: Also copy the files that are not encrypted, as MLflow needs it to load
-            a model. Nothing authenticates them, and MLflow runs code that they name: whoever can
-            write to the artifact store could then run code here.
+            a model. Nothing authenticates them, and MLflow runs code that they name: a writer to
+            the artifact store could then run code here.
 
     Returns:
         The files that were written, which have their own names again.

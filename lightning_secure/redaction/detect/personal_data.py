@@ -180,8 +180,8 @@ class PersonalDataDetector:
     name, such as "BSN".
 
     Not found: names, places, addresses, dates of birth; a telephone number of bare digits that
-    neither begins with 0 nor has such a word before it. Left alone: loopback addresses, which are
-    nobody's.
+    neither begins with 0 nor has such a word before it. Left alone: loopback addresses, which
+    identify no person.
 
     Raises:
         ConfigError: A region is not known.

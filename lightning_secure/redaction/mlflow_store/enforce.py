@@ -37,7 +37,7 @@ def enforce_mlflow_redaction(
     insecure_allow_binaries: bool = False,
     insecure_allow_http: bool = False,
 ) -> None:
-    """Redact everything that this process tracks with MLflow from here on, whoever tracks it.
+    """Redact everything that this process tracks with MLflow from here on, by any caller.
 
     Args:
         redactor: Takes things out in addition to the default one, and to those of earlier calls.
@@ -53,10 +53,10 @@ def enforce_mlflow_redaction(
             an unchecked certificate. Stores that exist already are not asked.
 
     Every tracking store, model registry store and artifact repository of the process is made a
-    redacting one: those that exist already, whoever holds them, and those that MLflow will make,
-    for every scheme. It holds for the logger, for ``mlflow.log_*`` and autologging, for every
+    redacting one: those that exist already, wherever they are held, and those that MLflow will
+    make, for every scheme. It holds for the logger, for ``mlflow.log_*`` and autologging, for every
     ``MlflowClient`` and for traces. It can be called as often as one likes, and cannot be undone:
-    a redactor is added, never replaced. Methods that nobody has classified raise
+    a redactor is added, never replaced. Unclassified methods raise
     :class:`RedactionError`. MLflow's telemetry and its export of traces over OTLP are switched off.
     What is taken out or left out is announced as ``redaction``, with the sink, the rule and how
     often, so that :class:`~lightning_secure.AuditTrail` records it before the rest is sent.
@@ -131,7 +131,7 @@ def _take_over() -> None:
     artifacts: Any = artifact_repository_registry._artifact_repository_registry
     artifacts.__class__ = _redacting_artifact_registry(type(artifacts))
     tracking._artifact_repos_cache.clear()
-    # Somebody may hold one that was made before.
+    # Other code may hold one that was made before.
     for value in gc.get_objects():
         kind = type(value)  # not isinstance(): that would ask the object, which may be a proxy
         if issubclass(kind, TrackingStore | ModelRegistryStore | WorkspaceStore):

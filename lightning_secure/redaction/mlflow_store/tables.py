@@ -70,8 +70,8 @@ CHECKED: Final = words(
     "get_default_workspace get_workspace list_workspaces resolve_artifact_root"
 )
 
-#: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: nobody has
-#: said yet what in them may be stored.
+#: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: what may be
+#: stored of them is not classified.
 REFUSED: Final = words(
     "add_guardrail_to_endpoint add_items_to_review_queue archive_traces attach_model_to_endpoint "
     "create_budget_policy create_endpoint_binding create_gateway_endpoint "

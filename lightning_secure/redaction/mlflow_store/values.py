@@ -225,7 +225,7 @@ class Policy:
         """Return whatever a method is given, redacted; entities stay entities.
 
         Raises:
-            RedactionError: It is of a type that nobody has classified.
+            RedactionError: if its type is not classified.
         """
         if type(value) is list and known_clean(given := value[:], self.redactors):
             return given
@@ -267,7 +267,7 @@ class Policy:
         if kept is None or not type(value).__module__.startswith("mlflow.entities"):
             raise RedactionError(
                 f"an entity of type {type(value).__name__} cannot be checked for secrets and "
-                "personal data, because nobody has said yet what is in it. Nothing was sent."
+                "personal data, because its fields are not classified. Nothing was sent."
             )
         clean = copy.copy(value)
         name = str(getattr(value, "key", None) or getattr(value, "name", None) or "")

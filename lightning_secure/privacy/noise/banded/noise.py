@@ -32,8 +32,8 @@ class BandedNoise:
             ``Z`` is so many times wider than ``noise_multiplier`` says, so that the whole run is
             one Gaussian mechanism of that noise multiplier.
 
-    The last ``bands - 1`` rows are held in memory, each as large as the parameters. Whoever has
-    them can take the noise off the next gradient, so they are in no checkpoint and cannot be
+    The last ``bands - 1`` rows are held in memory, each as large as the parameters. With
+    them the noise can be taken off the next gradient, so they are in no checkpoint and cannot be
     pickled: a run that is resumed begins a new mechanism, with a charge of its own.
 
     Raises:
@@ -113,6 +113,6 @@ class BandedNoise:
 
     def __reduce__(self) -> NoReturn:
         raise PrivacyError(
-            "noise that is still to be taken back cannot be copied or pickled: whoever has it can "
-            "take it off the gradients."
+            "noise that is still to be taken back cannot be copied or pickled: the copy's holder "
+            "could take it off the gradients."
         )
