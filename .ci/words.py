@@ -1,4 +1,4 @@
-"""Refuse words that hide the subject of a sentence: name the user, the caller, the attacker.
+"""Hold two rules of language: no word that hides the party, and ``Raises: X: if ...``.
 
 Usage: ``python .ci/words.py [FILE ...]``. Without files, reads the tracked Python, Markdown and
 TOML files of the package, docs, examples, benchmarks and of the root folder.
@@ -20,6 +20,8 @@ FORBIDDEN = {
     "everybody everyone": "say which: all readers, all ranks",
     "anybody anyone": "say which: an attacker, other users",
 }
+#: An entry of a docstring's ``Raises:`` that does not state its condition.
+RAISES = re.compile(r"^\s{4,}[A-Z]\w*Error: (?!if\b)")
 PLACES = ("lightning_secure", "docs", "examples", "benchmarks", ".ci")
 SUFFIXES = (".py", ".md", ".toml")
 
@@ -36,13 +38,15 @@ def tracked() -> Iterator[Path]:
 
 
 def findings(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a line ``file:line: word (advice)`` for each forbidden word."""
+    """Yield a line ``file:line: word: advice`` for each breach."""
     advice = {word: text for words, text in FORBIDDEN.items() for word in words.split()}
     pattern = re.compile(rf"\b({'|'.join(advice)})\b", re.IGNORECASE)
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             for word in pattern.findall(line):
                 yield f"{path}:{number}: {word!r}: {advice[word.lower()]}"
+            if path.suffix == ".py" and RAISES.match(line):
+                yield f"{path}:{number}: 'Raises:' entry: begin with 'if'"
 
 
 if __name__ == "__main__":

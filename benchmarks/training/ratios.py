@@ -69,9 +69,9 @@ def shorter_by(one: Gradients, reference: Gradients) -> float:
     """Return by how much a clipped gradient is shorter than another, if the work is the same.
 
     Raises:
-        UnequalWorkError: The sum is not the reference's to 1e-4 of its norm; the clipped gradient
-            is longer by more than that, or shorter by more than a tenth; or, brought to the same
-            length, it differs by more than it is shorter.
+        UnequalWorkError: if the sum is not the reference's to 1e-4 of its norm; the clipped
+            gradient is longer by more than that, or shorter by more than a tenth; or, brought to
+            the same length, it differs by more than it is shorter.
     """
     if (off := _apart(one.sum, reference.sum)) > _TOLERANCE:
         raise UnequalWorkError(f"without clipping it is off by {off:.2g} of its norm")

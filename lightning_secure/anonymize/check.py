@@ -66,7 +66,7 @@ class PlanCheck:
         """Look at further rows.
 
         Raises:
-            DataError: A planned column is absent, or a value does not fit its operator.
+            DataError: if a planned column is absent, or a value does not fit its operator.
         """
         applied = self._bound.run(columns, strict=False)
         self._tally.add(self._tally.prepared(columns, applied, rows=rows))

@@ -47,7 +47,7 @@ class RowHash:
             count: How many rows there are, also if there is no column.
 
         Raises:
-            DataError: A value is none of text, bytes, a number, a date or None.
+            DataError: if a value is none of text, bytes, a number, a date or None.
         """
         result: Hashes = np.zeros((count, 2), np.uint64)
         for name, values in columns:

@@ -47,8 +47,8 @@ class _Names(ABC):
         """Return what stands for a value.
 
         Raises:
-            DataError: The value is neither text nor a whole number. 7 and ``"7"`` are different.
-            ConfigError: There is no such generation.
+            DataError: if the value is neither text nor a whole number. 7 and ``"7"`` are different.
+            ConfigError: if there is no such generation.
         """
         _require_generation(generation)
         return self.checked(value, generation)
@@ -96,8 +96,8 @@ class Pseudonyms(_Names):
             generation: Which one is wanted, not before ``since``.
 
         Raises:
-            DataError: ``pseudonym`` does not look like one.
-            ConfigError: The generations are none, or go backward, which no key can do.
+            DataError: if ``pseudonym`` does not have the form of a pseudonym.
+            ConfigError: if the generations are none, or go backward, which no key can do.
         """
         _require_generation(since)
         _require_generation(generation)
@@ -158,7 +158,7 @@ class Tokens(_Names):
         """Return the value that a token stands for, with its type.
 
         Raises:
-            IntegrityError: It is no token, was altered, or is of another domain or key.
+            IntegrityError: if the token is malformed, was altered, or is of another domain or key.
         """
         value: str | int | None = None
         match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
@@ -181,8 +181,8 @@ class Tokens(_Names):
         """Return the token of another generation for the same value.
 
         Raises:
-            IntegrityError: As for :meth:`value`.
-            ConfigError: There is no such generation.
+            IntegrityError: if the token is malformed, was altered, or is of another domain or key.
+            ConfigError: if there is no such generation.
         """
         return self.of(self.value(token), generation=generation)
 

@@ -87,7 +87,7 @@ class Redact(Operator):
     Names of people and places in running text are not found, by this or any pattern.
 
     Raises:
-        ConfigError: A pattern is no regular expression. It is not repeated.
+        ConfigError: if a pattern is no regular expression. The message does not repeat the pattern.
     """
 
     extra_patterns: Sequence[str] = ()
@@ -129,7 +129,8 @@ class Generalize(Operator):
             above it, from 0 for what lies below the first edge.
 
     Raises:
-        ConfigError: None or several are given, or one is not positive, or edges do not ascend.
+        ConfigError: if none or several ways are given, a number is not positive, or edges do not
+            ascend.
 
     >>> age = Generalize(bins=(18, 40, 65)).bind(None)
     >>> [age(17), age(18), age(64.9), age(90)]

@@ -45,8 +45,8 @@ class AnonymizationPlan:
     :class:`Keep` on purpose.
 
     Raises:
-        ConfigError: Something else than an operator stands for a column, one is named twice among
-            the last two, or there are sensitive ones and no quasi-identifiers.
+        ConfigError: if a column's rule is no operator, a column stands twice among the last two, or
+            there are sensitive columns and no quasi-identifiers.
 
     >>> from lightning_secure import Suppress
     >>> AnonymizationPlan({"name": Suppress(), "zip": Generalize(prefix=2)}).describe()
@@ -93,7 +93,8 @@ class AnonymizationPlan:
         nothing else in the file.
 
         Raises:
-            ConfigError: It cannot be read, or is no plan. The message holds no value of it.
+            ConfigError: if the file cannot be read, or is no plan. The message holds no value of
+                it.
         """
         from lightning_secure.anonymize.reading import plan_of
         from lightning_secure.util.yaml_config import parsed
@@ -169,8 +170,8 @@ class BoundPlan:
             columns: Equally long sequences of values by name.
 
         Raises:
-            DataError: A planned column is absent, a column of text is not in the plan, or a value
-                does not fit its operator. Nothing was changed.
+            DataError: if a planned column is absent, a column of text is not in the plan, or a
+                value does not fit its operator. Nothing was changed.
         """
         return self.run(columns).columns
 
@@ -182,7 +183,8 @@ class BoundPlan:
             strict: Whether text that the plan does not name is refused.
 
         Raises:
-            DataError: See :meth:`apply`.
+            DataError: if a planned column is absent, a column of text is not in the plan, or a
+                value does not fit its operator.
         """
         wanted = {*self._operators, *self.plan.quasi_identifiers, *self.plan.sensitive}
         if missing := wanted - columns.keys():

@@ -37,7 +37,7 @@ def plan_of(config: Mapping[str, Any], *, what: str) -> AnonymizationPlan:
         what: Names it in errors.
 
     Raises:
-        ConfigError: It has other keys, or a rule is none.
+        ConfigError: if the configuration has other keys, or a rule is malformed.
     """
     known(dict(config), set(PLAN_KEYS), what)
     rules = typed(config.get("anonymize", {}), dict, "anonymize")

@@ -119,7 +119,8 @@ class AnonymizationReport:
         """Return the report in :attr:`EncryptedShardDataset.attributes`; None if there is none.
 
         Raises:
-            IntegrityError: It is not the one whose digest stands beside it, or either is missing.
+            IntegrityError: if the report is not the one whose digest stands beside it, or either is
+                missing.
         """
         text = attributes.get(REPORT_ATTRIBUTE.removeprefix(ENCRYPTED), "")
         digest = attributes.get(REPORT_DIGEST, "")
@@ -144,7 +145,7 @@ class AnonymizationReport:
             digest: What the manifest says, to be compared.
 
         Raises:
-            IntegrityError: It is no report, or not the one with this digest.
+            IntegrityError: if the text is no report, or not the one with this digest.
         """
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         value = parse_json_object(data, what="a report of an anonymisation", canonical=True)

@@ -58,7 +58,7 @@ class Tally:
         """Return what :meth:`add` is given, once the rows are taken.
 
         Raises:
-            DataError: A column that should tell rows apart cannot.
+            DataError: if a column that should tell rows apart cannot.
         """
         sides = []
         for side in (columns, applied.columns) if self._plan.quasi_identifiers else ():

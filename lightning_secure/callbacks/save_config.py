@@ -29,8 +29,8 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
     sends ``self.parser.dump(self.config)`` elsewhere, sends it redacted.
 
     Raises:
-        ConfigError: ``multifile`` is asked for. Files that others include are not redacted.
-        RuntimeError: The file exists and is not to be overwritten.
+        ConfigError: if ``multifile`` is asked for. Files that others include are not redacted.
+        RuntimeError: if the file exists and is not to be overwritten.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ def require_drawable(path: Path) -> None:
     """Refuse, before anything is computed, what could not be drawn.
 
     Raises:
-        ConfigError: It is neither SVG nor PNG, or its directory is absent.
-        MissingExtraError: Matplotlib is not installed.
+        ConfigError: if the file's type is neither SVG nor PNG, or its directory is absent.
+        MissingExtraError: if Matplotlib is not installed.
     """
     if path.suffix not in _KINDS:
         raise ConfigError(f"--plot draws .svg or .png files, not {path.name!r}.")
@@ -54,8 +54,8 @@ def draw(
         target_epsilon: A budget to draw as a line.
 
     Raises:
-        ConfigError: As :func:`require_drawable`.
-        MissingExtraError: Matplotlib is not installed.
+        ConfigError: if the file's type is neither SVG nor PNG, or its directory is absent.
+        MissingExtraError: if Matplotlib is not installed.
     """
     require_drawable(path)
     from matplotlib.figure import Figure  # not pyplot, which would look for a screen

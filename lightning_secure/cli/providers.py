@@ -72,9 +72,9 @@ def provider_in(path: Path) -> KeyProvider:
     """Return the provider that a file names, as the whole file or as its part ``keys``.
 
     Raises:
-        ConfigError: As for :func:`provider_of`, or the file is not YAML.
-        MissingExtraError: The provider needs a package that is not installed.
-        KeyAccessError: A key, or a secret that opens it, cannot be used.
+        ConfigError: if the file is not YAML, or for the reasons of :func:`provider_of`.
+        MissingExtraError: if the provider needs a package that is not installed.
+        KeyAccessError: if a key, or a secret that opens it, cannot be used.
     """
     config = parsed(path)
     return provider_of(config.get("keys", config), path)
@@ -90,10 +90,10 @@ def provider_of(value: Any, path: Path) -> KeyProvider:
             decides who may read and who is believed, so others must not be able to write it.
 
     Raises:
-        ConfigError: A field is missing, unknown or of another type, or a secret itself stands
+        ConfigError: if a field is missing, unknown or of another type, or a secret itself stands
             there. The message holds no value, because that may be one.
-        MissingExtraError: The provider needs a package that is not installed.
-        KeyAccessError: A key, or a secret that opens it, cannot be used; or others can write the
+        MissingExtraError: if the provider needs a package that is not installed.
+        KeyAccessError: if a key, or a secret that opens it, cannot be used; or others can write the
             file.
     """
     from lightning_secure.crypto import providers

@@ -168,9 +168,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the arguments of :func:`lightning_secure.data.writing.seal.seal` that a file asks for.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or has a key that is not known.
-        MissingExtraError: The provider that it names needs a package that is not installed.
-        KeyAccessError: The key that it names cannot be used.
+        ConfigError: if the file cannot be read, is not YAML, or has a key that is not known.
+        MissingExtraError: if the provider that it names needs a package that is not installed.
+        KeyAccessError: if the key that it names cannot be used.
     """
     config = parsed(path)
     options = read_options(config)
@@ -183,7 +183,7 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same without the keys, of which none is looked at.
 
     Raises:
-        ConfigError: There is a key that is not known, or a value makes no sense.
+        ConfigError: if there is a key that is not known, or a value makes no sense.
     """
     more = {"split", "keys", "stack", "nulls", "size", *PLAN_KEYS}
     known(dict(config), {*_PLAIN, *more}, "the file")

@@ -44,7 +44,7 @@ class Head:
         """Return the bytes before a stream.
 
         Raises:
-            ConfigError: The key has more recipients than the header can hold.
+            ConfigError: if the key has more recipients than the header can hold.
         """
         data = canonical_json(header)
         if len(data) > _MAX_HEADER:
@@ -58,7 +58,7 @@ class Head:
         """Return the bytes before a stream, to which it is bound, and the header in them.
 
         Raises:
-            IntegrityError: It is a file of another kind, or its head was altered.
+            IntegrityError: if the file is of another kind, or its head was altered.
         """
         start = raw.read(_PREFIX.size)
         if len(start) < _PREFIX.size or not start.startswith(self.magic):

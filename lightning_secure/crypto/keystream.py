@@ -56,7 +56,7 @@ class Keystream:
         """Return the next ``count`` bytes.
 
         Raises:
-            KeyAccessError: The process was forked, and its parent reads the same given key.
+            KeyAccessError: if the process was forked, and its parent reads the same given key.
         """
         if self._process != os.getpid():
             if self._given:

@@ -131,8 +131,8 @@ class Manifest:
         """Return a partition's key, with one call to the provider.
 
         Raises:
-            WrongKeyError: The partition was not sealed for this provider's key.
-            IntegrityError: The wrapped key was altered.
+            WrongKeyError: if the partition was not sealed for this provider's key.
+            IntegrityError: if the wrapped key was altered.
         """
         context = partition_context(self.dataset_id, partition)
         key = keys.unwrap_any(self.partitions[partition], context=context)
@@ -149,10 +149,10 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
     """Read and verify the manifest of the dataset at ``root``, a folder or an opened storage.
 
     Raises:
-        ManifestMismatchError: There is none, no trusted key signed it, or its payload is not in
-            the one canonical form.
-        IntegrityError: It is damaged.
-        StorageError: A remote storage did not answer, or refused.
+        ManifestMismatchError: if there is no manifest, no trusted key signed it, or its payload is
+            not in the one canonical form.
+        IntegrityError: if the manifest is damaged.
+        StorageError: if a remote storage did not answer, or refused.
     """
     what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
@@ -176,9 +176,9 @@ def parse_manifest(data: bytes, *, trusted: Mapping[str, Ed25519PublicKey], what
     """Verify the bytes of a manifest; ``what`` names them in errors.
 
     Raises:
-        ManifestMismatchError: No trusted key signed it, or its payload is not in the one
-            canonical form.
-        IntegrityError: It is damaged.
+        ManifestMismatchError: if no trusted key signed the manifest, or its payload is not in the
+            one canonical form.
+        IntegrityError: if the manifest is damaged.
     """
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))

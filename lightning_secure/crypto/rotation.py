@@ -38,8 +38,8 @@ def with_recipient(
     """Return a manifest in which ``recipient`` can open ``partition`` too.
 
     Raises:
-        ConfigError: There is no such partition.
-        WrongKeyError: ``keys`` cannot open it.
+        ConfigError: if there is no such partition.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     wraps = _wraps(manifest, partition)
     added = manifest.open_partition(partition, keys).wrapped_for(recipient)
@@ -67,9 +67,9 @@ def without_recipient(
         recipients: The others that keep it.
 
     Raises:
-        ConfigError: There is no such partition or recipient, it is ``keys`` itself, or a
+        ConfigError: if there is no such partition or recipient, it is ``keys`` itself, or a
             recipient is neither named nor given.
-        WrongKeyError: ``keys`` cannot open it.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     known = [key.key_id for key in _wraps(manifest, partition)]
     if key_id not in known or key_id == keys.key_id:
@@ -101,10 +101,10 @@ def rekeyed(
         to: Takes the place of ``keys`` among the recipients.
 
     Raises:
-        ConfigError: There is no such partition, a recipient is missing from ``recipients``, or
+        ConfigError: if there is no such partition, a recipient is missing from ``recipients``, or
             one of them is not a recipient so far.
-        WrongKeyError: ``keys`` cannot open the partition.
-        IntegrityError: A wrapped key was altered.
+        WrongKeyError: if ``keys`` cannot open the partition.
+        IntegrityError: if a wrapped key was altered.
     """
     present = {_id(key) for key in _wraps(manifest, partition)}
     old = manifest.open_partition(partition, keys)
@@ -139,8 +139,8 @@ def with_kek(manifest: Manifest, *, keys: KeyProvider, to: KeyProvider) -> Manif
     """Return a manifest in which ``to`` takes the place of ``keys``: one rewrap a partition.
 
     Raises:
-        ConfigError: ``keys`` is a recipient of no partition, or ``to`` is the same key.
-        IntegrityError: A wrapped key was altered.
+        ConfigError: if ``keys`` is a recipient of no partition, or ``to`` is the same key.
+        IntegrityError: if a wrapped key was altered.
     """
     if _ids(keys) & _ids(to):
         raise ConfigError(f"key {to.key_id!r} is the present key. Nothing was rotated.")

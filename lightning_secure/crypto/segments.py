@@ -86,7 +86,7 @@ class SegmentCipher:
         """Write the plaintext of one segment into ``out`` and return its length.
 
         Raises:
-            IntegrityError: The segment is not what was sealed at this place. ``out`` may then
+            IntegrityError: if the segment is not what was sealed at this place. ``out`` may then
                 hold unauthenticated bytes and must be thrown away.
         """
         try:

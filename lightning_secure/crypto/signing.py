@@ -97,8 +97,8 @@ def open_envelope(
         what: Names the document in errors.
 
     Raises:
-        ManifestMismatchError: No trusted key signed this payload as this type.
-        IntegrityError: ``data`` is not an envelope.
+        ManifestMismatchError: if no trusted key signed this payload as this type.
+        IntegrityError: if ``data`` is not an envelope.
     """
     # Before anything is known about who wrote it: a small file can make a parser use much memory.
     if sum(map(data.count, (b"[", b"{", b","))) > _MAX_PARTS:

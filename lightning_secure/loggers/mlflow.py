@@ -80,10 +80,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
     ``enable_autolog_hparams``, which is on by default.
 
     Raises:
-        MissingExtraError: MLflow, or its database support, is not installed.
-        ConfigError: The server is spoken to without TLS, its address holds credentials, the
+        MissingExtraError: if MLflow, or its database support, is not installed.
+        ConfigError: if the server is spoken to without TLS, its address holds credentials, the
             environment asks for traces to be sent to a second place, or the policy cannot be kept.
-        RedactionError: ``logger.experiment`` was asked for something that cannot be checked.
+        RedactionError: if ``logger.experiment`` was asked for something that cannot be checked.
     """
 
     def __init__(

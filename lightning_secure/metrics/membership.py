@@ -97,7 +97,7 @@ class MembershipInferenceAdvantage(Metric):
                 for all.
 
         Raises:
-            ConfigError: They have other shapes or another type.
+            ConfigError: if the tensors have other shapes or another type.
         """
         if isinstance(members, bool):
             members = torch.full(losses.shape, members, device=losses.device)

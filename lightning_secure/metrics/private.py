@@ -118,8 +118,8 @@ class PrivateMean(_ReleasedMean):
     a batch would be a release of its own.
 
     Raises:
-        ConfigError: A number is out of range, or values are not one number a row.
-        LedgerError: :meth:`compute` has no account to charge, or cannot charge it.
+        ConfigError: if a number is out of range, or values are not one number a row.
+        LedgerError: if :meth:`compute` has no account to charge, or cannot charge it.
 
     Guarantees:
         What is computed is (epsilon, delta)-differentially private, for rows added or removed one
@@ -180,7 +180,8 @@ class PrivateAccuracy(_ReleasedMean):
             target: Classes, shape ``(rows,)``.
 
         Raises:
-            ConfigError: They have other shapes, or predictions of one number a row are no classes.
+            ConfigError: if the tensors have other shapes, or predictions of one number a row are no
+                classes.
         """
         if preds.ndim == 2:
             preds = preds.argmax(1)

@@ -90,7 +90,8 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
             loaded: Whether that has loaded a checkpoint; nothing is redacted then.
 
         Raises:
-            ConfigError: It would write checkpoints that are not redacted. Nothing was written.
+            ConfigError: if the strategy would write checkpoints that are not redacted. Nothing was
+                written.
         """
         require_asked_to_write(strategy, self)
         require_waited_for(strategy)

@@ -85,7 +85,7 @@ class DPConfig:
     Both mark the run, its ledger and its checkpoints as not private; epsilon is then infinite.
 
     Raises:
-        ConfigError: A value is out of range, or neither budget nor noise is given.
+        ConfigError: if a value is out of range, or neither budget nor noise is given.
 
     The unit of protection is one row. With ``public_dataset_size``, neighbouring datasets differ
     by one row added or removed, under the same declared number. Without it they have the same

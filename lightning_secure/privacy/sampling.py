@@ -125,7 +125,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             each row is drawn by one coin toss in one process, as if there were one sampler.
 
     Raises:
-        ConfigError: ``secure`` with a seed.
+        ConfigError: if ``secure`` is given with a seed.
     """
 
     def __init__(

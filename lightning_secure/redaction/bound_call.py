@@ -37,7 +37,7 @@ class Parameters:
         """Return what is given to each parameter.
 
         Raises:
-            TypeError: The method cannot be called so.
+            TypeError: if the method does not take these arguments.
         """
         given = dict(zip(self._positional, args, strict=False))
         given.update(kwargs)

@@ -80,7 +80,7 @@ def announce() -> None:
     """Announce what is due, before what it was found in is released.
 
     Raises:
-        AuditWriteError: It cannot be recorded; nothing must be released then.
+        AuditWriteError: if a listener cannot record the finding; nothing must be released then.
     """
     if _due:
         _announce(lambda: set(_due))
@@ -90,7 +90,7 @@ def announce_all() -> None:
     """Announce all that was counted and not announced yet.
 
     Raises:
-        AuditWriteError: It cannot be recorded.
+        AuditWriteError: if a listener cannot record a finding.
     """
     _announce(lambda: {key for key, found in _found.items() if found > _told[key]})
 

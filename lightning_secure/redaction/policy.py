@@ -55,8 +55,8 @@ class RedactionPolicy:
     A field that belongs to two sinks (a model's param, a trace's tag) has to pass both.
 
     Raises:
-        ConfigError: A mode or sink is unknown, a list would be without effect or would let nothing
-            pass, or keys and ``encrypt`` are not given together.
+        ConfigError: if a mode or sink is unknown, a list would be without effect or would let
+            nothing pass, or keys and ``encrypt`` are not given together.
 
     >>> RedactionPolicy(params="allowlist", allow={"params": ["lr", "optimizer/*"]}, traces="drop")
     RedactionPolicy(params='allowlist', metrics='detect', tags='detect', artifacts='detect', \
@@ -134,7 +134,8 @@ class Rules:
         """Let a policy count too.
 
         Raises:
-            ConfigError: It encrypts under other keys than an earlier one. It does not count then.
+            ConfigError: if the policy encrypts under other keys than an earlier one. The policy
+                does not count then.
         """
         if policy in self._policies:
             return

@@ -61,9 +61,9 @@ class RunAccount:
         """Enter a release that is about to happen.
 
         Raises:
-            PrivacyError: The module is only being tried out.
-            BudgetExhaustedError: It would exceed the budget.
-            LedgerError: There is no account, or it cannot be charged.
+            PrivacyError: if the module is only being tried out.
+            BudgetExhaustedError: if the release would exceed the budget.
+            LedgerError: if there is no account, or it cannot be charged.
         """
         if self._trying():
             raise PrivacyError(

@@ -38,7 +38,7 @@ class AccountedStrategy(Strategy):
         asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
 
     Raises:
-        LedgerError: A checkpoint is resumed without its ledger.
+        LedgerError: if a checkpoint is resumed without its ledger.
 
     Guarantees:
         Every checkpoint holds the account of the weights in it, weights-only ones too.
@@ -86,7 +86,7 @@ class AccountedStrategy(Strategy):
         """Read a checkpoint, and the account with it if the run is to go on.
 
         Raises:
-            LedgerError: It is to be trained further and has no account.
+            LedgerError: if the checkpoint is to be trained further and has no account.
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:

@@ -106,7 +106,8 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         """Return an optimizer's whole state in the first process, and none in the others.
 
         Raises:
-            UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
+            UnsupportedTrainerOptionError: if the optimizer keeps a state that is not sharded as
+                weights are.
         """
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
@@ -183,11 +184,11 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
     through the ``CheckpointIO``. To write one, all weights are gathered in the first process.
 
     Raises:
-        UnsupportedModelError: As for ``PrivateDDPStrategy``, and if a trainable weight is not
+        UnsupportedModelError: if ``PrivateDDPStrategy`` raises it, or a trainable weight is not
             sharded, or not over all processes alike: no tensor parallelism, no HSDP.
-        UnsupportedTrainerOptionError: As for ``PrivateDDPStrategy``, and if ``fully_shard`` was
+        UnsupportedTrainerOptionError: if ``PrivateDDPStrategy`` raises it, or ``fully_shard`` was
             given a ``MixedPrecisionPolicy`` or a ``CPUOffloadPolicy``.
-        PrivacyError: Another process has failed, or the noise is not in the sum exactly once.
+        PrivacyError: if another process has failed, or the noise is not in the sum exactly once.
 
     Guarantees:
         Those of ``PrivateDDPStrategy``.
@@ -236,7 +237,8 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         """Take the step; after the first one, look whether checkpoints can hold the optimizer.
 
         Raises:
-            UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
+            UnsupportedTrainerOptionError: if the optimizer keeps a state that is not sharded as
+                weights are.
         """
         result = super().optimizer_step(optimizer, *args, **kwargs)
         if not self._gatherable:

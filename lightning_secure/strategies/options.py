@@ -63,8 +63,9 @@ def require_trainer_options(
         config: What privacy is asked for.
 
     Raises:
-        UnsupportedTrainerOptionError: The message names the option and what to use instead.
-        UnsupportedModelError: The module optimises by hand.
+        UnsupportedTrainerOptionError: if an option would break the promise; the message names the
+            option and what to use instead.
+        UnsupportedModelError: if the module optimises by hand.
     """
     require_no_accumulation(trainer)
     options: Any = trainer  # many of them are set without being declared
@@ -121,7 +122,7 @@ def require_no_accumulation(trainer: pl.Trainer) -> None:
     """Refuse that several draws become one step, also if a callback makes them so later.
 
     Raises:
-        UnsupportedTrainerOptionError: They would.
+        UnsupportedTrainerOptionError: if several draws would become one step.
     """
     if trainer.accumulate_grad_batches != 1:
         raise UnsupportedTrainerOptionError(
@@ -168,7 +169,8 @@ def require_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse several optimizers, none, and those that look at the loss more than once a step.
 
     Raises:
-        UnsupportedTrainerOptionError: The message says which.
+        UnsupportedTrainerOptionError: if there are several, none, or such a one; the message says
+            which.
     """
     found = [o for o in optimizers if not isinstance(o, _MockOptimizer)]
     if len(found) != 1:
@@ -211,7 +213,7 @@ def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -
         steps_per_epoch: Draws an epoch.
 
     Raises:
-        ConfigError: Neither says.
+        ConfigError: if neither the configuration nor the Trainer says how many steps there are.
     """
     if config.planned_epochs is not None:
         return config.planned_epochs * steps_per_epoch
@@ -244,9 +246,9 @@ def carry_ledger(
         journal: The directory that the user wants instead.
 
     Raises:
-        ConfigError: The directory is not on a local file system, where it can be locked and
+        ConfigError: if the directory is not on a local file system, where it can be locked and
             flushed.
-        LedgerError: The promise is another one, or the journal does not allow the run to go on;
+        LedgerError: if the promise is another one, or the journal does not allow the run to go on;
             see :func:`~lightning_secure.privacy.accounting.journal.attach_journal`.
     """
     require_same_promise(config, ledger)

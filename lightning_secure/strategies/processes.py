@@ -255,7 +255,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Read a checkpoint in every process, or in none.
 
         Raises:
-            LedgerError: It is to be trained further and has no account.
+            LedgerError: if the checkpoint is to be trained further and has no account.
         """
         with self._together():
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -362,7 +362,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Publish nothing: each process has its own noise, which could be averaged away.
 
         Raises:
-            UnsupportedTrainerOptionError: Always.
+            UnsupportedTrainerOptionError: if called: always.
         """
         raise UnsupportedTrainerOptionError(
             "a strategy in several processes releases no values: each process would add noise of "

@@ -35,7 +35,7 @@ def register_strategies(config: DPConfig, **options: Any) -> None:
     ``config`` among its ``init_args``.
 
     Raises:
-        ConfigError: ``config`` is no :class:`~lightning_secure.privacy.config.DPConfig`.
+        ConfigError: if ``config`` is no :class:`~lightning_secure.privacy.config.DPConfig`.
     """
     if not isinstance(config, DPConfig):
         raise ConfigError(

@@ -69,9 +69,9 @@ class SteppingStrategy(AccountedStrategy):
         options: For the bases.
 
     Raises:
-        UnsupportedModelError: Something about the model or its loss cannot be made private.
-        UnsupportedTrainerOptionError: Something would take a step that no account covers.
-        BudgetExhaustedError: The next step would exceed ``target_epsilon``.
+        UnsupportedModelError: if the model or its loss cannot be made private.
+        UnsupportedTrainerOptionError: if a step would be taken that no account covers.
+        BudgetExhaustedError: if the next step would exceed ``target_epsilon``.
     """
 
     #: What it was shown to clip by; where several processes train, counts must be added up too.
@@ -386,11 +386,12 @@ class SteppingStrategy(AccountedStrategy):
         What each step computes of its draw can be had more cheaply by ``released_metrics``.
 
         Raises:
-            ConfigError: A number is out of range, or there is not one number a row.
-            PrivacyError: The module is only being tried out, as ``training_step`` is before the
+            ConfigError: if a number is out of range, or there is not one number a row.
+            PrivacyError: if the module is only being tried out, as ``training_step`` is before the
                 first step. Nothing was released.
-            BudgetExhaustedError: It would exceed ``target_epsilon``. Nothing was released.
-            LedgerError: There is no account yet, or it cannot be charged. Nothing was released.
+            BudgetExhaustedError: if the release would exceed ``target_epsilon``. Nothing was
+                released.
+            LedgerError: if there is no account yet, or it cannot be charged. Nothing was released.
         """
         metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
         total, count = metric.summed(values)

@@ -27,7 +27,7 @@ def loss_of(output: Any) -> Tensor:
     """Return the scalar that a training step wants minimised.
 
     Raises:
-        UnsupportedModelError: There is none.
+        UnsupportedModelError: if the step returned no loss.
     """
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -86,7 +86,7 @@ def required(value: T | None) -> T:
     """Return what is there while a Trainer fits, and only then.
 
     Raises:
-        PrivacyError: It is not there.
+        PrivacyError: if the value is missing.
     """
     if value is None:
         raise PrivacyError("private training is not set up; it runs only inside Trainer.fit.")

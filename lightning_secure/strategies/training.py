@@ -49,8 +49,8 @@ class PrivateTraining(SteppingStrategy):
     """DP-SGD for a strategy of Lightning's, which comes after this one among the bases.
 
     Raises:
-        UnsupportedTrainerOptionError: A Trainer option would break the promise.
-        LedgerError: A run goes on without its account or its journal, or under another promise.
+        UnsupportedTrainerOptionError: if a Trainer option would break the promise.
+        LedgerError: if a run goes on without its account or its journal, or under another promise.
     """
 
     def setup(self, trainer: pl.Trainer) -> None:

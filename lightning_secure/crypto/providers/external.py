@@ -64,7 +64,7 @@ class ExternalKeyProvider(KeyProvider):
             pickles as these, and asks again for what it needs.
 
     Raises:
-        ConfigError: The argument that ``_secret`` names is a secret, and not a source of one.
+        ConfigError: if the argument that ``_secret`` names is a secret, and not a source of one.
     """
 
     #: Name of the argument that is a source of a secret, and what its errors call that.
@@ -98,7 +98,7 @@ class ExternalKeyProvider(KeyProvider):
         """The signing key.
 
         Raises:
-            KeyUnavailableError: None was given: this provider reads and does not seal.
+            KeyUnavailableError: if no signing key was given: this provider reads and does not seal.
         """
         if self._signing is None:
             raise KeyUnavailableError(
@@ -120,8 +120,8 @@ class ExternalKeyProvider(KeyProvider):
         same pseudonyms elsewhere, use the same file there, and a KEK that opens it.
 
         Raises:
-            ConfigError: ``path`` exists. It is never overwritten.
-            KeyUnavailableError: The provider could not wrap, or the file system refused.
+            ConfigError: if ``path`` exists. An existing file is never overwritten.
+            KeyUnavailableError: if the provider could not wrap, or the file system refused.
         """
         wrapped = self.wrap_all(DataKey.generate(), context=_DERIVATION_CONTEXT)
         record = {
@@ -178,7 +178,7 @@ def open_bound_payload(payload: bytes, context: Mapping[str, str]) -> DataKey:
     """Return the key in what :func:`bound_payload` made.
 
     Raises:
-        IntegrityError: It was made for another context.
+        IntegrityError: if the key was wrapped for another context.
     """
     material, digest = payload[:KEY_BYTES], payload[KEY_BYTES:]
     if not hmac.compare_digest(digest, _context_digest(context)):
@@ -202,7 +202,8 @@ def import_extra(module: str, *, extra: str, user: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingExtraError: It is not installed; the message names the extra that brings it.
+        MissingExtraError: if the package is not installed; the message names the extra that brings
+            it.
     """
     try:
         return importlib.import_module(module)
@@ -215,7 +216,7 @@ def require_safe_url(url: str, *, name: str, insecure_allow_http: bool) -> None:
     """Refuse to send keys and tokens in the clear, or to a URL that holds a password.
 
     Raises:
-        ConfigError: ``url`` is neither https nor http to this machine, or has user information.
+        ConfigError: if ``url`` is neither https nor http to this machine, or has user information.
     """
     try:
         parts = urlsplit(url)

@@ -57,7 +57,7 @@ class HpkePublicKey:
         """Return the key in a text or in a file with that text.
 
         Raises:
-            ConfigError: It is not a recipient's public key.
+            ConfigError: if the text is not a recipient's public key.
             KeyUnavailableError: if the file is missing, or others than its owner can write it.
         """
         kem, data = read_public(item)
@@ -130,8 +130,8 @@ class HpkePrivateKey:
                 ``hpke-x25519`` has short keys.
 
         Raises:
-            ConfigError: One of the files exists, or ``kem`` is unknown.
-            KeyUnavailableError: The file system refused.
+            ConfigError: if one of the files exists, or ``kem`` is unknown.
+            KeyUnavailableError: if the file system refused.
         """
         if kem not in _KEMS:
             raise ConfigError(f"kem={kem!r} is not one of {', '.join(_KEMS)}.")
@@ -169,8 +169,8 @@ class HpkeKeyProvider(ExternalKeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`. It takes the private key to use.
 
     Raises:
-        ConfigError: There is neither a recipient nor a private key, or one is malformed.
-        KeyUnavailableError: A file is missing, or others than its owner can use it.
+        ConfigError: if there is neither a recipient nor a private key, or one is malformed.
+        KeyUnavailableError: if a file is missing, or others than its owner can use it.
 
     A wrapped key is::
 

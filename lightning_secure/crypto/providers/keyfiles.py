@@ -22,8 +22,8 @@ def write_record(path: Path, record: dict[str, Any], *, what: str) -> None:
     """Write a JSON object to a new file that only its owner can read.
 
     Raises:
-        ConfigError: ``path`` exists. It is never overwritten.
-        KeyUnavailableError: The file system refused.
+        ConfigError: if ``path`` exists. An existing file is never overwritten.
+        KeyUnavailableError: if the file system refused.
     """
     write_file(path, canonical_json(record) + b"\n", what=what, mode=0o600)
 
@@ -32,8 +32,8 @@ def write_file(path: Path, data: bytes, *, what: str, mode: int) -> None:
     """Write a new file; missing parent directories are made with mode 0700.
 
     Raises:
-        ConfigError: ``path`` exists. It is never overwritten.
-        KeyUnavailableError: The file system refused.
+        ConfigError: if ``path`` exists. An existing file is never overwritten.
+        KeyUnavailableError: if the file system refused.
     """
     reason: str | None = None
     try:
@@ -96,7 +96,7 @@ def read_file(path: Path, *, what: str, forbidden: int, advice: str = "") -> byt
         advice: What to do if it is missing.
 
     Raises:
-        ConfigError: ``path`` has a NUL character.
+        ConfigError: if ``path`` has a NUL character.
         KeyUnavailableError: if the file is missing, too long, not a regular file, not its owner's
             alone, or another user's.
     """

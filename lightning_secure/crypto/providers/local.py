@@ -90,9 +90,9 @@ class LocalKeyProvider(KeyProvider):
                 64 MiB of memory, and AES-256-GCM). It has 12 characters at least.
 
         Raises:
-            ConfigError: ``path`` exists. It is never overwritten: everything sealed under it
-                would be lost. Or the passphrase is too short.
-            KeyUnavailableError: The file system refused, or there is no passphrase.
+            ConfigError: if ``path`` exists, or the passphrase is too short. An existing file is
+                never overwritten: everything sealed under it would be lost.
+            KeyUnavailableError: if the file system refused, or there is no passphrase.
         """
         kek, seed = os.urandom(KEY_BYTES), os.urandom(SEED_BYTES)
         record: dict[str, Any] = {

@@ -72,12 +72,12 @@ def erase_shard(
         What was done, and whether an old copy of the manifest still opens.
 
     Raises:
-        ConfigError: There is no such split or shard, a number is none, a recipient was forgotten,
-            or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
-        WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
-        ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
-        AuditWriteError: A listener could not record it. If the manifest was replaced already, the
-            erasure stands and is unfinished: the old key may be alive.
+        ConfigError: if there is no such split or shard, a number is none, a recipient was
+            forgotten, or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
+        WrongKeyError: if ``keys`` cannot open a partition of the split. Nothing was erased.
+        ManifestMismatchError: if the manifest in place is not what was pinned. Nothing was erased.
+        AuditWriteError: if a listener could not record the erasure. If the manifest was replaced
+            already, the erasure stands and is unfinished: the old key may be alive.
 
     If it breaks off after the manifest was replaced, by an error or a crash, call
     :func:`~lightning_secure.data.erasure.finish.finish_erasure`; no other erasure begins before.
@@ -136,8 +136,9 @@ def erase_subject(
         manifest_digest: See there.
 
     Raises:
-        ConfigError: See there; or the split was not sealed by subject.
-        DataError: The split has no rows of this subject.
+        ConfigError: if the split was not sealed by subject, or for the reasons of
+            :func:`erase_shard`.
+        DataError: if the split has no rows of this subject.
 
     The rows of other subjects keep their order and move together: the split is as long as if the
     erased rows had never been sealed.

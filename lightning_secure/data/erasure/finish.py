@@ -46,11 +46,11 @@ def finish_erasure(
         counts as one that opens it.
 
     Raises:
-        ConfigError: No erasure is unfinished, it did not get so far that rows were erased, ``old``
-            is not the key that it was begun with, or is missing and was to be destroyed.
+        ConfigError: if no erasure is unfinished or it stopped before rows were erased; or if
+            ``old`` is not the key that it was begun with, or is missing and was to be destroyed.
         IntegrityError: if the record of it was altered, or its signer is trusted neither by
             ``keys`` nor by ``old``.
-        AuditWriteError: A listener could not record it. It is still unfinished.
+        AuditWriteError: if a listener could not record the erasure, which is then still unfinished.
     """
     folder = folder_of(root)
     pins = Pins(min_generation, manifest_digest)

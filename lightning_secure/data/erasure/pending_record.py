@@ -104,7 +104,8 @@ class UnfinishedErasure:
         """Return the record in place, or None.
 
         Raises:
-            IntegrityError: It is not by a trusted signer, was altered, or is no file.
+            IntegrityError: if the record is not by a trusted signer, was altered, or is no regular
+                file.
         """
         what, reason = f"the record {str(root / RECORD_NAME)!r} of an erasure", None
         try:

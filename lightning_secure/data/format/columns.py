@@ -67,7 +67,7 @@ class Column:
             ``ragged``; empty for ``bytes`` and ``string``.
 
     Raises:
-        DataError: The combination does not describe a column.
+        DataError: if the combination does not describe a column.
 
     >>> Column("x", "tensor", "float32", (3, 32, 32)).item_bytes
     12288
@@ -124,7 +124,7 @@ class Schema:
     """The columns of a split, in order.
 
     Raises:
-        DataError: There is no column, or two have one name.
+        DataError: if there is no column, or two have one name.
     """
 
     columns: tuple[Column, ...]

@@ -75,10 +75,10 @@ def add_recipient(
         manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: There is no such partition.
-        WrongKeyError: ``keys`` cannot open it.
-        ManifestMismatchError: There is no manifest by a trusted signer, or it is not what was
-            pinned. It was left as it is, as for the other functions here.
+        ConfigError: if there is no such partition.
+        WrongKeyError: if ``keys`` cannot open the partition.
+        ManifestMismatchError: if no manifest is by a trusted signer, or the manifest is not what
+            was pinned. The manifest was left as it is, as for the other functions here.
     """
     return changed(
         folder_of(root),
@@ -111,8 +111,8 @@ def remove_recipient(
         manifest_digest: See there.
 
     Raises:
-        ConfigError: There is no such partition or recipient, or one was forgotten.
-        WrongKeyError: ``keys`` cannot open the partition.
+        ConfigError: if there is no such partition or recipient, or one was forgotten.
+        WrongKeyError: if ``keys`` cannot open the partition.
 
     What the recipient has read, or copied with its keys, it keeps: the rows are still encrypted
     under the same data keys. Call :func:`rotate_data` as well if the storage is open to it.
@@ -148,8 +148,8 @@ def rotate_kek(
         manifest_digest: See there.
 
     Raises:
-        ConfigError: ``keys`` opens nothing here, or ``to`` is the same key.
-        IntegrityError: A wrapped key was altered.
+        ConfigError: if ``keys`` opens nothing here, or ``to`` is the same key.
+        IntegrityError: if a wrapped key was altered.
 
     One rewrap a partition; partitions of other recipients stay as they are. An old copy of the
     manifest still opens under the old key: destroy that key, or call :func:`rotate_data` too.
@@ -184,8 +184,8 @@ def rotate_partition(
         manifest_digest: See there.
 
     Raises:
-        ConfigError: There is no such partition, or a recipient was forgotten.
-        WrongKeyError: ``keys`` cannot open it.
+        ConfigError: if there is no such partition, or a recipient was forgotten.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     return changed(
         folder_of(root),
@@ -214,9 +214,9 @@ def rotate_data(
         manifest_digest: See there.
 
     Raises:
-        ConfigError: There is no such split, or it was replaced meanwhile; that state stands.
-        WrongKeyError: ``keys`` cannot open a partition.
-        ShardCorruptedError: A shard was altered, or a new one does not hold the same rows. The
+        ConfigError: if there is no such split, or it was replaced meanwhile; that state stands.
+        WrongKeyError: if ``keys`` cannot open a partition.
+        ShardCorruptedError: if a shard was altered, or a new one does not hold the same rows. The
             dataset is as it was.
 
     One segment is in memory at a time, and the split is on the disk twice until the new manifest is
@@ -289,9 +289,9 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
     """Hold the rotation lock; clear leftovers away before and after.
 
     Raises:
-        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned.
-        ConfigError: The lock is no file that this process may lock.
-        DataError: The list of leftovers is no file that can be read.
+        ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned.
+        ConfigError: if the lock is no file that this process may lock.
+        DataError: if the list of leftovers is no file that can be read.
     """
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
@@ -328,10 +328,10 @@ def commit(
     """Sign what ``change`` makes of the manifest in place, and replace that, atomically.
 
     Raises:
-        ManifestMismatchError: The manifest in place is not what was pinned, or older than one that
-            was seen; it is as it was.
-        AuditWriteError: A listener could not record it; the manifest is as it was.
-        DataError: A file that the new manifest names is gone; the manifest is as it was.
+        ManifestMismatchError: if the manifest in place is not what was pinned, or older than one
+            that was seen; it is as it was.
+        AuditWriteError: if a listener could not record it; the manifest is as it was.
+        DataError: if a file that the new manifest names is gone; the manifest is as it was.
     """
     with locked(root, LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)

@@ -62,7 +62,7 @@ class EncryptedLoader:
             that were handed out count as trained on.
 
     Raises:
-        ConfigError: An argument is wrong.
+        ConfigError: if an argument is wrong.
 
     To Lightning it is an iterable and not a DataLoader, so it is given no sampler.
 
@@ -217,9 +217,9 @@ class EncryptedLoader:
         the same.
 
         Raises:
-            ManifestMismatchError: The split holds other rows now, or the order of that epoch
+            ManifestMismatchError: if the split holds other rows now, or the order of that epoch
                 cannot be found again.
-            ConfigError: The window of that run is above 1 GiB, and this loader's own is smaller.
+            ConfigError: if the window of that run is above 1 GiB, and this loader's own is smaller.
         """
         if not state_dict:
             return  # of a private strategy's loader, which has none

@@ -61,8 +61,8 @@ class Position:
             content: Its content digest.
 
         Raises:
-            ManifestMismatchError: It was saved while other rows were read, by a version of this
-                package that orders them in another way, or it is damaged.
+            ManifestMismatchError: if the position was saved while other rows were read, by a
+                version of this package that orders them in another way, or is damaged.
         """
         try:
             if state["version"] != _VERSION:

@@ -79,7 +79,7 @@ class Pipeline:
         """Return the batches, each a dict of columns.
 
         Raises:
-            ShardCorruptedError: A shard or segment was altered.
+            ShardCorruptedError: if a shard or segment was altered.
 
         The threads end with the iterator, whether it came to its end, failed or was dropped.
         """

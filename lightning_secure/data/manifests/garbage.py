@@ -72,7 +72,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
     """Hold one of a dataset's locks.
 
     Raises:
-        ConfigError: It is no file that this process may lock.
+        ConfigError: if the lock is no file that this process may lock.
     """
     reason = None
     with contextlib.ExitStack() as held:
@@ -120,7 +120,7 @@ class Journal:
         """Add names, and return when they are on the disk.
 
         Raises:
-            DataError: The list is no file that can be written.
+            DataError: if the list is no file that can be written.
         """
         fresh = not self._path.exists()
         with os.fdopen(self._opened(), "wb") as file:
@@ -141,7 +141,7 @@ class Journal:
             What could not be removed; it stays on the list.
 
         Raises:
-            DataError: The list is no file that can be read. Nothing was removed.
+            DataError: if the list is no file that can be read. Nothing was removed.
         """
         reason = None
         try:
@@ -211,8 +211,8 @@ def collect_garbage(
         The removed files, as paths below ``root``.
 
     Raises:
-        ConfigError: ``min_age_s`` is negative.
-        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned;
+        ConfigError: if ``min_age_s`` is negative.
+        ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned;
             nothing was removed.
     """
     if not min_age_s >= 0:

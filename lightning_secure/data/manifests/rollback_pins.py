@@ -23,7 +23,7 @@ class Pins:
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: One of them is neither that nor None.
+        ConfigError: if a pin is neither of its type nor None.
 
     A change is made of the manifest that is in place at that moment, so each is checked right where
     it is read for the change, under the lock or with the condition that goes with it. Pinned or
@@ -51,7 +51,8 @@ class Pins:
             where: The dataset's place, to be named in the error.
 
         Raises:
-            ManifestMismatchError: It is older, or another, or is not there although it must be.
+            ManifestMismatchError: if the manifest is older, is another, or is missing although
+                there must be one.
         """
         if manifest is None:
             if self._least > 0 or self._digest is not None:
@@ -78,8 +79,8 @@ def check_pins(
     """Compare a manifest with what was pinned outside of the storage.
 
     Raises:
-        ManifestMismatchError: It is older than ``min_generation``, or not the one with ``digest``.
-            The message ends with ``outcome``.
+        ManifestMismatchError: if the manifest is older than ``min_generation``, or not the one with
+            ``digest``. The message ends with ``outcome``.
     """
     if min_generation is not None and manifest.generation < min_generation:
         raise ManifestMismatchError(

@@ -58,12 +58,12 @@ class EncryptedShardDataset(Dataset[Any]):
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
-        ManifestMismatchError: There is no manifest, it is not signed by a trusted key, or it is
+        ManifestMismatchError: if there is no manifest, it is not signed by a trusted key, or it is
             not what was pinned.
-        WrongKeyError: The split, or a wanted column, was sealed for another key. The message says
-            which ``columns`` can be read.
-        ConfigError: There is no such split or column, or the URL is not accepted.
-        StorageError: A remote storage did not answer, or refused.
+        WrongKeyError: if the split, or a wanted column, was sealed for another key. The message
+            says which ``columns`` can be read.
+        ConfigError: if there is no such split or column, or the URL is not accepted.
+        StorageError: if a remote storage did not answer, or refused.
 
     A row is returned only after the segment it lies in was authenticated. A storage administrator
     can put an older, complete state of the dataset in place of the current one; only
@@ -155,8 +155,8 @@ class EncryptedShardDataset(Dataset[Any]):
         Encrypted remarks are absent if none of the columns under the split's own key is read.
 
         Raises:
-            IntegrityError: One was altered, or its key was exchanged by a version of this package
-                that did not know of it.
+            IntegrityError: if an attribute was altered, or its key was exchanged by a version of
+                this package that did not know of it.
         """
         return self._groups.attributes
 
@@ -168,7 +168,7 @@ class EncryptedShardDataset(Dataset[Any]):
         ``anonymization.report.sha256``, and the report itself encrypted, for readers of the split.
 
         Raises:
-            IntegrityError: One was altered.
+            IntegrityError: if an attribute was altered.
         """
         return AnonymizationReport.of(self.attributes)
 
@@ -212,9 +212,9 @@ class EncryptedShardDataset(Dataset[Any]):
         """Return one sample.
 
         Raises:
-            ConfigError: ``index`` is no whole number.
-            IndexError: There is no such row.
-            ShardCorruptedError: The row's shard or segment was altered.
+            ConfigError: if ``index`` is no whole number.
+            IndexError: if there is no such row.
+            ShardCorruptedError: if the row's shard or segment was altered.
         """
         shard, segment, row = (int(part[0]) for part in self._shards.locate(self._rows([index])))
         columns = self._segment(shard, segment)
@@ -236,8 +236,8 @@ class EncryptedShardDataset(Dataset[Any]):
             The samples in the order of ``indices``.
 
         Raises:
-            IndexError: There is no such row.
-            ShardCorruptedError: A shard or segment was altered. No sample is returned.
+            IndexError: if there is no such row.
+            ShardCorruptedError: if a shard or segment was altered. No sample is returned.
         """
         numbers = self._rows(indices)
         result = Rows(self._filler.columns, len(numbers), self._buffers)

@@ -16,7 +16,7 @@ def threads_to_use(asked: int | None) -> int:
     """Return ``asked``; by default as many as this process may use cores, and no more than 8.
 
     Raises:
-        ConfigError: Less than one was asked for.
+        ConfigError: if fewer than one was asked for.
     """
     if asked is None:
         return min(_MOST, len(os.sched_getaffinity(0)))

@@ -33,9 +33,9 @@ def open_source(source: Any, **options: Any) -> Source:
             ``size`` for pictures, ``names`` for a torch Dataset.
 
     Raises:
-        ConfigError: It is nothing of these, or has no such option.
-        MissingExtraError: A package that it needs is not installed.
-        DataError: It cannot be read.
+        ConfigError: if the source is of none of these types, or has no such option.
+        MissingExtraError: if a package that it needs is not installed.
+        DataError: if the source cannot be read.
     """
     opener = _opener(source)
     allowed = set(getattr(opener, "options", ()))

@@ -58,7 +58,7 @@ class Stack:
         dtype: Element type of the vector.
 
     Raises:
-        ConfigError: There is no column, one is named twice, or the type cannot be stored.
+        ConfigError: if there is no column, one is named twice, or the type cannot be stored.
     """
 
     columns: tuple[str, ...]
@@ -125,7 +125,7 @@ def convert_batch(
             that is not named is refused. None: all become numbers.
 
     Raises:
-        DataError: A column is absent or of a type that cannot be stored, or there is a null or a
+        DataError: if a column is absent or of a type that cannot be stored, or there is a null or a
             value that does not fit.
     """
     pa = extra("pyarrow", "tables", what="a table")

@@ -47,7 +47,7 @@ class Source(ABC):
         """Yield columns of about ``BATCH_BYTES``, from row ``start`` on.
 
         Raises:
-            DataError: A row cannot be sealed. The message names column and row, and no value.
+            DataError: if a row cannot be sealed. The message names column and row, and no value.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ def gathered(rows: Iterable[Mapping[str, Any]], *, first_row: int) -> Iterator[B
     """Yield columns of many rows each, out of rows one by one.
 
     Raises:
-        DataError: A row is no mapping, or has other columns than the one before it.
+        DataError: if a row is no mapping, or has other columns than the one before it.
     """
     names: tuple[str, ...] = ()
     batch: Batch = {}
@@ -161,7 +161,7 @@ def extra(module: str, name: str, *, what: str) -> ModuleType:
         what: What needs it, for the error.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: if the package is not installed.
     """
     import importlib
 

@@ -31,7 +31,7 @@ class ArraySource(Source):
         columns: Arrays or tensors of shape ``(rows, *shape)``, or sequences, by name.
 
     Raises:
-        DataError: There is no column, or they differ in length.
+        DataError: if there is no column, or columns differ in length.
     """
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class DatasetSource(Source):
             ``("x",)``.
 
     Raises:
-        DataError: A sample has not as many parts as there are names.
+        DataError: if a sample has not as many parts as there are names.
     """
 
     def __init__(self, dataset: Any, *, names: Sequence[str] | None = None) -> None:

@@ -53,7 +53,7 @@ def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
     entries that no pixel needs, behind the last block of a JPEG's scan.
 
     Raises:
-        DataError: It is neither, or damaged.
+        DataError: if the picture is of neither format, or damaged.
 
     Source:
         ITU-T T.81, annex B; PNG, third edition, section 5.

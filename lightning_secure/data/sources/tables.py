@@ -51,8 +51,8 @@ class TableSource(Source):
         nulls: What happens to nulls, by column; those of other columns are refused.
 
     Raises:
-        ConfigError: Names contradict each other or the table.
-        MissingExtraError: pyarrow is not installed.
+        ConfigError: if names contradict each other or the table.
+        MissingExtraError: if pyarrow is not installed.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ def pandas_source(frame: Any, **options: Any) -> TableSource:
     """Return the source of a pandas DataFrame; its NaN are nulls, as pandas means them.
 
     Raises:
-        DataError: Its index has a name, or a column mixes types.
+        DataError: if the index has a name, or a column mixes types.
     """
     pa = extra("pyarrow", "tables", what="a DataFrame")
     if any(name is not None for name in frame.index.names):
@@ -259,7 +259,7 @@ def parquet_source(path: Path, **options: Any) -> TableSource:
     One row group is in memory at a time.
 
     Raises:
-        DataError: There is no file, one is damaged, or they differ in their columns.
+        DataError: if there is no file, one is damaged, or they differ in their columns.
     """
     pa = extra("pyarrow", "tables", what="Parquet")
     pq = extra("pyarrow.parquet", "tables", what="Parquet")
@@ -307,7 +307,7 @@ def csv_source(path: Path, **options: Any) -> TableSource:
     with leading zeros. An empty field is a null, except in columns of text.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: if the file cannot be read.
     """
     pa = extra("pyarrow", "tables", what="CSV")
     csv = extra("pyarrow.csv", "tables", what="CSV")

@@ -44,7 +44,7 @@ class CiphertextCache:
             until it is closed; a shard larger than all is read through.
 
     Raises:
-        ConfigError: ``max_bytes`` is not positive, or the folder cannot be made.
+        ConfigError: if ``max_bytes`` is not positive, or the folder cannot be made.
 
     Guarantees:
         Only bytes that the storage holds are written: ciphertext, under the name of the shard's
@@ -82,8 +82,8 @@ class CiphertextCache:
             step: How much to copy at a time, in bytes.
 
         Raises:
-            OSError: The shard cannot be opened where it lies.
-            StorageError: The storage did not answer, or refused.
+            OSError: if the shard cannot be opened where it lies.
+            StorageError: if the storage did not answer, or refused.
         """
         path = self.folder / (_key(entry) + _ENTRY)
         source: StoredFile | None = None

@@ -32,8 +32,9 @@ def open_storage(
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
-        ConfigError: The URL is not accepted, or an option was given that the root has no use for.
-        MissingExtraError: The protocol needs a package that is not installed.
+        ConfigError: if the URL is not accepted, or an option was given that the root has no use
+            for.
+        MissingExtraError: if the protocol needs a package that is not installed.
     """
     path = local_root(root)
     if path is None and not isinstance(root, str | os.PathLike):
@@ -53,7 +54,7 @@ def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
     """Return the folder of this machine that ``root`` means, or None if it means another place.
 
     Raises:
-        ConfigError: It is no place at all.
+        ConfigError: if ``root`` names no place.
     """
     if isinstance(root, LocalStorage):
         return Path(str(root))
@@ -70,8 +71,9 @@ def folder_of(root: str | os.PathLike[str] | Storage) -> Path:
     """Return the folder of a dataset that can be changed where it lies.
 
     Raises:
-        ConfigError: It is no folder of this machine. Changing keys takes locks and the removal of
-            files that others may be reading, which an object store does not offer.
+        ConfigError: if the dataset is not in a folder of this machine. Changing keys takes locks
+            and the removal of files that others may be reading, which an object store does not
+            offer.
     """
     path = local_root(root)
     if path is None:

@@ -65,7 +65,7 @@ class RemoteFile:
         Of an object that was removed meanwhile there are none.
 
         Raises:
-            StorageError: The storage did not answer, or refused.
+            StorageError: if the storage did not answer, or refused.
         """
         with memoryview(out).cast("B") as view:
             length = min(len(view), self._size - offset)

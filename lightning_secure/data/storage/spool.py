@@ -42,9 +42,10 @@ class Spool:
             storage will hold, encrypted.
 
     Raises:
-        ConfigError: The split exists there, or the folder holds another dataset than the storage.
-        IntegrityError: The storage's manifest is not this provider's, or not what was pinned.
-        StorageError: The storage did not answer, or refused.
+        ConfigError: if the split exists there, or the folder holds another dataset than the
+            storage.
+        IntegrityError: if the storage's manifest is not this provider's, or not what was pinned.
+        StorageError: if the storage did not answer, or refused.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ def open_spool(
     """Return the folder to seal a split in and, if that is not its place yet, the way there.
 
     Raises:
-        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
-            as for :class:`Spool`.
+        ConfigError: if the URL is not accepted, something was given that a folder has no use for,
+            or as for :class:`Spool`.
     """
     storage = open_storage(root, storage_options=storage_options)
     if isinstance(storage, RemoteStorage):

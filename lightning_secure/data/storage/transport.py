@@ -64,8 +64,8 @@ def check_url(url: str, *, insecure_allow_http: bool) -> str:
     """Return the protocol of an fsspec URL.
 
     Raises:
-        ConfigError: It holds credentials, chains protocols, or does not speak TLS. The message
-            does not repeat the URL.
+        ConfigError: if the URL holds credentials, chains protocols, or does not speak TLS. The
+            message does not repeat the URL.
     """
     protocol, _, rest = url.partition("://")
     protocol = protocol.lower()
@@ -149,7 +149,7 @@ def watch_client(filesystem: Any) -> None:
     Options, environment and profiles all end here.
 
     Raises:
-        ConfigError: The client does not speak TLS, or does not check certificates.
+        ConfigError: if the client does not speak TLS, or does not check certificates.
     """
     filesystem.connect()
     client = filesystem.s3

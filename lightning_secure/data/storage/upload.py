@@ -72,13 +72,13 @@ def upload_split(
         an answer that got lost, that is the one that was there.
 
     Raises:
-        ConfigError: There is no such split here, another one exists there, a key name of its
+        ConfigError: if there is no such split here, another one exists there, a key name of its
             belongs to another split there, or another dataset lies there.
-        ShardCorruptedError: A shard of this folder is not what its manifest was signed for. Nothing
-            was sent.
-        ManifestMismatchError: A manifest is not this provider's, or the one there is not what was
-            pinned. It was left as it is.
-        StorageError: The storage did not answer, refused, or others changed the manifest each
+        ShardCorruptedError: if a shard of this folder is not what its manifest was signed for.
+            Nothing was sent.
+        ManifestMismatchError: if a manifest is not this provider's, or the one there is not what
+            was pinned. The manifest there was left as it is.
+        StorageError: if the storage did not answer, refused, or others changed the manifest each
             time. What was sent is in no manifest, unless the last answer got lost.
 
     The pins are of what lies there; the folder here is taken as it is, so look at its generation

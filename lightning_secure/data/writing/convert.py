@@ -34,7 +34,7 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     """Return the common length of the columns.
 
     Raises:
-        DataError: There is no column, or they differ in length.
+        DataError: if there is no column, or columns differ in length.
     """
     if not isinstance(columns, Mapping):
         raise DataError(f"rows must be given as names and values of columns. {_UNTOUCHED}")
@@ -74,7 +74,7 @@ def infer_column(name: str, values: Any) -> Column:
     """Return the column that ``values``, which are not empty, look like.
 
     Raises:
-        DataError: Their type cannot be stored.
+        DataError: if the values' type cannot be stored.
     """
     if isinstance(values, Ragged):
         dtype = _known(name, str(values[0].dtype).removeprefix("torch."))
@@ -109,7 +109,7 @@ def convert_column(
         copy: Whether the result must not share memory with ``values``.
 
     Raises:
-        DataError: They are something else. The message names the column and never a value.
+        DataError: if a value is of another type. The message names the column and never a value.
     """
     rows = _normalised(column.name, values)
     if column.kind in ("string", "bytes"):

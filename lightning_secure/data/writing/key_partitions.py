@@ -31,7 +31,7 @@ class SplitLayout:
         subject_column: The column that says whose a row is, or None.
 
     Raises:
-        ConfigError: A name is not one that a partition may have.
+        ConfigError: if a name is not one that a partition may have.
 
     Segment ``i`` of the shards of every group of columns holds the same rows.
     """
@@ -88,7 +88,7 @@ class SplitLayout:
         """Return the pseudonym of each row's subject, or nothing if none are asked for.
 
         Raises:
-            DataError: The column is absent, or a value does not name a subject.
+            DataError: if the column is absent, or a value does not name a subject.
         """
         if self._pseudonyms is None or self._subject_column is None:
             return []
@@ -98,7 +98,7 @@ class SplitLayout:
         """Return the columns of each partition, in the order of :attr:`partitions`.
 
         Raises:
-            DataError: A column under a key of its own is absent, or no other column is left.
+            DataError: if a column under a key of its own is absent, or no other column is left.
         """
         if missing := self._partition_of.keys() - set(schema.names):
             raise DataError(
@@ -140,7 +140,8 @@ class SplitLayout:
             uuid: Names the shard, if there is one group only.
 
         Raises:
-            DataError: See :func:`~lightning_secure.data.shards.shard.seal_shard`.
+            DataError: if a row cannot be sealed, see
+                :func:`~lightning_secure.data.shards.shard.seal_shard`.
         """
         groups = self.groups(schema)
         per_segment = None

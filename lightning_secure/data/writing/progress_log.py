@@ -110,7 +110,7 @@ class Journal:
         keys: Signs what is written; nothing that another signed is believed.
 
     Raises:
-        ConfigError: Another sealing of this split is at work, or the file cannot be opened.
+        ConfigError: if another sealing of this split is at work, or the file cannot be opened.
 
     A line that could not be written whole, for example to a full disk, is cut off again, and no
     other follows it: what was written down before stays good to be resumed.
@@ -137,7 +137,7 @@ class Journal:
         A last line without its end is what a crash leaves, and is cut off.
 
         Raises:
-            IntegrityError: A line was altered, left out, moved, or is not of this sealer.
+            IntegrityError: if a line was altered, left out, moved, or is not of this sealer.
         """
         progress: Progress | None = None
         self._seq, self._digest = 0, ""

@@ -74,9 +74,9 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         nulls: See there.
 
     Raises:
-        ConfigError: An argument is wrong, the split exists, or the folder cannot be written.
-        MissingExtraError: Ray is not installed.
-        IntegrityError: The folder holds a manifest that is not this provider's, or not what was
+        ConfigError: if an argument is wrong, the split exists, or the folder cannot be written.
+        MissingExtraError: if Ray is not installed.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or not what was
             pinned.
 
     Guarantees:
@@ -170,8 +170,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         """Open every shard, and sign one manifest for all; called by Ray on the driver.
 
         Raises:
-            DataError: There are no rows, or tasks disagree about the columns.
-            IntegrityError: A shard is not there, or rows are missing or doubled.
+            DataError: if there are no rows, or tasks disagree about the columns.
+            IntegrityError: if a shard is not there, or rows are missing or doubled.
         """
         parts = sorted(write_result.write_returns, key=lambda part: int(part["task"]))
         dropped = sum(int(part["dropped"]) for part in parts)

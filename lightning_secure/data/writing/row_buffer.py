@@ -87,7 +87,7 @@ class PendingRows:
         """Look again at the next of the rows that were sealed before.
 
         Raises:
-            DataError: They are not what was sealed, or more than that.
+            DataError: if the rows are not what was sealed, or are more than that.
         """
         rows = count_rows(columns)
         if rows > self.unseen:
@@ -157,7 +157,7 @@ class PendingRows:
             first_row: Number of the first one in the split, for errors.
 
         Raises:
-            DataError: A column is missing or unknown, or a value does not fit. No row was taken.
+            DataError: if a column is missing or unknown, or a value does not fit. No row was taken.
         """
         rows = count_rows(columns)
         if rows == 0:

@@ -106,13 +106,13 @@ def seal(
         options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
 
     Raises:
-        ConfigError: An argument is wrong, a split exists, or what would be resumed had another
+        ConfigError: if an argument is wrong, a split exists, or what would be resumed had another
             source or other arguments.
-        DataError: A row cannot be sealed, or a split got no rows.
-        IntegrityError: The folder or what would be resumed was altered, or the manifest in place
+        DataError: if a row cannot be sealed, or a split got no rows.
+        IntegrityError: if the folder or what would be resumed was altered, or the manifest in place
             is not what was pinned.
-        MissingExtraError: The source, or the URL, needs a package that is not installed.
-        StorageError: A remote storage did not answer, or refused.
+        MissingExtraError: if the source, or the URL, needs a package that is not installed.
+        StorageError: if a remote storage did not answer, or refused.
 
     Guarantees:
         Rows keep their order within a split. A split is in the manifest with all of its rows, or

@@ -27,7 +27,7 @@ class ShardPool:
             it.
 
     Raises:
-        ConfigError: ``threads`` is not positive.
+        ConfigError: if ``threads`` is not positive.
 
     Guarantees:
         At most ``threads`` shards are held here: handing in one more waits for one to be done.

@@ -47,7 +47,7 @@ class SplitByRatio(SplitRule):
             that no patient is both trained and tested on.
 
     Raises:
-        ConfigError: The shares are not positive or do not add up to 1, or a name is no split's.
+        ConfigError: if the shares are not positive or do not add up to 1, or a name is no split's.
     """
 
     ratios: Mapping[str, float]
@@ -106,7 +106,7 @@ class SplitByColumn(SplitRule):
         """Return positions by split.
 
         Raises:
-            DataError: The column is absent or a value is not the name of a split.
+            DataError: if the column is absent or a value is not the name of a split.
         """
         values = np.asarray(_column(columns, self.column), dtype=object)
         result = {}

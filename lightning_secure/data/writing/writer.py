@@ -76,13 +76,13 @@ class EncryptedShardWriter:
             :func:`upload_split`. It is kept; a temporary one, the default, is not.
 
     Raises:
-        ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
-            would be resumed was sealed from another source or with other arguments.
-        ManifestMismatchError: The manifest in place is not what was pinned.
-        KeyUnavailableError: The provider has no signing key, so it cannot seal.
-        IntegrityError: The folder holds a manifest that is not this provider's, or what would be
+        ConfigError: if an argument is wrong, the split exists, the folder cannot be written, or
+            what would be resumed was sealed from another source or with other arguments.
+        ManifestMismatchError: if the manifest in place is not what was pinned.
+        KeyUnavailableError: if the provider has no signing key, so it cannot seal.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or what would be
             resumed is not what this provider's holder left.
-        StorageError: A remote storage did not answer, or refused.
+        StorageError: if a remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
     until then, and for good after an error or a crash, they are in no manifest and cannot be
@@ -217,7 +217,7 @@ class EncryptedShardWriter:
         """Look again at the next :attr:`unseen` rows that are sealed already, for the report.
 
         Raises:
-            DataError: They do not fit the plan, or there are more than were sealed.
+            DataError: if the rows do not fit the plan, or are more than were sealed.
         """
         self._pending.recount(columns)
 
@@ -228,7 +228,7 @@ class EncryptedShardWriter:
             row: A value for each column: a number, text, bytes, an array or a tensor.
 
         Raises:
-            DataError: A column is missing or unknown, or a value does not fit. The row was not
+            DataError: if a column is missing or unknown, or a value does not fit. The row was not
                 taken; those before it were.
         """
         if not isinstance(row, Mapping):
@@ -243,7 +243,8 @@ class EncryptedShardWriter:
                 sequences.
 
         Raises:
-            DataError: As for :meth:`write`. None of the rows was taken.
+            DataError: if a column is missing or unknown, or a value does not fit. None of the rows
+                was taken.
         """
         self.take(columns, copy=True)
 
@@ -255,7 +256,8 @@ class EncryptedShardWriter:
             copy: Whether the memory may be used for something else after the call.
 
         Raises:
-            DataError: As for :meth:`write_batch`.
+            DataError: if a column is missing or unknown, or a value does not fit. None of the rows
+                was taken.
         """
         self._require_owner()
         if self._closed or self.complete:
@@ -271,13 +273,13 @@ class EncryptedShardWriter:
         kept to be resumed, unless the error lies in the rows.
 
         Raises:
-            DataError: There is no row. The dataset is as it was.
+            DataError: if there is no row. The dataset is as it was.
             KeyUnavailableError: if the key was destroyed meanwhile, or cannot be used now, so that
                 the split could not be read. The dataset is as it was: keep the source.
-            ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
-            ManifestMismatchError: The manifest in place is not what was pinned, or an older one
-                than this writer has seen. It was left as it is.
-            StorageError: A remote storage did not answer, or refused, see :func:`upload_split`.
+            ConfigError: if another writer sealed the same split meanwhile. Its rows stand.
+            ManifestMismatchError: if the manifest in place is not what was pinned, or is older than
+                one this writer has seen. The manifest was left as it is.
+            StorageError: if a remote storage did not answer, or refused, see :func:`upload_split`.
         """
         if not self._closed:
             close_together([self])

@@ -218,7 +218,7 @@ def declare_public_weights(module: Any) -> None:
         module: Carries the ledger of its weights.
 
     Raises:
-        LedgerError: It carries none.
+        LedgerError: if the module carries no ledger.
     """
     ledger = ledger_of(module)
     if ledger is None:

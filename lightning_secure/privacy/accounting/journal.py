@@ -97,7 +97,7 @@ class Journal:
                 budget.
 
         Raises:
-            LedgerError: It could not be written. Nothing may be released.
+            LedgerError: if the release could not be written. Nothing may be released.
         """
         if os.getpid() != self._owner:
             raise LedgerError(
@@ -169,7 +169,7 @@ class Journal:
         """Begin the journal of a run.
 
         Raises:
-            LedgerError: There is one, or it cannot be written.
+            LedgerError: if the journal exists, or cannot be written.
         """
         failure, file = None, None
         try:
@@ -196,7 +196,7 @@ class Journal:
         """Open the journal of a run that is going on.
 
         Raises:
-            LedgerError: It is absent, was altered, or is in use.
+            LedgerError: if the journal is absent, was altered, or is in use.
         """
         failure: str | None = None
         file: io.FileIO | None = None
@@ -240,7 +240,7 @@ def attach_journal(ledger: Ledger, directory: Path) -> None:
             its journal of then, if that still exists.
 
     Raises:
-        LedgerError: The journal is in use, was altered, knows less than the checkpoint, or is
+        LedgerError: if the journal is in use, was altered, knows less than the checkpoint, or is
             absent although the run has one. The ledger is unchanged, and nothing may be trained.
     """
     ledger.close_journal()
@@ -295,7 +295,7 @@ def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
     """Return what the journal of a ledger's run says was released in all, without opening it.
 
     Raises:
-        LedgerError: It is absent or was altered.
+        LedgerError: if the journal is absent or was altered.
     """
     path, failure = journal_path(ledger, directory), ""
     try:
@@ -324,8 +324,8 @@ def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
         Where it lies.
 
     Raises:
-        ConfigError: ``steps`` is no such number.
-        LedgerError: There is a journal, or the checkpoint alone has more steps.
+        ConfigError: if ``steps`` is not a number of steps.
+        LedgerError: if there is a journal, or the checkpoint alone has more steps.
     """
     positive_int(steps=steps)
     more = steps - ledger.steps
@@ -389,7 +389,7 @@ def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes,
     """Return what a journal says, its last code, and how many of its bytes are whole lines.
 
     Raises:
-        IntegrityError: It is not what this run wrote.
+        IntegrityError: if the journal is not what this run wrote.
     """
     end, mac = 0, bytes(32)
     first: dict[str, Any] | None = None

@@ -152,8 +152,8 @@ class Ledger:
         """Enter one step. Call it before its result is released.
 
         Raises:
-            BudgetExhaustedError: Steps are one release, and it has no further step.
-            LedgerError: The journal cannot be written. The step must not be released.
+            BudgetExhaustedError: if all steps are one release, and that has no further step.
+            LedgerError: if the journal cannot be written. The step must not be released.
         """
         if self.mechanism == "banded":
             if self._planned.take():
@@ -170,9 +170,9 @@ class Ledger:
                 rows took part. Call it before the result is released.
 
         Raises:
-            BudgetExhaustedError: It would exceed the budget.
-            LedgerError: The journal cannot be written or, after the fit, not be found. It must not
-                be released.
+            BudgetExhaustedError: if the release would exceed the budget.
+            LedgerError: if the journal cannot be written or, after the fit, not be found. The
+                release must not happen.
         """
         limited = self.private and self.budget is not None
         epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
@@ -301,7 +301,7 @@ class Ledger:
         """Read what :meth:`state_dict` wrote.
 
         Raises:
-            LedgerError: It is something else.
+            LedgerError: if the state is not a ledger's.
         """
         ledger: Self | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):
@@ -318,7 +318,7 @@ class Ledger:
         """Read the account of a checkpoint; None if it has none.
 
         Raises:
-            LedgerError: It has one that cannot be read.
+            LedgerError: if the checkpoint has an account that cannot be read.
         """
         state = checkpoint.get(CHECKPOINT_KEY)
         if not isinstance(state, dict) or "privacy" not in state:
@@ -330,7 +330,7 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
     """Return the account of a checkpoint that is to be trained further.
 
     Raises:
-        LedgerError: It has none, or one that cannot be read.
+        LedgerError: if the checkpoint has no account, or one that cannot be read.
     """
     ledger = Ledger.from_checkpoint(checkpoint)
     if ledger is None:

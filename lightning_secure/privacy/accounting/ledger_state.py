@@ -55,9 +55,9 @@ def parsed(kind: type[L], state: Any) -> L | None:
     """Return the ledger of a state; None if it is none.
 
     Raises:
-        TypeError: It is none.
-        KeyError: It is none.
-        ValueError: It is none.
+        TypeError: if the state is no ledger.
+        KeyError: if the state is no ledger.
+        ValueError: if the state is no ledger.
     """
     if state["version"] not in (1, _VERSION, _VERSION_OF_OTHERS):
         return None

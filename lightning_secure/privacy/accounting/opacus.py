@@ -29,7 +29,7 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
         delta: Between 0 and 1.
 
     Raises:
-        PrivacyError: Opacus cannot account for these releases.
+        PrivacyError: if Opacus cannot account for these releases.
     """
     from opacus.accountants import create_accountant
 

@@ -124,7 +124,7 @@ def require_accountant(name: str, *, bound: bool) -> None:
         bound: Whether a budget is to be kept by it.
 
     Raises:
-        ConfigError: It is not one of them, or cannot bound anything.
+        ConfigError: if the accountant does not exist, or is no upper bound where one is needed.
 
     >>> require_accountant("opacus-gdp", bound=True)
     Traceback (most recent call last):
@@ -144,8 +144,8 @@ def epsilon_by(accountant: str, releases: Sequence[Release], *, delta: float) ->
     """Return the epsilon of all releases together, by the accountant of that name.
 
     Raises:
-        ConfigError: There is no such accountant.
-        PrivacyError: It cannot account for these releases.
+        ConfigError: if there is no such accountant.
+        PrivacyError: if the accountant cannot account for these releases.
 
     >>> round(epsilon_by("opacus-rdp", [Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
     1.0355
@@ -284,9 +284,9 @@ def calibrate_noise(
         of the target, or jumps above it at a noise multiplier that is smaller by a millionth.
 
     Raises:
-        ConfigError: ``accountant`` is not one of them.
-        PrivacyError: What was released already leaves nothing, or the accountant cannot show so
-            small an epsilon at so small a delta, or shows it without any noise.
+        ConfigError: if ``accountant`` is unknown.
+        PrivacyError: if earlier releases have used up the budget, or if the accountant cannot show
+            so small an epsilon at so small a delta, or shows it without any noise.
     """
     require_accountant(accountant, bound=True)
     with announced(f"calibrating the noise of {steps} steps by {accountant}"):

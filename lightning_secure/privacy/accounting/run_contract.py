@@ -33,8 +33,8 @@ def begin_ledger(
         beside: Noise multipliers of the metrics that each step is to release.
 
     Raises:
-        ConfigError: More rows are expected in a step than there are.
-        PrivacyError: The metrics alone would spend the budget.
+        ConfigError: if more rows are expected in a step than there are.
+        PrivacyError: if the metrics alone would spend the budget.
     """
     dataset_size = config.public_dataset_size or rows
     expected = config.expected_batch_size or min(batch_size, dataset_size)
@@ -101,7 +101,7 @@ def _left_for_the_gradient(together: float, beside: Sequence[float]) -> float:
     """Return the gradient's noise multiplier, with which all that a step releases has ``together``.
 
     Raises:
-        PrivacyError: There is none: without any gradient, too much is released.
+        PrivacyError: if nothing is left: without any gradient, too much is released.
     """
     if not beside:
         return together
@@ -123,7 +123,7 @@ def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
     become secure; the account of the run does not say so, because its first part was not.
 
     Raises:
-        LedgerError: They differ; the message says in what.
+        LedgerError: if the two differ; the message says in what.
     """
     pairs = {
         "delta": (config.delta, ledger.delta),

@@ -60,7 +60,7 @@ class OneRunAudit:
     not: ``DPConfig(public_dataset_size=audit.public_size(rows))``.
 
     Raises:
-        ConfigError: There are no canaries, or as many coins as canaries there are not.
+        ConfigError: if there are no canaries, or the number of coins is not that of the canaries.
     """
 
     def __init__(self, canaries: Rows, *, included: Sequence[bool] | None = None) -> None:
@@ -133,7 +133,7 @@ class OneRunAudit:
         The best of several numbers of guesses is reported, each held to its share of the error.
 
         Raises:
-            ConfigError: A number is out of range, or not every canary has a score.
+            ConfigError: if a number is out of range, or not every canary has a score.
         """
         open_unit_interval(delta=delta, confidence=confidence)
         count = len(self._canaries)

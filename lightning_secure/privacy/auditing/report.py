@@ -56,7 +56,7 @@ class AuditReport:
         """Raise if the claim is disproved.
 
         Raises:
-            PrivacyError: It is.
+            PrivacyError: if the claim is disproved.
         """
         if not self.holds:
             raise PrivacyError(self._finding())

@@ -66,7 +66,7 @@ class CanaryRun:
         ledger: The account of the last run.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ def canary_audit(
     independent trials, as they are where noise and clipping are right.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
 
     >>> run = CanaryRun(20_000, noise_multiplier=1.0, delta=1e-5, insecure_seed=1)
     >>> settings = {"canaries": 20_000, "claimed": run.epsilon, "delta": 1e-5}

@@ -133,7 +133,7 @@ def require_linear(fault: str | None, *, outcome: str) -> None:
         outcome: What became of the step.
 
     Raises:
-        UnsupportedModelError: There is such a thing.
+        UnsupportedModelError: if there is such a thing.
     """
     if fault is not None:
         raise UnsupportedModelError(

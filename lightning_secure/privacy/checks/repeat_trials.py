@@ -82,7 +82,7 @@ class Repeats:
             What is to be handed to :meth:`note` afterwards; None where one row is alone.
 
         Raises:
-            UnsupportedModelError: It is not linear in the means over the rows.
+            UnsupportedModelError: if the loss is not linear in the means over the rows.
         """
         if rows < 2:
             return None

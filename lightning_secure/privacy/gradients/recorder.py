@@ -115,7 +115,7 @@ class Recorder:
             factor: What the loss was multiplied by before it went backward.
 
         Raises:
-            UnsupportedModelError: A layer's first dimension is not the batch, so its gradients
+            UnsupportedModelError: if a layer's first dimension is not the batch, so its gradients
                 cannot be told apart by sample.
         """
         records, self._pending = self._pending, []

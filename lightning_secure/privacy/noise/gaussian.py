@@ -35,7 +35,7 @@ class GaussianNoise:
     generator is torch's Philox with a seed of 63 bits, which is no cryptographic one.
 
     Raises:
-        ConfigError: ``secure`` with a seed.
+        ConfigError: if ``secure`` is given with a seed.
     """
 
     def __init__(self, seed: int | None = None, *, secure: bool = False) -> None:

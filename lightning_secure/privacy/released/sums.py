@@ -66,7 +66,7 @@ class PrivacyAccount:
         """Enter a release that is about to happen.
 
         Raises:
-            BudgetExhaustedError: It would exceed the budget.
+            BudgetExhaustedError: if the release would exceed the budget.
         """
         after = [*self.releases, release]
         if self.budget is not None and epsilon_by("pld", after, delta=self.delta) > self.budget:
@@ -85,7 +85,7 @@ def require_bounds(bounds: Sequence[float]) -> Bounds:
     """Return bounds that are two finite numbers, the lower one first.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: if the bounds are not two finite numbers, the lower one first.
     """
     if len(bounds) == 2 and all(math.isfinite(b) for b in bounds) and bounds[0] < bounds[1]:
         return float(bounds[0]), float(bounds[1])
@@ -120,7 +120,7 @@ class PrivateSum:
         known: Whether the noise may be known to others. It is charged as none.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class PrivateSum:
             values: One number a row, shape ``(rows,)``.
 
         Raises:
-            ConfigError: They have another shape.
+            ConfigError: if the tensors have another shape.
         """
         if values.ndim != 1:
             raise ConfigError(
@@ -173,8 +173,8 @@ class PrivateSum:
             noise: Source of the noise. On several ranks, that of the first one counts.
 
         Raises:
-            BudgetExhaustedError: The account cannot pay. Nothing was released.
-            LedgerError: It cannot be charged. Nothing was released.
+            BudgetExhaustedError: if the account cannot pay. Nothing was released.
+            LedgerError: if the account cannot be charged. Nothing was released.
         """
         account.charge(self.cost)
         noised = noise.add_(torch.stack([total, count.to(total)]), std=self.noise_multiplier)

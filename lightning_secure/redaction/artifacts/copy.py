@@ -42,7 +42,7 @@ def copy_checked(
         Where the copy is.
 
     Raises:
-        RedactionError: The file is neither, so it could not be checked.
+        RedactionError: if the file is of neither kind, so that it could not be checked.
     """
     data = source.read_bytes()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def copy_tree_checked(
         passes: Is given a file's redacted path below the folder, and says whether it is copied.
 
     Raises:
-        RedactionError: A file could not be checked.
+        RedactionError: if a file could not be checked.
     """
     for source in sorted(root.rglob("*")):
         if source.is_file():

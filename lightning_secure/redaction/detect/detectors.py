@@ -59,7 +59,8 @@ class SecretDetector:
         extra_rules: A file of further rules in the format of gitleaks.
 
     Raises:
-        ConfigError: The file cannot be read, or holds a rule that could take more than linear time.
+        ConfigError: if the file cannot be read, or holds a rule that could take more than linear
+            time.
 
     >>> [f.rule for f in SecretDetector().find("postgresql://jo:pw@db, AKIAIOSFODNN7EXAMPLE")]
     ['url-credentials', 'aws-access-key']

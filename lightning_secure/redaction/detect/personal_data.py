@@ -184,7 +184,7 @@ class PersonalDataDetector:
     identify no person.
 
     Raises:
-        ConfigError: A region is not known.
+        ConfigError: if a region is not known.
 
     >>> text = "jo@clinic.example, +44 20 7946 0958, 4111 1111 1111 1111"
     >>> sorted(finding.rule for finding in PersonalDataDetector().find(text))

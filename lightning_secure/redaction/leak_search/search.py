@@ -53,8 +53,8 @@ class CanarySearch:
         canaries: What to look for, by a label that may be shown: text, or raw bytes.
 
     Raises:
-        ConfigError: There is none, one is so short that it would be found by chance, or one has no
-            UTF-8 form.
+        ConfigError: if there is no canary, one is so short that it would be found by chance, or one
+            has no UTF-8 form.
 
     Text is looked for in any case, as UTF-8, UTF-16, UTF-32 and Latin-1, composed and decomposed,
     in hexadecimal, in base64 (at each of its three alignments, in both alphabets, broken into lines
@@ -110,7 +110,7 @@ class CanarySearch:
         An empty list means that everything was searched and nothing was found.
 
         Raises:
-            OSError: A file cannot be read: what was not searched was not found clean.
+            OSError: if a file cannot be read: what was not searched was not found clean.
         """
         hits: set[CanaryHit] = set()
         for root in map(Path, paths):

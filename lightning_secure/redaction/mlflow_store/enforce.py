@@ -68,8 +68,8 @@ def enforce_mlflow_redaction(
         in ``MLFLOW_TRACKING_URI``, or call this themselves.
 
     Raises:
-        MissingExtraError: MLflow is not installed.
-        ConfigError: The environment asks for traces to be sent to a second place, or the policy
+        MissingExtraError: if MLflow is not installed.
+        ConfigError: if the environment asks for traces to be sent to a second place, or the policy
             encrypts under other keys than an earlier one.
     """
     global _enforced

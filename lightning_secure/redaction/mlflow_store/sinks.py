@@ -116,7 +116,7 @@ def limited(rules: Rules, method: str, given: MutableMapping[str, Any]) -> Unsen
         None if the call may go on.
 
     Raises:
-        RedactionError: Nothing may be stored, and MLflow cannot go on without it.
+        RedactionError: if nothing may be stored, and MLflow cannot go on without it.
     """
     if _ABOUT.get(method) == "traces" and rules.drops("traces"):
         _left_out("traces")

@@ -120,7 +120,8 @@ class Policy:
         """Return a filter with the texts in it redacted, by the names that they are compared with.
 
         Raises:
-            RedactionError: There is something to take out beside them.
+            RedactionError: if text in the filter outside of its quoted texts would have to be taken
+                out.
         """
         if self.text(text) == text:
             return text
@@ -205,7 +206,7 @@ class Policy:
         """Return an identifier or a place as it is.
 
         Raises:
-            RedactionError: There is something in it to take out.
+            RedactionError: if the identifier holds text that would have to be taken out.
         """
         items = items_of(value)
         for item in [value] if items is None else items:

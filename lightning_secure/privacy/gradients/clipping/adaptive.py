@@ -34,7 +34,8 @@ def with_count(
     same draw.
 
     Raises:
-        ConfigError: One has the count's name, or cannot be had with this way of clipping.
+        ConfigError: if a metric has the count's name, or the count cannot be had with this way of
+            clipping.
     """
     if isinstance(rule, PerLayerClipping) and any(
         isinstance(metric, ClippedFraction) for metric in released.values()

@@ -109,7 +109,7 @@ class AttentionUnit(Unit):
         module: The layer.
 
     Raises:
-        UnsupportedModelError: It has an option that the rules do not cover.
+        UnsupportedModelError: if the layer has an option that the rules do not cover.
     """
 
     def __init__(self, name: str, module: nn.MultiheadAttention) -> None:

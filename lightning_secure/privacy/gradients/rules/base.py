@@ -316,7 +316,8 @@ class Record:
         """Return the input and the output's gradient, which must still be there.
 
         Raises:
-            UnsupportedModelError: One was changed in place since, maybe after norms were taken.
+            UnsupportedModelError: if one of them was changed in place since, maybe after norms were
+                taken.
         """
         assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
         assert self.grads is not None  # noqa: S101
@@ -386,7 +387,7 @@ def require_default(unit: Unit, option: str, *, ok: bool, advice: str) -> None:
     """Refuse a layer with an option that its formula does not cover.
 
     Raises:
-        UnsupportedModelError: ``ok`` is false.
+        UnsupportedModelError: if ``ok`` is false.
     """
     if not ok:
         raise UnsupportedModelError(

@@ -65,7 +65,7 @@ class SampledUnit(Unit):
         """Return the gradients.
 
         Raises:
-            UnsupportedModelError: functorch cannot form them.
+            UnsupportedModelError: if functorch cannot form them.
         """
         dtype = widened(grads.dtype)
         if inputs.is_floating_point():
@@ -105,7 +105,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """Return a unit for every layer with trainable parameters.
 
     Raises:
-        UnsupportedModelError: A layer mixes samples or keeps statistics of them, or no way is
+        UnsupportedModelError: if a layer mixes samples or keeps statistics of them, or no way is
             known to its per-sample gradients. The message names it and what to use instead.
     """
     for name, parameter in model.named_parameters():

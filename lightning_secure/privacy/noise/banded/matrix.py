@@ -46,7 +46,7 @@ def sensitivity(coefficients: tuple[float, ...], *, steps: int, separation: int)
         separation: Steps from one use of a row to the next, always as many.
 
     Raises:
-        ConfigError: Rows come again while earlier noise is still being taken back.
+        ConfigError: if rows come again while earlier noise is still being taken back.
 
     Columns of ``C`` that are at least as far apart as it has bands do not overlap. So the squares
     add up, over the steps in which a row takes part, and the row of the first step has the most.

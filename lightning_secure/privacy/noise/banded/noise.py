@@ -37,7 +37,7 @@ class BandedNoise:
     pickled: a run that is resumed begins a new mechanism, with a charge of its own.
 
     Raises:
-        ConfigError: A row comes again too soon; see
+        ConfigError: if a row comes again too soon; see
             :func:`~lightning_secure.privacy.noise.banded.matrix.sensitivity`.
     """
 
@@ -64,8 +64,8 @@ class BandedNoise:
         """Begin the noise of the next step, for these parameters in this order.
 
         Raises:
-            PrivacyError: There is no next step, or the parameters are others than before: the noise
-                of one would be taken back from another. Nothing may be released.
+            PrivacyError: if there is no next step, or the parameters are others than before: the
+                noise of one would be taken back from another. Nothing may be released.
         """
         if self._left == 0:
             raise PrivacyError(
@@ -92,7 +92,8 @@ class BandedNoise:
             std: The clipping norm times the noise multiplier, always the same. Zero adds nothing.
 
         Raises:
-            PrivacyError: It is not the same as before, or the step has no further parameter.
+            PrivacyError: if the parameter is not the same as before, or the step has no further
+                parameter.
         """
         if std == 0:
             return tensor
