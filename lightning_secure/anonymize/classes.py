@@ -91,9 +91,9 @@ def _label(value: Any, name: str) -> tuple[type, Any]:
             return kind, str.__str__(value) if kind is str else value
     if value is not None and not isinstance(value, float | dt.date):
         raise DataError(
-            f"column {name!r} tells rows apart, by the anonymisation plan, and holds a "
-            f"{type(value).__name__}; text, bytes, numbers and dates can. Nothing of this call was "
-            "sealed."
+            f"column {name!r} is counted by the anonymisation plan, as quasi-identifier or "
+            f"sensitive, and holds a {type(value).__name__}; it must hold text, bytes, numbers or "
+            "dates. Nothing of this call was sealed."
         )
     return type(value), repr(value + 0.0 if isinstance(value, float) else value)
 

@@ -103,11 +103,11 @@ class Pseudonyms(_Names):
         _require_generation(generation)
         if since > generation:
             raise ConfigError(
-                "a pseudonym is brought forward only: that of an earlier generation does not "
-                "follow from it. Nothing was changed."
+                f"a pseudonym of generation {since} cannot be brought back to generation "
+                f"{generation}: it goes forward only. Nothing was changed."
             )
         if not isinstance(pseudonym, str) or not _PSEUDONYM.fullmatch(pseudonym):
-            raise DataError("a pseudonym has 32 hexadecimal digits; this is none.")
+            raise DataError("the value is not a pseudonym, which has 32 hexadecimal digits.")
         return self._onward(bytes.fromhex(pseudonym), since, generation)
 
     def _onward(self, mark: bytes, since: int, generation: int) -> str:
@@ -283,4 +283,6 @@ def _require_domain(domain: Any, what: str) -> None:
 def _require_generation(generation: Any) -> None:
     number = whole_number(generation)
     if number is None or not 1 <= number <= MAX_GENERATION:
-        raise ConfigError(f"a generation is a whole number from 1 to {MAX_GENERATION}.")
+        raise ConfigError(
+            f"`generation` must be a whole number from 1 to {MAX_GENERATION}, not {generation!r}."
+        )

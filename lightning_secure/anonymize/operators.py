@@ -101,7 +101,10 @@ class Redact(Operator):
         except (re.error, TypeError):
             valid = False
         if not valid:  # outside the handler: its error holds the pattern, which may hold a value
-            raise ConfigError("Redact(extra_patterns=) are regular expressions in Python's syntax.")
+            raise ConfigError(
+                "Redact(extra_patterns=) must be a list of regular expressions in Python's "
+                "syntax. The value given is not, and is not shown."
+            )
         object.__setattr__(self, "extra_patterns", tuple(self.extra_patterns))
 
     def bind(self, keys: KeySource) -> Bound:
@@ -146,18 +149,26 @@ class Generalize(Operator):
         every = (self.date, self.prefix, self.width, self.bins)
         given: list[Any] = [value for value in every if value is not None]
         if len(given) != 1:
-            raise ConfigError("Generalize takes exactly one of date, prefix, width and bins.")
+            raise ConfigError(
+                f"Generalize takes exactly one of date, prefix, width and bins, not {len(given)}."
+            )
         if self.date not in (None, "year", "decade"):
-            raise ConfigError("Generalize(date=) is 'year' or 'decade'.")
+            raise ConfigError(f"Generalize(date=) must be 'year' or 'decade', not {self.date!r}.")
         if self.bins is not None:
             edges = tuple(self.bins) if isinstance(self.bins, list | tuple) else ()
             if not edges or not all(_finite(edge) for edge in edges) or not _ascending(edges):
-                raise ConfigError("Generalize(bins=) are one or more finite numbers, ascending.")
+                raise ConfigError(
+                    "Generalize(bins=) must be one or more finite numbers in ascending order, not "
+                    f"{self.bins!r}."
+                )
             object.__setattr__(self, "bins", edges)  # a list could be changed afterwards
         elif self.date is None and not (_finite(given[0]) and given[0] > 0):
-            raise ConfigError("Generalize(prefix=) and Generalize(width=) are positive numbers.")
+            what = "width" if self.prefix is None else "prefix"
+            raise ConfigError(f"Generalize({what}=) must be a positive number, not {given[0]!r}.")
         if self.prefix is not None and type(self.prefix) is not int:
-            raise ConfigError("Generalize(prefix=) is a whole number of characters.")
+            raise ConfigError(
+                f"Generalize(prefix=) must be a whole number of characters, not {self.prefix!r}."
+            )
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the rounding."""

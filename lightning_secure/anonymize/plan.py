@@ -62,15 +62,18 @@ class AnonymizationPlan:
         rules = dict(given) if isinstance(given, Mapping) else {"": given}
         for name, rule in rules.items():
             if not (isinstance(name, str) and isinstance(rule, Operator)):
+                shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
                 raise ConfigError(
-                    "an AnonymizationPlan has an operator for each name of a column, such as "
-                    f"Keep(), and was given a {type(rule).__name__}."
+                    "an AnonymizationPlan needs an operator for each name of a column, such as "
+                    f"{{'age': Keep()}}, not a {type(rule).__name__} for {shown}."
                 )
         object.__setattr__(self, "columns", rules)  # which could be changed afterwards
         for what in ("quasi_identifiers", "sensitive"):
             names = getattr(self, what)
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise ConfigError(f"{what} of an AnonymizationPlan are names of columns.")
+                raise ConfigError(
+                    f"{what} of an AnonymizationPlan must be a sequence of column names."
+                )
             object.__setattr__(self, what, tuple(names))
         both = (*self.quasi_identifiers, *self.sensitive)
         twice = next((name for name in both if both.count(name) > 1), None)
@@ -81,8 +84,8 @@ class AnonymizationPlan:
             )
         if self.sensitive and not self.quasi_identifiers:
             raise ConfigError(
-                "sensitive columns are counted among rows that agree in quasi_identifiers; the "
-                "AnonymizationPlan has none."
+                f"an AnonymizationPlan has the sensitive columns {list(self.sensitive)} and no "
+                "quasi_identifiers, within whose classes their values are counted. Name some."
             )
 
     @classmethod

@@ -74,4 +74,4 @@ def _operator(name: Any, rule: Any) -> Operator:
             domain=typed(options.get("domain"), str, f"{what}: domain"),
             generation=typed(options.get("generation", 1), int, f"{what}: generation"),
         )
-    raise ConfigError(f"anonymize: {name}: takes one of {', '.join(_NAMES)}.")
+    raise ConfigError(f"anonymize: {name}: the rule must be one of {', '.join(_NAMES)}.")

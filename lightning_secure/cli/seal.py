@@ -175,7 +175,10 @@ def read_config(path: Path) -> dict[str, Any]:
     config = parsed(path)
     options = read_options(config)
     if "keys" not in config:
-        raise ConfigError("the configuration names no keys: to whom would the rows be sealed?")
+        raise ConfigError(
+            "the configuration has no part `keys`, which names the key provider. Nothing was "
+            "sealed."
+        )
     return {**options, "keys": provider_of(config["keys"], path)}
 
 
@@ -210,7 +213,9 @@ def _split(value: Any) -> Any:
     if fields.keys() == {"column"}:
         return SplitByColumn(column=typed(fields["column"], str, "split: column"))
     if "column" in fields or not {"ratio", "seed"} <= fields.keys():
-        raise ConfigError("split: takes a name, or column, or ratio and seed (and group).")
+        raise ConfigError(
+            "split: must be a name, or have `column`, or have `ratio` and `seed` (and `group`)."
+        )
     return SplitByRatio(
         ratios=typed(fields["ratio"], dict, "split: ratio"),
         seed=typed(fields["seed"], int, "split: seed"),
@@ -239,5 +244,5 @@ def _nulls(value: Any) -> Any:
         elif isinstance(rule, dict) and rule.keys() == {"fill"}:
             result[name] = Fill(rule["fill"])
         else:
-            raise ConfigError(f"nulls: {name}: is neither drop nor fill: VALUE.")
+            raise ConfigError(f"nulls: {name}: the rule must be drop or fill: VALUE.")
     return result

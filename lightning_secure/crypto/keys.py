@@ -51,7 +51,7 @@ class DataKey:
     def __init__(self, material: bytes) -> None:
         if len(material) != KEY_BYTES:
             raise KeyAccessError(
-                f"a key has {KEY_BYTES} bytes; these are {len(material)}. No key was made."
+                f"a key must have {KEY_BYTES} bytes, not {len(material)}. No key was made."
             )
         self._material = bytes(material)
         self._cipher: AESGCM | None = None

@@ -47,7 +47,7 @@ class Keystream:
     def __init__(self, key: bytes | None = None) -> None:
         if key is not None and len(key) != KEY_BYTES:
             raise KeyAccessError(
-                f"a keystream's key has {KEY_BYTES} bytes; this has {len(key)}. Nothing was drawn."
+                f"a keystream's key must have {KEY_BYTES} bytes, not {len(key)}. Nothing was drawn."
             )
         self._given = key is not None
         self._begin(secrets.token_bytes(KEY_BYTES) if key is None else key)

@@ -46,7 +46,7 @@ class Signer:
     def __init__(self, seed: bytes) -> None:
         if len(seed) != SEED_BYTES:
             raise KeyAccessError(
-                f"a signing key has {SEED_BYTES} bytes; these are {len(seed)}. No key was made."
+                f"a signing key must have {SEED_BYTES} bytes, not {len(seed)}. No key was made."
             )
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
 

@@ -187,8 +187,8 @@ class PrivateAccuracy(_ReleasedMean):
             preds = preds.argmax(1)
         elif preds.is_floating_point():
             raise ConfigError(
-                "preds of shape (rows,) must be classes, whole numbers; for scores of one class, "
-                "say where the line is, (scores > 0.5).long()."
+                f"preds of shape (rows,) must be class numbers, not {preds.dtype}; for scores of "
+                "one class, apply a threshold: (scores > 0.5).long()."
             )
         if preds.shape != target.shape or preds.ndim != 1:
             raise ConfigError(

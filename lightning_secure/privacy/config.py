@@ -145,8 +145,8 @@ class DPConfig:
         require_accountant(self.accountant, bound=True)
         if self.secure_noise and self.insecure:
             raise ConfigError(
-                f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, "
-                "and it must be unknown."
+                f"secure_noise contradicts {' and '.join(self.insecure)}, which makes the noise "
+                "absent or known. Leave one of them out."
             )
         rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:

@@ -140,7 +140,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         if secure and seed is not None:
-            raise ConfigError("secure_noise contradicts insecure_seed. Nothing was drawn.")
+            raise ConfigError(
+                "secure_noise contradicts insecure_seed. Leave one of them out. Nothing was drawn."
+            )
         self._part = range(rank, dataset_size, world_size)
         self._sample_rate = sample_rate
         self._steps = steps

@@ -93,14 +93,15 @@ binaries='refuse', strict=False)
             )
         given: Any = self.allow  # it may come from a file
         if not isinstance(given, Mapping) or not set(given) <= set(SINKS):
-            raise ConfigError(f"allow names sinks ({', '.join(SINKS)}) and what passes in each.")
+            raise ConfigError(
+                f"allow must map sinks ({', '.join(SINKS)}) to the names that pass in each."
+            )
         for sink in SINKS:
             names = given.get(sink)
             if (self.mode(sink) == "allowlist") != bool(names):
                 raise ConfigError(
-                    f"{sink}='allowlist' and names in allow[{sink!r}] are given together: a list "
-                    "in another mode would be without effect, and an empty one would let nothing "
-                    "pass, for which there is 'drop'."
+                    f"{sink}='allowlist' and names in allow[{sink!r}] must be given together: a "
+                    "list in another mode would be without effect. To let nothing pass, use 'drop'."
                 )
             if names is not None and (
                 isinstance(names, str) or not all(isinstance(name, str) for name in names)

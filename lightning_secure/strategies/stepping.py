@@ -106,8 +106,8 @@ class SteppingStrategy(AccountedStrategy):
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         if both := self._public_metrics & set(self._released.metrics):
             raise ConfigError(
-                f"metrics {sorted(both)} are declared public and are to be released with noise: "
-                "under one name, what the module logs itself would pass without any."
+                f"metrics {sorted(both)} are both public_metrics and released_metrics: under one "
+                "name, the module's own value would pass without noise. Name each in one of them."
             )
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed, secure=config.secure_noise)

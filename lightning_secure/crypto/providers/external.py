@@ -141,7 +141,7 @@ class ExternalKeyProvider(KeyProvider):
         if path is None:
             raise KeyUnavailableError(
                 f"this {type(self).__name__} cannot derive keys, for example for pseudonyms: its "
-                "KEK does not leave its place. Make a file with create_derivation_key(path) and "
+                "KEK stays in the key service. Make a file with create_derivation_key(path) and "
                 "pass it as derivation_key=. No key was derived."
             )
         record = read_record(path, what=_WHAT, kinds=((_DERIVATION_TYPE, 1),))

@@ -93,8 +93,8 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
             self._key_id = bytes(found[self._pkcs11.Attribute.ID]).hex()
         if not self._key_id:
             raise KeyUnavailableError(
-                f"key {key!r} of token {token!r} has no CKA_ID by which what it wrapped could be "
-                "told apart. Nothing was wrapped."
+                f"key {key!r} of token {token!r} has no CKA_ID, which identifies the key in what "
+                "it wraps. Give the key a CKA_ID. Nothing was wrapped."
             )
 
     @classmethod

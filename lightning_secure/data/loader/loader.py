@@ -93,13 +93,18 @@ class EncryptedLoader:
         trained_batches: Callable[[], int] | None = None,
     ) -> None:
         if batch_size < 1 or window_bytes < 1:
-            raise ConfigError("batch_size and window_bytes must be positive.")
+            raise ConfigError(
+                f"batch_size and window_bytes must be positive, not {batch_size} and "
+                f"{window_bytes}."
+            )
         if window_bytes > MAX_WINDOW_BYTES:
-            raise ConfigError(f"window_bytes={window_bytes} is more than {MAX_WINDOW_BYTES}.")
+            raise ConfigError(
+                f"window_bytes must be at most {MAX_WINDOW_BYTES}, not {window_bytes}."
+            )
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} is not one of {world_size} processes.")
+            raise ConfigError(f"rank must be from 0 to {world_size - 1}, not {rank}.")
         if not 0 <= seed < 2**64:
-            raise ConfigError("seed must be from 0 to 2**64 - 1.")
+            raise ConfigError(f"seed must be from 0 to 2**64 - 1, not {seed}.")
         self._dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last

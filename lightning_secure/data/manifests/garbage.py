@@ -216,7 +216,7 @@ def collect_garbage(
             nothing was removed.
     """
     if not min_age_s >= 0:
-        raise ConfigError("min_age_s must not be negative.")
+        raise ConfigError(f"min_age_s must not be negative, and is {min_age_s}.")
     folder = folder_of(root)
     read_manifest(folder, trusted=keys.trusted_signers)  # before a lock file is made there
     with locked(folder, ROTATION_LOCK_NAME):

@@ -34,10 +34,14 @@ class Pins:
         self, min_generation: int | None = None, manifest_digest: str | None = None
     ) -> None:
         if not (min_generation is None or (type(min_generation) is int and min_generation >= 0)):
-            raise ConfigError("min_generation must be a whole number from 0. Nothing was changed.")
+            raise ConfigError(
+                f"min_generation must be a whole number of at least 0, not {min_generation!r}. "
+                "Nothing was changed."
+            )
         if not (manifest_digest is None or re.fullmatch("[0-9a-f]{64}", str(manifest_digest))):
             raise ConfigError(
-                "manifest_digest must be 64 hexadecimal digits in lower case. Nothing was changed."
+                "manifest_digest must be 64 hexadecimal digits in lower case, not "
+                f"{manifest_digest!r}. Nothing was changed."
             )
         self._least = min_generation or 0
         self._digest = manifest_digest

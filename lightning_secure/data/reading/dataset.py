@@ -291,7 +291,7 @@ class EncryptedShardDataset(Dataset[Any]):
             # Not by numpy, which would take 1.9 and True for row 1.
             found = [None if rows.dtype.kind == "b" else whole_number(index) for index in indices]
             if None in found:
-                raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
+                raise ConfigError("row indices must be whole numbers. Nothing was read.")
             rows = np.asarray(found, dtype=object)
         # Before it becomes int64, which would take 2**64 - 1 for the last row.
         if rows.size and not (rows.min() >= -len(self) and rows.max() < len(self)):

@@ -96,8 +96,12 @@ class TableSource(Source):
             )
         stacked = [name for group in self._stack.values() for name in group.columns]
         left = [name for name in self._types if name not in stacked]
-        if len(set(stacked)) != len(stacked) or set(self._stack) & set(left):
-            raise ConfigError("a stacked column is named twice, or its name is taken.")
+        if twice := {name for name in stacked if stacked.count(name) > 1}:
+            raise ConfigError(f"columns {sorted(twice)} stand twice in the stacks; name each once.")
+        if taken := set(self._stack) & set(left):
+            raise ConfigError(
+                f"stacks {sorted(taken)} have names of other columns; choose other names."
+            )
 
     @property
     def rows(self) -> int | None:

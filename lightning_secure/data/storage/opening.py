@@ -45,7 +45,8 @@ def open_storage(
         storage = LocalStorage(path)
     if storage_options is not None or cache is not None:
         raise ConfigError(
-            f"storage_options= and cache= belong to a URL, and {str(storage)!r} is none."
+            f"storage_options= and cache= need a URL as text, and {str(storage)!r} is not one. "
+            "Leave them out, or give them to RemoteStorage."
         )
     return storage
 

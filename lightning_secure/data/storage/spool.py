@@ -157,8 +157,11 @@ def open_spool(
         )
         return spool.folder, spool
     path = local_root(storage)
-    if folder is not None or path is None:
+    if path is None:
         raise ConfigError(
-            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
+            f"a {type(storage).__name__} can be read and not sealed to. Give a folder or a URL. "
+            "Nothing was sealed."
         )
+    if folder is not None:
+        raise ConfigError(f"spool= needs a URL, and {str(path)!r} is not one. Nothing was sealed.")
     return path, None

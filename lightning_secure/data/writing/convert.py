@@ -37,11 +37,14 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
         DataError: if there is no column, or columns differ in length.
     """
     if not isinstance(columns, Mapping):
-        raise DataError(f"rows must be given as names and values of columns. {_UNTOUCHED}")
+        raise DataError(
+            "rows must be a mapping from column names to values, not a "
+            f"{type(columns).__name__}. {_UNTOUCHED}"
+        )
     for name, values in columns.items():
         if not isinstance(name, str):
             raise DataError(
-                f"a column's name is not text but a {type(name).__name__}. {_UNTOUCHED}"
+                f"a column's name must be text, not a {type(name).__name__}. {_UNTOUCHED}"
             )
         single = isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0
         if single or not hasattr(values, "__len__"):
@@ -52,7 +55,8 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
         raise DataError(
-            f"a call needs one column at least, and all of the same length. {_UNTOUCHED}"
+            "a call needs at least one column, and all columns of one length, not of lengths "
+            f"{sorted(lengths)}. {_UNTOUCHED}"
         )
     return lengths.pop()
 

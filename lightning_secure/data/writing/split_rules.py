@@ -58,9 +58,13 @@ class SplitByRatio(SplitRule):
         shares = list(self.ratios.values())
         numbers = all(type(share) in (int, float) and share > 0 for share in shares)
         if not shares or not numbers or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-            raise ConfigError("the shares of the splits must be positive and add up to 1.")
+            raise ConfigError(
+                f"the ratios of the splits must be positive and add up to 1, not {shares}."
+            )
         if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError("the seed of a split must be a whole number, 0 or more.")
+            raise ConfigError(
+                f"the seed of a split must be a whole number, 0 or more, not {self.seed!r}."
+            )
         for name in self.ratios:
             _require_name(name)
 
@@ -120,8 +124,8 @@ class SplitByColumn(SplitRule):
             result[name] = np.flatnonzero(values == name)
         if len(result) > _MOST_SPLITS:
             raise DataError(
-                f"column {self.column!r} names more than {_MOST_SPLITS} splits; it is hardly the "
-                "one that was meant. Nothing of the splits was put into the dataset."
+                f"column {self.column!r} names more than {_MOST_SPLITS} splits; choose a column "
+                "with fewer values. Nothing of the splits was put into the dataset."
             )
         return result
 

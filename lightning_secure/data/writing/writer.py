@@ -124,7 +124,10 @@ class EncryptedShardWriter:
                 f"split={split!r} is not a name of 1 to 64 letters, digits, '.', '_' and '-'."
             )
         if segment_bytes < 1 or shard_bytes < segment_bytes:
-            raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
+            raise ConfigError(
+                f"segment_bytes must be positive, and is {segment_bytes}; shard_bytes must be at "
+                f"least that, and is {shard_bytes}."
+            )
         if resume and source_id is None:
             raise ConfigError(
                 "resume=True needs source_id=, which names the state of the source: without it the "

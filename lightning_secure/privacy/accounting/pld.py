@@ -135,8 +135,8 @@ def require_accountant(name: str, *, bound: bool) -> None:
     if bound and name not in BOUNDS:
         raise ConfigError(
             f"accountant {name!r} approximates epsilon and can lie below the true one, so no "
-            f"budget can be kept by it; use one of {', '.join(BOUNDS)}. It can be shown beside "
-            "them."
+            f"budget can be kept by it; use one of {', '.join(BOUNDS)}, and this accountant for "
+            "display only."
         )
 
 
@@ -325,7 +325,7 @@ def _calibrated(
             raise PrivacyError(
                 f"no amount of noise has been found that keeps {steps} steps within epsilon "
                 f"{target_epsilon:g} at delta {delta:g} by {accountant}: at so small a delta or "
-                "budget it bounds nothing. Choose a larger one. Nothing was trained."
+                "budget the accountant bounds nothing. Choose a larger one. Nothing was trained."
             )
         width *= 2
         low, at_low, high = high, at_high, high + width

@@ -108,8 +108,8 @@ def _left_for_the_gradient(together: float, beside: Sequence[float]) -> float:
     left = together**-2 - sum(noise**-2 for noise in beside)
     if left <= 1e-6 * together**-2:
         raise PrivacyError(
-            f"the released metrics alone spend the budget: what a step releases needs a noise "
-            f"multiplier of {together:.4g} together, and theirs together have "
+            f"the released metrics alone spend the budget: a step's releases need a joint noise "
+            f"multiplier of at least {together:.4g}, and the metrics alone have "
             f"{joint_noise(*beside):.4g}. Give them more noise, or release fewer. No step was "
             "taken."
         )

@@ -195,10 +195,10 @@ class PersonalDataDetector:
         if tuple(phone_regions) != PHONE_REGIONS:
             import phonenumbers  # late, for it is large
 
-            if not set(phone_regions) <= set(phonenumbers.SUPPORTED_REGIONS):
+            if unknown := set(phone_regions) - set(phonenumbers.SUPPORTED_REGIONS):
                 raise ConfigError(
-                    "phone_regions has an unknown country; they are two capital letters, such as "
-                    "'DE'. No telephone number would be found by it."
+                    f"phone_regions has unknown countries: {sorted(map(str, unknown))}. A country "
+                    "is two capital letters, such as 'DE'."
                 )
         self._regions = tuple(phone_regions)
 

@@ -82,9 +82,7 @@ class CanarySearch:
 
     def __init__(self, canaries: Mapping[str, str | bytes]) -> None:
         if not canaries:
-            raise ConfigError(
-                "there is nothing to look for, so finding nothing would prove nothing."
-            )
+            raise ConfigError("`canaries` is empty: a search without canaries proves nothing.")
         if short := [label for label, value in canaries.items() if len(value) < _SHORTEST]:
             raise ConfigError(
                 f"canaries {sorted(short)} are shorter than {_SHORTEST} characters and would be "

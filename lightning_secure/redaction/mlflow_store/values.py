@@ -214,8 +214,8 @@ class Policy:
                 continue
             if not self._is_clean(without_experiment(str(item))):
                 raise RedactionError(
-                    f"{what} holds a secret or personal data, and cannot be redacted, for it would "
-                    "mean something else. Nothing was sent."
+                    f"{what} holds a secret or personal data, and cannot be redacted, because it "
+                    "would then mean something else. Choose another one. Nothing was sent."
                 )
         return value
 

@@ -41,8 +41,8 @@ def with_count(
         isinstance(metric, ClippedFraction) for metric in released.values()
     ):
         raise ConfigError(
-            "ClippedFraction counts rows that are clipped as a whole, and by layers they are "
-            "clipped in some layers and not in others. Use GradientNorm, or flat clipping."
+            "ClippedFraction counts rows whose whole gradient is clipped, and per-layer clipping "
+            "clips each layer by itself. Use GradientNorm, or flat clipping."
         )
     if not isinstance(rule, AdaptiveClipping):
         return dict(released)

@@ -228,8 +228,8 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
     trainable = any(p.requires_grad for p in module.parameters())
     if trainable and isinstance(module, nn.EmbeddingBag):
         raise UnsupportedModelError(
-            f"layer {name!r} (EmbeddingBag) takes the tokens of all rows in one tensor, of which "
-            "it is not known what belongs to which row. Use nn.Embedding on (batch, time) and "
+            f"layer {name!r} (EmbeddingBag) takes the tokens of all rows in one tensor, so tokens "
+            "cannot be assigned to rows. Use nn.Embedding on (batch, time) and "
             ".sum(1) or .mean(1), with a mask for padding. No step was taken."
         )
     if errors and (trainable or isinstance(module, nn.modules.instancenorm._InstanceNorm)):

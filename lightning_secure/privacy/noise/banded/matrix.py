@@ -58,8 +58,8 @@ def sensitivity(coefficients: tuple[float, ...], *, steps: int, separation: int)
     if separation < len(coefficients):
         raise ConfigError(
             f"a matrix of {len(coefficients)} bands needs as many steps between two uses of a row, "
-            f"and there are {separation}, the steps of an epoch. Choose DPConfig(bands=) at most "
-            "that, or a smaller expected_batch_size. No step was taken."
+            f"and an epoch has {separation}. Choose DPConfig(bands=) of at most {separation}, or a "
+            "smaller expected_batch_size. No step was taken."
         )
     squares = [number**2 for number in coefficients]
     return math.sqrt(

@@ -69,8 +69,8 @@ class BandedNoise:
         """
         if self._left == 0:
             raise PrivacyError(
-                "all steps that this run's noise was made for are taken, and its epsilon covers no "
-                "other. The step was not taken."
+                "all steps that this run's noise was planned for are taken, and its epsilon covers "
+                "no further step. The step was not taken."
             )
         ids = [id(parameter) for parameter in parameters]
         if self._parameters is None:
@@ -78,8 +78,8 @@ class BandedNoise:
             self._past = [deque(maxlen=len(self._diagonals) - 1) for _ in ids]
         if ids != self._parameters or self._at not in (0, len(ids)):
             raise PrivacyError(
-                "there are other parameters than when the run began, or a step broke off, and "
-                "noise that hangs together over steps would not any more. The step was not taken."
+                "the parameters are not those with which the run began, or a step broke off, so "
+                "the noise would no longer be correlated as planned. The step was not taken."
             )
         self._left -= 1
         self._at = 0
@@ -99,8 +99,8 @@ class BandedNoise:
             return tensor
         if self._std not in (None, std) or self._at >= len(self._past):
             raise PrivacyError(
-                "the noise of a run whose steps hang together cannot change on the way. The step "
-                "was not taken."
+                "the noise's standard deviation cannot change within a run of banded noise. The "
+                "step was not taken."
             )
         self._std = std
         past = self._past[self._at]
