@@ -1,4 +1,4 @@
-"""How fast encrypted shards are read, beside what others read in the clear.
+"""The speed of reading encrypted shards, beside what others read in the clear.
 
     python benchmarks/shards.py [--quick] [--json FILE] [--only SYSTEM ...] [--records N]
 

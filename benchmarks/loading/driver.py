@@ -24,7 +24,7 @@ class SystemFailedError(Exception):
 
 
 class Process:
-    """One system in a process of its own.
+    """A system in a process of its own.
 
     Args:
         name: What it is called in messages.

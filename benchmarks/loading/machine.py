@@ -1,4 +1,4 @@
-"""Where a result was measured, without what would name the machine or its user."""
+"""The machine of a measurement, without what would name it or its user."""
 
 from __future__ import annotations
 

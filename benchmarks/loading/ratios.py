@@ -1,4 +1,4 @@
-"""Who is measured, and what is made of the times."""
+"""The readers that are measured, and the ratios of their times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYSTEMS: Mapping[str, tuple[bool, list[str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One way to read.
+    """A way to read.
 
     Attributes:
         name: What it is called in results.

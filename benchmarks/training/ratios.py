@@ -1,4 +1,4 @@
-"""What is made of times, peaks and gradients."""
+"""The ratios of times, peaks and gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Cell:
-    """What is known of one system, model and batch size.
+    """The measurements of one system, model and batch size.
 
     Attributes:
         first_step_seconds: From when all is set up until the first step is over.

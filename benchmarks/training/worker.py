@@ -1,4 +1,4 @@
-"""What runs in a system's process: it trains, and is looked at while it does.
+"""The worker in a system's process: trains, and measures itself while it does.
 
 It is forked from a process that has imported everything, so that starting one takes no time.
 """

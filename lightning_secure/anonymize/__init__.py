@@ -1,4 +1,4 @@
-"""What happens to identifying columns before a row is encrypted, and the report of it.
+"""Anonymisation of identifying columns before a row is encrypted, and the report of it.
 
 Encryption hides rows from readers without the key; it does nothing against the key's holders.
 Columns that training does not need, or does not need in full, are changed before they are sealed.

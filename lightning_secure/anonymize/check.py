@@ -21,7 +21,7 @@ _NUMBERS_SHARE: Final = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedColumn:
-    """What was seen of one column.
+    """The findings of a check in one column.
 
     Attributes:
         planned: What the plan does with it, or nothing.
@@ -40,7 +40,7 @@ class CheckedColumn:
 
     @property
     def forgotten(self) -> bool:
-        """Whether it holds personal data or secrets and the plan does not name it."""
+        """Whether the column holds personal data or secrets and the plan does not name it."""
         least = 0 if self.text else _NUMBERS_SHARE * self.inspected
         telling = any(count > least for count in self.found.values())
         return not self.planned and (telling or bool(self.identifying))
@@ -75,12 +75,12 @@ class PlanCheck:
 
     @property
     def report(self) -> AnonymizationReport:
-        """What a sealing would report, with every value looked at."""
+        """The report that a sealing would make, with every value inspected."""
         return self._tally.report()
 
     @property
     def columns(self) -> dict[str, CheckedColumn]:
-        """What was seen, by column."""
+        """The findings of the check, by column."""
         done = self._plan.describe()
         return {
             name: CheckedColumn(

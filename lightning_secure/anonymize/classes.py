@@ -1,4 +1,4 @@
-"""How well rows hide among each other: k-anonymity and l-diversity, counted row by row.
+"""k-anonymity and l-diversity, counted row by row.
 
 Rows that agree in all quasi-identifiers are one class. What is kept of a class is a keyed hash and
 a count, so memory does not grow with what the columns hold, and nothing of a row is kept.

@@ -1,4 +1,4 @@
-"""What the detectors find in the values of one column."""
+"""Findings of the detectors in the values of one column."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _exact: Final = str.__str__
 
 @dataclass
 class Found:
-    """What was found in some values of a column.
+    """Findings of the detectors in some values of a column.
 
     Attributes:
         inspected: How many values were looked at.

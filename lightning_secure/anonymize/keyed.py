@@ -1,4 +1,4 @@
-"""What stands for a value: pseudonyms, which do not lead back, and tokens, which do for the key.
+"""Keyed substitutes for values: pseudonyms, which are one-way, and tokens, which the key opens.
 
 Each has a domain, and a generation of the domain's key. Under one provider, domain and generation
 the same value has the same pseudonym or token in every dataset; under any other they have nothing
@@ -36,7 +36,7 @@ _BLOCK: Final = 16
 
 
 class _Names(ABC):
-    """What stands for the values of one domain."""
+    """Keyed substitutes for the values of one domain."""
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
         _require_domain(domain, type(self).__name__)

@@ -1,4 +1,4 @@
-"""What can be done to a column without a key."""
+"""Operators on a column that need no key."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Bound", "Generalize", "Keep", "KeySource", "Operator", "Redact", "Su
 
 
 class KeySource(Protocol):
-    """What keys of operators are taken from: any :class:`KeyProvider`."""
+    """The source of the operators' keys: any :class:`KeyProvider`."""
 
     def derive(self, purpose: str) -> DataKey:
         """Return the same key for the same purpose each time."""
 
 
 class Operator(ABC):
-    """What is done to one column."""
+    """A rule for one column."""
 
     @abstractmethod
     def bind(self, keys: KeySource) -> Bound | None:

@@ -1,4 +1,4 @@
-"""Whether a picture's file holds more than the picture: a place, a name, a comment."""
+"""Detection of metadata in a picture's file: a place, a name, a comment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which column is treated how, and the account of it."""
+"""The anonymisation plan: a rule for each column, and the account of its application."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GLANCE: Final = 256
 
 @dataclass(frozen=True)
 class AnonymizationPlan:
-    """What to do to which column of a table before it is sealed.
+    """A plan of what is done to each column of a table before it is sealed.
 
     Attributes:
         columns: An operator for each named column.

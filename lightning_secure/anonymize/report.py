@@ -1,4 +1,4 @@
-"""What a sealing says of its anonymisation: what was found, what was done, how rows still hide."""
+"""The report of an anonymisation: findings, operators, k-anonymity before and after."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VERSION: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnReport:
-    """One column.
+    """The report of one column.
 
     Attributes:
         done: The operator, as :meth:`Operator.describe` says it; ``nothing`` if the plan does not
@@ -59,7 +59,7 @@ class BeforeAndAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class AnonymizationReport:
-    """What was found in a split's rows and done to them while it was sealed. No value of a row.
+    """The findings in a split's rows, and what its sealing did to them. No value of a row.
 
     Attributes:
         rows: How many were looked at.

@@ -22,7 +22,7 @@ __all__ = ["Prepared", "Tally"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :class:`Tally` counts of some rows.
+    """Some rows, prepared for the counts of :class:`Tally`.
 
     Attributes:
         rows: How many.

@@ -38,7 +38,7 @@ _MAX_LINE: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSummary:
-    """What a verified log amounts to.
+    """The summary of a verified log.
 
     Attributes:
         records: How many there are.

@@ -56,7 +56,7 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
 
 
 class _RedactingParser:
-    """What writes a configuration, with everything taken out that the redactor finds."""
+    """A parser that writes a configuration with the redactor's findings taken out."""
 
     def __init__(self, parser: LightningArgumentParser, redactor: Redactor) -> None:
         self._parser = parser

@@ -99,7 +99,7 @@ def epsilon(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """What a run with this noise will cost."""
+    """Compute the epsilon of a run with this noise."""
     with _reported():
         positive(noise_multiplier=noise_multiplier)
         _require_plan(sample_rate, steps, delta)
@@ -151,7 +151,7 @@ def noise(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """How much noise keeps a run within a budget."""
+    """Find the noise that keeps a run within a budget."""
     with _reported():
         positive(target_epsilon=target_epsilon)
         _require_plan(sample_rate, steps, delta)
@@ -190,7 +190,7 @@ def show(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """What the run that wrote CHECKPOINT has cost so far. No weights are loaded."""
+    """Show the epsilon spent by the run that wrote CHECKPOINT. No weights are loaded."""
     with _reported():
         if plot is not None:
             _require_drawable(plot)

@@ -68,7 +68,7 @@ _Status = Literal["ok", "missing", "bad"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's report.
+    """A line of the doctor's report.
 
     Attributes:
         name: What was looked at.

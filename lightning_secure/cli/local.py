@@ -1,4 +1,4 @@
-"""What the commands on datasets share: keys, pins, and errors as one line."""
+"""Parts that the commands on datasets share: keys, pins, and errors as one line."""
 
 from __future__ import annotations
 

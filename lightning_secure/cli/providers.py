@@ -21,7 +21,7 @@ __all__ = ["provider_in", "provider_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What a file says of one kind of provider.
+    """The fields that a file holds for a kind of provider.
 
     Attributes:
         provider: Name of the class.

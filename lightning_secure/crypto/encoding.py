@@ -1,4 +1,4 @@
-"""One byte string for one value: what is signed, hashed or bound as associated data."""
+"""Canonical bytes of a value, which are signed, hashed or bound as associated data."""
 
 from __future__ import annotations
 

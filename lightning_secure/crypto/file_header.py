@@ -1,4 +1,4 @@
-"""How files begin that are one encrypted stream: checkpoints, and files that are tracked.
+"""The header of files that are one encrypted stream: checkpoints and tracked artifacts.
 
 A head is::
 
@@ -26,7 +26,7 @@ _MAX_HEADER: Final = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What files of one kind begin with.
+    """The header of one kind of file.
 
     Attributes:
         what: The kind's name.

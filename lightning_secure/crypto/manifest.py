@@ -50,7 +50,7 @@ PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.manifest.v1+json"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One generation of a dataset.
+    """A generation of a dataset.
 
     Attributes:
         dataset_id: 16 random bytes, the same in every generation.
@@ -203,7 +203,7 @@ def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
 
 @runtime_checkable
 class HasManifest(Protocol):
-    """Something that reads rows which a manifest names."""
+    """A reader of rows that a manifest names."""
 
     @property
     def manifest_digest(self) -> str | None:

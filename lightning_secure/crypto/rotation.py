@@ -1,4 +1,4 @@
-"""Who may open a partition, and under which key: a manifest with its keys exchanged.
+"""Recipients of a partition and its key: a manifest with its keys exchanged.
 
 Nothing here reads or writes a file. Every function takes a verified manifest and returns a changed
 one; :func:`successor` makes it the next generation, and

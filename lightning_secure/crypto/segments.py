@@ -31,7 +31,7 @@ _AAD: Final = struct.Struct("<32sQQB")
 
 @dataclass(frozen=True, repr=False)
 class SegmentKeys:
-    """What a shard's data key expands to.
+    """The keys that are derived from a shard's data key.
 
     Attributes:
         encryption: AES-256 key of the segments.

@@ -166,7 +166,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

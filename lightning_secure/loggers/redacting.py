@@ -88,7 +88,7 @@ class RedactingLogger(Logger):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     @property
@@ -123,7 +123,7 @@ class RedactingLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """What the logger hands out, behind a stand-in that redacts or refuses."""
+        """The logger's experiment, behind a stand-in that redacts or refuses."""
         experiment = getattr(self._logger, "experiment", None)
         if experiment is None or isinstance(experiment, _DummyExperiment):
             return experiment

@@ -1,4 +1,4 @@
-"""How well an attacker tells the rows that a model was trained on from others."""
+"""Membership inference: how well an attacker tells a model's training rows from others."""
 
 from __future__ import annotations
 

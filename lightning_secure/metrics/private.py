@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class _ReleasedMean(Metric):
-    """What :class:`PrivateMean` promises, whatever the values are made of."""
+    """The common part of :class:`PrivateMean` and :class:`PrivateAccuracy`."""
 
     is_differentiable = False
     full_state_update = False
@@ -199,7 +199,7 @@ class PrivateAccuracy(_ReleasedMean):
 
 
 class _Payer:
-    """Who pays, which copies of a metric share and other processes do not."""
+    """The account that is charged, which copies of a metric share and other processes do not."""
 
     def __init__(self, account: Chargeable | None) -> None:
         self.account = account

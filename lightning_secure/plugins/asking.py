@@ -1,4 +1,4 @@
-"""Which strategies ask their CheckpointIO, and which write and read checkpoints themselves."""
+"""Strategies that ask their CheckpointIO, and those that write and read checkpoints themselves."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def meet(self, strategy: Strategy, *, loaded: bool) -> None:

@@ -1,4 +1,4 @@
-"""Whether safe loading gives back what a checkpoint would hold, tried before it is written."""
+"""A trial of safe loading on a checkpoint's content, before it is written."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
 
 
 def _changes_checkpoints(one: Any) -> bool:
-    """Whether it has a hook of the user's own that gets each checkpoint before it is saved."""
+    """Whether a hook of the user's own gets each checkpoint before it is saved."""
     hook = getattr(type(one), "on_save_checkpoint", None)
     library = getattr(hook, "__module__", "lightning").partition(".")[0]
     return library not in ("lightning", "lightning_secure")

@@ -1,4 +1,4 @@
-"""What privacy is asked for."""
+"""The configuration of a private run."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class DPConfig:
 
     @property
     def clipping_rule(self) -> ClippingRule:
-        """What ``clipping`` stands for."""
+        """The rule that ``clipping`` names."""
         return rule_of(self.clipping)
 
     @property

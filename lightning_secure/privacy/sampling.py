@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Gaps(Protocol):
-    """What draws geometric numbers: a numpy generator, or :class:`SecureGaps`."""
+    """A source of geometric numbers: a numpy generator, or :class:`SecureGaps`."""
 
     def geometric(self, p: float, size: int) -> npt.NDArray[np.int64]:
         """Return ``size`` numbers of tosses up to the first success."""

@@ -1,4 +1,4 @@
-"""What a call gives to the parameters of a method, by their names."""
+"""Binding of a call's arguments to a method's parameters, by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What values hold, whichever library's containers they are in."""
+"""The content of values, whichever library's containers they are in."""
 
 from __future__ import annotations
 

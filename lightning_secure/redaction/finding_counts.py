@@ -1,4 +1,4 @@
-"""How often something was taken out: sink, rule and count for the audit log, never a value.
+"""Counts of findings for the audit log: sink, rule and number, never a value.
 
 A text in which something is found does not cost a record of its own. Of each rule in each sink the
 first finding is announced, then whenever as many again have come: the record is never behind by

@@ -54,7 +54,7 @@ class RedactingFilter(logging.Filter):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def install(self) -> Self:

@@ -1,4 +1,4 @@
-"""What may be stored of each kind of thing, besides that it is redacted."""
+"""The policy of what may be stored of each kind of content, besides redaction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BINARIES: Final[tuple[Binaries, ...]] = get_args(Binaries)  # the strictest las
 
 @dataclass(frozen=True, kw_only=True)
 class RedactionPolicy:
-    """What MLflow may store.
+    """The policy of what MLflow may store.
 
     For each sink a mode: ``detect``, all of it, with what the redactors find taken out;
     ``allowlist``, only what is named in ``allow``, and that redacted as well; ``drop``, nothing.
@@ -152,7 +152,7 @@ class Rules:
 
     @property
     def binaries(self) -> Binaries:
-        """What becomes of binaries; without any policy they are refused."""
+        """The treatment of binaries; without any policy they are refused."""
         stated = [_BINARIES.index(policy.binaries) for policy in self._policies]
         return _BINARIES[max(stated, default=-1)]
 

@@ -1,4 +1,4 @@
-"""Which account a module's weights have, from one fit to the next."""
+"""The account of a module's weights, from one fit to the next."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def account_of(module: Module) -> Ledger | None:
 
 
 class RunAccount:
-    """What metrics and other single releases of a module charge.
+    """The account that metrics and other single releases of a module charge.
 
     Args:
         trying: Returns whether the module is only being tried out, by the preflight or by the

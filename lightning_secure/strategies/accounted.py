@@ -57,7 +57,7 @@ class AccountedStrategy(Strategy):
 
     @property
     def ledger(self) -> Ledger | None:
-        """What the weights of the module at hand have spent; None before its first fit."""
+        """The ledger of the module's weights; None before its first fit."""
         return self._ledger
 
     def connect(self, model: pl.LightningModule) -> None:

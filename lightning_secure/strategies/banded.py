@@ -19,7 +19,7 @@ __all__ = ["BandedFit"]
 
 
 class BandedFit:
-    """One fit with banded noise: its order of rows, its noise, and which step is due.
+    """A fit with banded noise: its order of rows, its noise, and which step is due.
 
     Args:
         trainer: Whose fit it is.

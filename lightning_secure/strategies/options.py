@@ -1,4 +1,4 @@
-"""What the Trainer's options mean for the privacy promise, and which of them would break it."""
+"""The Trainer's options under the privacy promise, and the refusal of those that break it."""
 
 from __future__ import annotations
 

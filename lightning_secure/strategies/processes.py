@@ -88,7 +88,7 @@ _NOT_TAKEN: Final = {
 
 
 class SeveralProcesses(PrivateTraining, ParallelStrategy):
-    """What private training takes where several processes share a step.
+    """The parts of private training that several processes of one step need.
 
     Each process draws from its own part of the rows, clips, and adds up. The first one adds the
     noise to its sum; then the sums of all are added up, and all have the same noised gradient.
@@ -373,22 +373,22 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     # processes, which comes after this class among the bases, has them.
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().reduce, *args, **kwargs))  # type: ignore[safe-super]
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().all_gather, *args, **kwargs))
 
     def broadcast(self, obj: T, src: int = 0) -> T:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().broadcast, obj, src))  # type: ignore[safe-super]
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         answered(partial(super().barrier, *args, **kwargs))  # type: ignore[safe-super]
 

@@ -36,7 +36,7 @@ class OneDeviceStrategy(SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """One."""
+        """The number of machines, which is one."""
         return 1
 
     @num_nodes.setter

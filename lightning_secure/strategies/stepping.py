@@ -1,4 +1,4 @@
-"""One private step: clipped sums over chunks, the account, the noise, the optimizer."""
+"""The private step: clipped sums over chunks, the account, the noise, the optimizer."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class SteppingStrategy(AccountedStrategy):
 
     @property
     def published_metrics(self) -> dict[str, bool]:
-        """Which metrics pass while training, and whether they are released with noise."""
+        """The metrics that pass while training, and whether they are released with noise."""
         public = dict.fromkeys(self._public_metrics, False)
         return {**public, **dict.fromkeys(self._released.metrics, True)}
 

@@ -1,4 +1,4 @@
-"""What goes into a step and comes out of it."""
+"""The input and the output of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every private strategy does around its steps: options, loader, hooks, account."""
+"""The common part of private strategies around a step: options, loader, hooks, account."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of one run were given, compared over all of them.
+"""Agreement of a run's processes on what they were given.
 
 Each process makes a :data:`Statement`. All statements are compared before anything depends on them,
 and every process gets the same list of differences.

@@ -1,4 +1,4 @@
-"""How a CheckpointIO gets to know its strategy, which Lightning does not tell it."""
+"""The introduction of a CheckpointIO to its strategy, which Lightning does not name to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What providers have in common whose key-encryption key is not in one file with all the rest."""
+"""Common parts of providers whose key-encryption key is not in one file with all the rest."""
 
 from __future__ import annotations
 

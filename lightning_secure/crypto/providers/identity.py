@@ -1,4 +1,4 @@
-"""Who seals: a signing key in a file of its own, and public keys as one line of text."""
+"""Sealers' identities: a signing key in a file of its own, and public keys as a line of text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where passphrases, PINs and tokens come from: asked for at each use, and never kept."""
+"""Sources of passphrases, PINs and tokens: asked at each use, and never kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an erasure has still to do, written down before the rows go.
+"""The record of a pending erasure, written before the rows go.
 
 An erasure is one new manifest, and then the end of the old key and a try to open the old manifest.
 A crash in between leaves the rows out of the dataset and the old key alive. The record beside the

@@ -23,7 +23,7 @@ __all__ = ["ErasureReport", "RecoveryAttempt", "conclude"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryAttempt:
-    """What came of trying to open an old copy of the manifest with one key.
+    """The outcome of trying to open an old copy of the manifest with one key.
 
     Attributes:
         provider: Name of the kind of provider.
@@ -41,7 +41,7 @@ class RecoveryAttempt:
 
 @dataclass(frozen=True, kw_only=True)
 class ErasureReport:
-    """What an erasure did and what it could not do.
+    """The outcome of an erasure, and what it could not do.
 
     Attributes:
         split: Name of the split.

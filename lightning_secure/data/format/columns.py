@@ -1,4 +1,4 @@
-"""What a shard looks like, to the byte. ``docs/format.md`` says the same for a second reader.
+"""The format of a shard, to the byte. ``docs/format.md`` says the same for a second reader.
 
 A shard is a header of 4096 bytes and then segments, each ``ciphertext || tag (16)``. Every segment
 but the last has the same plaintext length, so segment ``i`` is at a computed offset. Inside a

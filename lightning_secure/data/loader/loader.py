@@ -181,7 +181,7 @@ class EncryptedLoader:
 
     @property
     def _dealing(self) -> dict[str, Any]:
-        """How rows are dealt out to all processes."""
+        """The rule by which rows are dealt out to all processes."""
         return {
             "world_size": self._world_size,
             "batch_size": self.batch_size,
@@ -288,7 +288,7 @@ class EncryptedLoader:
 
 @dataclass
 class _Pass:
-    """One pass over an epoch, or over what is left of it."""
+    """A pass over an epoch, or over the rest of it."""
 
     epoch: int
     left: tuple[Interval, ...]

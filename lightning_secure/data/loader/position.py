@@ -1,4 +1,4 @@
-"""Where in an epoch a run stands: what a checkpoint says about it."""
+"""The position of a run in an epoch, as a checkpoint holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a split gets into a dataset's manifest: whole, under a lock, as one more generation."""
+"""Commit of a split to a dataset's manifest: whole, under a lock, as one more generation."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class OpenGroups:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What the manifest says of the split; encrypted remarks, if its own columns are open."""
+        """The manifest's remarks on the split; encrypted ones, if its own columns are open."""
         keys = {group.partition: key for group, _, key in self._groups}
         return open_attributes(self._attributes, keys.get(self._all[0].partition))
 

@@ -149,7 +149,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """What the sealer said of the rows, decrypted where it stands encrypted in the manifest.
+        """The sealer's remarks on the rows, decrypted where the manifest holds them encrypted.
 
         For example ``classes.label``, the names of an image folder's classes as a JSON list.
         Encrypted remarks are absent if none of the columns under the split's own key is read.
@@ -162,7 +162,7 @@ class EncryptedShardDataset(Dataset[Any]):
 
     @property
     def anonymization_report(self) -> AnonymizationReport | None:
-        """What was found and done when the split was sealed; None if there was no plan.
+        """The anonymisation report of the split's sealing; None if there was no plan.
 
         Its digest stands in the clear in the signed manifest, as the attribute
         ``anonymization.report.sha256``, and the report itself encrypted, for readers of the split.

@@ -1,4 +1,4 @@
-"""From a decrypted segment to rows in their places."""
+"""Decoding of a decrypted segment into rows of a batch."""
 
 from __future__ import annotations
 

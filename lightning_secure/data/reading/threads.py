@@ -1,4 +1,4 @@
-"""How many threads decrypt."""
+"""The number of threads that decrypt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shard file: sealing it whole, and reading any segment of it."""
+"""A shard file: sealing it whole, and reading any segment of it."""
 
 from __future__ import annotations
 

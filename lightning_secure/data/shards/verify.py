@@ -1,4 +1,4 @@
-"""Whether a shard file is the one that a manifest names, as far as that shows without its key."""
+"""Verification of a shard file against a manifest, as far as that goes without its key."""
 
 from __future__ import annotations
 

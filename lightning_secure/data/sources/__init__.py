@@ -1,4 +1,4 @@
-"""What can be sealed: one kind of source a file, and how to tell which one something is."""
+"""Sources of rows to seal, a file for each kind, and the choice of the kind for an argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a batch of an Arrow table to the columns that are sealed. Nothing is guessed.
+"""Conversion of a batch of an Arrow table to the columns that are sealed. Nothing is guessed.
 
 A null is refused, or treated by a declared rule; it never turns into a NaN. What a type becomes:
 

@@ -1,4 +1,4 @@
-"""What can be sealed: rows that come in batches, always the same and in the same order."""
+"""A source of rows to seal: batches that are always the same, in the same order."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Source(ABC):
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if that is known beforehand."""
+        """The number of rows, if it is known beforehand."""
         return None
 
     @property
     def remarks(self) -> Mapping[str, str]:
-        """What was done to the rows, for the signed manifest; known once they were read."""
+        """Remarks on the rows for the signed manifest, known once they were read."""
         return {}
 
     @abstractmethod

@@ -83,7 +83,7 @@ class ImageFolderSource(Source):
 
     @property
     def rows(self) -> int:
-        """How many pictures there are."""
+        """The number of pictures."""
         return len(self._files)
 
     @property

@@ -40,7 +40,7 @@ class ArraySource(Source):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return self._rows
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -74,7 +74,7 @@ class RowSource(Source):
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if the rows have a length."""
+        """The number of rows, if they have a length."""
         return len(self._iterable) if isinstance(self._iterable, Sized) else None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:

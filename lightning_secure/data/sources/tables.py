@@ -105,7 +105,7 @@ class TableSource(Source):
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if that is known before they are read."""
+        """The number of rows, if it is known before they are read."""
         return self._rows
 
     @property

@@ -1,4 +1,4 @@
-"""What a dataset asks of the place where it lies."""
+"""The interface of a dataset's storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Storage", "StoredFile"]
 
 
 class StoredFile(Protocol):
-    """One file, open for reading from several threads at once."""
+    """A file that is open for reading from several threads at once."""
 
     @property
     def size(self) -> int:

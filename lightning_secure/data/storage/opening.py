@@ -1,4 +1,4 @@
-"""From what a user calls the root of a dataset to the storage that reads it."""
+"""Opening of a dataset's root: a path, a URL or a storage."""
 
 from __future__ import annotations
 

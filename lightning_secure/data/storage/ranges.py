@@ -1,4 +1,4 @@
-"""One object of a remote storage, read by ranges."""
+"""An object of a remote storage, read by ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_WINDOW: Final = 64 * 1024
 
 
 class RangeSource(Protocol):
-    """What serves ranges of objects."""
+    """A server of ranges of objects."""
 
     range_bytes: int
 

@@ -1,4 +1,4 @@
-"""Nothing but TLS: what is looked at before a storage is asked for anything, and while it is.
+"""TLS only: checks before a storage is asked for anything, and while it is.
 
 Shards are ciphertext, so a listener on the line reads no row. What TLS protects are the credentials
 of the storage, and which rows are read when.

@@ -1,4 +1,4 @@
-"""How writers end: what several have sealed appears together, in one generation."""
+"""The end of writers: the splits of several appear together, in one generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what users have (numbers, arrays, tensors, text) to what a shard holds."""
+"""Conversion of users' values (numbers, arrays, tensors, text) to what a shard holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a split is divided into shards: by the keys of columns, and by the subjects of rows."""
+"""Division of a split into shards: by the keys of columns, and by the subjects of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a sealing got, so that one that was killed can go on.
+"""The progress of a sealing, kept so that a killed one can go on.
 
 Each line of the journal is a DSSE envelope, signed like a manifest but as a type of its own, and
 names the digest of the line before. Nothing is believed that the sealer did not sign: a writer to
@@ -58,7 +58,7 @@ def source_mark(partition: PartitionKey, source_id: str) -> str:
 
 @dataclass(kw_only=True)
 class Progress:
-    """What a journal says.
+    """The content of a journal.
 
     Attributes:
         dataset_id: 16 bytes.

@@ -1,4 +1,4 @@
-"""What a sealing begins from: nothing, or the shards that one before it finished."""
+"""The start of a sealing: from nothing, or from the shards that an earlier one finished."""
 
 from __future__ import annotations
 

@@ -68,18 +68,18 @@ class PendingRows:
 
     @property
     def report(self) -> AnonymizationReport | None:
-        """What the plan found and did so far; None without a plan."""
+        """The plan's report so far; None without a plan."""
         return None if self._tally is None else self._tally.report(unseen=self.unseen)
 
     @property
     def described(self) -> dict[str, str]:
-        """What is done to columns, for the manifest."""
+        """The operators on columns, for the manifest."""
         plan = self._plan.describe() if self._plan is not None else {}
         return {f"anonymize.{name}": text for name, text in plan.items()}
 
     @property
     def remarks(self) -> dict[str, str]:
-        """What was done to columns, and the report, for the manifest."""
+        """The operators on columns, and the report, for the manifest."""
         report = self.report
         return self.described | (report.attributes if report is not None else {})
 

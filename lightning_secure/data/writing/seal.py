@@ -1,4 +1,4 @@
-"""One call from a source of rows to sealed splits."""
+"""The call that turns a source of rows into sealed splits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sealed:
-    """What came of a sealing.
+    """The outcome of a sealing.
 
     Attributes:
         rows: Rows in each split.

@@ -90,7 +90,7 @@ class ShardQueue:
 
     @property
     def begun(self) -> int:
-        """How many shards were handed in, which is the number of the next one."""
+        """The number of shards handed in, which is the number of the next one."""
         return len(self.entries) + len(self._running)
 
     def add(self, task: Callable[[], ShardEntry]) -> None:

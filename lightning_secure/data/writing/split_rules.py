@@ -1,4 +1,4 @@
-"""Which row goes to which split: by a ratio and a seed, or by what a column says."""
+"""Assignment of rows to splits: by a ratio and a seed, or by a column's value."""
 
 from __future__ import annotations
 

@@ -208,12 +208,12 @@ class EncryptedShardWriter:
 
     @property
     def report(self) -> AnonymizationReport | None:
-        """What ``anonymize`` found and did; None without it, or if the split was found complete."""
+        """The report of ``anonymize``; None without it, or if the split was found complete."""
         return None if self.complete else self._pending.report
 
     @property
     def unseen(self) -> int:
-        """How many of the rows that were sealed before are missing in :attr:`report`."""
+        """The number of rows sealed before that are missing in :attr:`report`."""
         return self._pending.unseen
 
     def recount(self, columns: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How a module carries the ledger of its weights, whichever strategy saves, loads or trains it."""
+"""The ledger that a module carries, whichever strategy saves, loads or trains it."""
 
 from __future__ import annotations
 

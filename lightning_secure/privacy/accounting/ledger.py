@@ -55,7 +55,7 @@ _AHEAD: Final = 1000
 
 @dataclass(kw_only=True)
 class Ledger:
-    """What was released so far, and under which public numbers.
+    """The account of all releases so far, and their public numbers.
 
     Attributes:
         delta: Probability with which the epsilon may fail to hold.
@@ -117,7 +117,7 @@ class Ledger:
 
     @property
     def step(self) -> Release:
-        """One step: its gradient, and the metrics of the same draw."""
+        """The release of one step: its gradient, and the metrics of the same draw."""
         noise = joint_noise(self.noise_multiplier, *self.beside)
         return Release(noise, self.public.sample_rate if self.mechanism == "poisson" else 1.0, 1)
 
@@ -145,7 +145,7 @@ class Ledger:
 
     @property
     def private(self) -> bool:
-        """Whether the epsilon means anything."""
+        """Whether the run is private, so that its epsilon has a meaning."""
         return not self.insecure
 
     def record(self) -> None:
@@ -402,4 +402,4 @@ class GuardsMetrics(Protocol):
 
     @property
     def published_metrics(self) -> Mapping[str, bool]:
-        """Those that pass, and whether they are of the rows, with noise that is in the account."""
+        """The metrics that pass, and whether each is of the rows, with charged noise."""

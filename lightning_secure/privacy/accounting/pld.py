@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 class Release(NamedTuple):
-    """So many steps of one sampled Gaussian mechanism.
+    """A number of steps of one sampled Gaussian mechanism.
 
     Attributes:
         noise_multiplier: Standard deviation of the noise over the clipping norm.

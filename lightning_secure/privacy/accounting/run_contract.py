@@ -1,4 +1,4 @@
-"""What a run promises: fixed at its first fit, and kept to when it goes on."""
+"""The promise of a run: fixed at its first fit, and kept to when it goes on."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class OneRunAudit:
 
     @property
     def included(self) -> list[bool]:
-        """Which canaries are among the rows; keep it to resume the run in another process."""
+        """The canaries that are among the rows; keep it to resume the run in another process."""
         return list(map(bool, self._included))
 
     def among(self, rows: Rows) -> Dataset[Any]:

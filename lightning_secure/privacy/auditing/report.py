@@ -1,4 +1,4 @@
-"""What an audit has found, beside what the account claims."""
+"""The result of an audit, beside the account's claim."""
 
 from __future__ import annotations
 

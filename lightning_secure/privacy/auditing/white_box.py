@@ -43,7 +43,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class AttackedRun(Protocol):
-    """Something that trains on those canaries that are included, and lets itself be watched."""
+    """A training on the included canaries that lets an attacker watch."""
 
     def __call__(self, included: Bools) -> Floats:
         """Train anew, and return a score for each canary, higher for those that seem included."""

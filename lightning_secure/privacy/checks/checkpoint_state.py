@@ -1,4 +1,4 @@
-"""What a checkpoint would hold, and that trial runs do not change it."""
+"""The content of a checkpoint, and the check that trial runs do not change it."""
 
 from __future__ import annotations
 

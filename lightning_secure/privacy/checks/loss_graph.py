@@ -1,4 +1,4 @@
-"""What lies between the means over the rows and the loss, read off the autograd graph.
+"""The autograd graph between the means over the rows and the loss.
 
 A loss ``f(mean of the rows' losses)`` gives each row the gradient of its own loss times ``f'`` of
 what all rows came to. Only a linear ``f`` has a constant there. Trial runs see another ``f`` only

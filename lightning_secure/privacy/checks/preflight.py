@@ -299,7 +299,7 @@ def _by_size(
 
 
 def _require_mean_on_average(trial: Trial, batch: Any) -> None:
-    """Where the step draws random numbers besides dropout, a factor of rows still stands out."""
+    """Refuse a factor of rows that stands out although the step draws random numbers."""
     sizes = {
         rows: sum(
             float(_few(trial, batch, rows, seed=seed).squares()[:, 0].sum())

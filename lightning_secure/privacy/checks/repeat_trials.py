@@ -1,4 +1,4 @@
-"""When trial rows run again: in steps 2, 4, 8, ..., and where a step is not like those before."""
+"""The schedule of repeated trial rows: in steps 2, 4, 8, ..., and in steps unlike those before."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial run needs.
+    """The parts that a trial run needs.
 
     Attributes:
         engine: Attached to the model.

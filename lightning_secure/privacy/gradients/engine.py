@@ -1,4 +1,4 @@
-"""From a model to noised gradients."""
+"""The gradient engine: per-sample clipping, sums and noise for one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the noise is added."""
+"""Gaussian noise for sums of gradients and other releases."""
 
 from __future__ import annotations
 

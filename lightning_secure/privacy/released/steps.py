@@ -180,7 +180,7 @@ class StepMetrics:
 
     @property
     def noise_multipliers(self) -> tuple[float, ...]:
-        """Of each metric."""
+        """The noise multiplier of each metric."""
         return tuple(metric.noise_multiplier for metric in self.metrics.values())
 
     @property

@@ -29,7 +29,7 @@ Bounds = tuple[float, float]
 
 
 class Chargeable(Protocol):
-    """What a release is charged to: a run's ledger, or a :class:`PrivacyAccount`."""
+    """An account that a release is charged to: a run's ledger, or a :class:`PrivacyAccount`."""
 
     def charge(self, release: Release) -> None:
         """Enter a release that is about to happen, or raise and have it not happen."""
@@ -110,7 +110,7 @@ def centred(values: Tensor, bounds: Bounds) -> Tensor:
 
 
 class PrivateSum:
-    """How the mean of some rows is released once.
+    """A single private release of the mean of some rows.
 
     Args:
         bounds: Between which values are moved.
@@ -140,7 +140,7 @@ class PrivateSum:
 
     @property
     def cost(self) -> Release:
-        """What a release is charged as."""
+        """The release that is charged."""
         parts = 1 if self.public_rows is not None else 2
         noise = 0.0 if self.known else joint_noise(*[self.noise_multiplier] * parts)
         return Release(noise, 1.0, 1)

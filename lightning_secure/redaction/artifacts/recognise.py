@@ -1,4 +1,4 @@
-"""Whether a file is one that this package encrypted, as far as can be seen without its key."""
+"""Recognition of files that this package encrypted, as far as that goes without the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detector is, and what it reports."""
+"""The interface of a detector, and its findings."""
 
 from __future__ import annotations
 

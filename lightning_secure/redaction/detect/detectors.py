@@ -1,4 +1,4 @@
-"""What looks like a secret or like personal data.
+"""Detectors of secrets and personal data.
 
 Secrets are known by their format (the regular expressions of detect-secrets, without its entropy
 guesses, and what issuers document) or by the name before them; personal data by its form and its

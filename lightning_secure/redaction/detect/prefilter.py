@@ -1,4 +1,4 @@
-"""Which of many texts need to be looked at: one pass over all of them, and most need not.
+"""A prefilter over many texts: one pass finds the few that detectors must inspect.
 
 The detectors look at one text after another, and most of their time goes into texts in which there
 is nothing. Here RE2 goes once through all texts, joined, with expressions that match at least

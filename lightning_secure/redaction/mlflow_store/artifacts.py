@@ -21,7 +21,7 @@ __all__ = ["ArtifactPolicy", "guarded_repository_class"]
 
 
 class ArtifactPolicy:
-    """What happens to files.
+    """The treatment of files.
 
     Args:
         policy: Redacts their text and names; its rules say what becomes of the others.

@@ -82,7 +82,7 @@ _TEMPLATE: Final = "mlflow.prompt.text"
 
 
 class Unsent(NamedTuple):
-    """Nothing of a call is left to be stored.
+    """A call of which nothing is left to be stored.
 
     Attributes:
         answer: What MLflow is given in place of the store's.

@@ -1,4 +1,4 @@
-"""What each method of MLflow's stores does, and what each of its arguments holds.
+"""Tables of the methods of MLflow's stores, and of the content of each of their arguments.
 
 A method or an argument that stands in none of these tables raises; ``tests/redaction`` goes through
 all that MLflow has. The tables name methods of ``AbstractStore`` and of the stores derived from it.
@@ -13,7 +13,7 @@ __all__ = ["ARGUMENTS", "ARTIFACTS", "CHECKED", "ENTITIES", "REFUSED", "Kind", "
 
 
 class Kind(Enum):
-    """What an argument holds."""
+    """The kind of content that an argument holds."""
 
     TEXT = "free text, containers and entities: redacted"
     ID = "made by MLflow: passed on if it looks like it, otherwise it must hold nothing"

@@ -1,4 +1,4 @@
-"""Which layers are clipped together, and what each row's gradient is multiplied with there."""
+"""Groups of layers that are clipped together, and each row's clip factor there."""
 
 from __future__ import annotations
 

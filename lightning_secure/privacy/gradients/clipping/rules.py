@@ -1,4 +1,4 @@
-"""What may be said in ``DPConfig(clipping=)``."""
+"""Clipping rules, as ``DPConfig(clipping=)`` takes them."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class AttentionUnit(Unit):
         self._projections = _Projections(name, module)
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
-        """Not asked for: the projections' records are."""
+        """Refuse: the projections' records are used instead."""
         raise PrivacyError("attention leaves records of its projections. This step was not taken.")
 
     def attach(self, watch: Watch) -> Callable[[], None]:

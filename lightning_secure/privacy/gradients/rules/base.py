@@ -1,4 +1,4 @@
-"""What every kind of layer offers: per-sample gradients, their norms and weighted sums.
+"""The interface of a layer's rule: per-sample gradients, their norms and weighted sums.
 
 A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
 its output. There are several ways there, and which is the cheapest depends on shapes and on the
@@ -43,7 +43,7 @@ Gradients = Mapping[nn.Parameter, Tensor]
 
 
 class Watch(Protocol):
-    """What a recorder does around each call of a layer."""
+    """The recorder's action around each call of a layer."""
 
     def before(self, unit: Unit) -> None:
         """Freeze the unit's parameters."""
@@ -70,7 +70,7 @@ _TRIALS: Final = 3
 
 
 class Way(NamedTuple):
-    """One way from a record to its norms and sums.
+    """A method for a record's norms and sums.
 
     Attributes:
         form: How per-sample gradients are formed: a name that the unit knows; empty if they are
@@ -210,7 +210,7 @@ class Unit(ABC):
 
 @dataclass(eq=False)
 class Record:
-    """What one use of one layer leaves behind.
+    """The record of one use of one layer.
 
     Attributes:
         unit: The layer.

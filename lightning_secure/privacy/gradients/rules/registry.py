@@ -1,4 +1,4 @@
-"""Which unit accounts for each layer of a model; the only user of Opacus but for its accountants.
+"""The rule for each layer of a model; the only user of Opacus but for its accountants.
 
 Linear layers and their like go by formula, layers for which Opacus has a grad sampler by that, and
 small modules of the user's own by functorch through Opacus. What is left cannot be trained

@@ -1,4 +1,4 @@
-"""How the noise of steps hangs together, and what one row can do to all of them.
+"""The matrix of banded noise: its correlation over steps, and the sensitivity of one row.
 
 With gradients ``G``, one a step, a run releases ``G + C^-1 Z`` with independent Gaussian rows in
 ``Z``; that is ``C^-1 (C G + Z)``, the result of one Gaussian mechanism. The weights are sums of the
