@@ -24,7 +24,7 @@ class CheckedColumn:
     """The findings of a check in one column.
 
     Attributes:
-        planned: What the plan does with it, or nothing.
+        planned: The plan's rule for the column, or nothing.
         text: Whether it holds text, bytes or dates.
         found: In how many values each rule found something.
         inspected: How many values were looked at.
@@ -50,7 +50,7 @@ class PlanCheck:
     """Looks at rows as a sealing with a plan would, and at all values of all columns.
 
     Args:
-        plan: What would be done to the rows.
+        plan: The plan that would be applied to the rows.
 
     Operators with keys get throw-away keys; nothing is written.
     """

@@ -82,7 +82,7 @@ class Redact(Operator):
 
     The column's name counts as a word before each value: under ``phone``, a number needs no other
     word to be one. In a column whose name is that of a secret, every value is taken out whole.
-    What could not be checked is taken out whole, too.
+    A value that could not be checked is taken out whole, too.
 
     Names of people and places in running text are not found, by this or any pattern.
 

@@ -133,7 +133,7 @@ class Applied:
 
     Attributes:
         columns: By name.
-        found: What the detectors found, by name, in the columns as they came.
+        found: Findings of the detectors, by column, before anything was done.
     """
 
     columns: dict[str, Sequence[Any]]

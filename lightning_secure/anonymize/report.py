@@ -74,7 +74,7 @@ class AnonymizationReport:
         unknown: Why figures of all rows are missing, or empty.
         salt: 32 random digits, so that no guess of the report can be tested against its digest.
 
-    It is of the rows at the time of the sealing. Rows that are erased later take the cover of
+    The figures are of the rows at the time of the sealing. Rows erased later take the cover of
     others away.
     """
 
@@ -142,7 +142,7 @@ class AnonymizationReport:
 
         Args:
             text: The canonical JSON.
-            digest: What the manifest says, to be compared.
+            digest: The digest in the manifest, to be compared.
 
         Raises:
             IntegrityError: if the text is no report, or not the one with this digest.

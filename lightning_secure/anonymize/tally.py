@@ -39,7 +39,7 @@ class Tally:
     """Adds up what becomes a sealing's report.
 
     Args:
-        plan: What the rows are treated by.
+        plan: The plan that is applied to the rows.
     """
 
     def __init__(self, plan: AnonymizationPlan) -> None:

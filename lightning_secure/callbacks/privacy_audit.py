@@ -41,7 +41,7 @@ class PrivacyAudit(Callback):
     weights only. A bound above the claim is logged as an error; a callback cannot enforce anything.
 
     Attributes:
-        reports: What was found, the last time.
+        reports: The reports of the last audit.
 
     Raises:
         ConfigError: if the strategy keeps no account of privacy, ``losses`` is missing, or

@@ -24,7 +24,7 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
         overwrite: Whether a file that is there is replaced.
         redactor: Decides what is taken out.
 
-    What was taken out stands as ``REDACTED`` in the file: give it again when a run is repeated from
+    A value taken out stands as ``REDACTED`` in the file: give it again when a run is repeated from
     it, for example on the command line. A class derived from this one, with a ``save_config`` that
     sends ``self.parser.dump(self.config)`` elsewhere, sends it redacted.
 

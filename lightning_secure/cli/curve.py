@@ -48,7 +48,7 @@ def draw(
 
     Args:
         path: Where to; its suffix says whether as SVG or PNG.
-        releases: What is, or would be, released.
+        releases: The releases, past or planned.
         delta: Between 0 and 1.
         accountant: Of the curve beside that of Rényi DP.
         target_epsilon: A budget to draw as a line.

@@ -71,9 +71,9 @@ class Check:
     """A line of the doctor's report.
 
     Attributes:
-        name: What was looked at.
+        name: The part that was checked.
         status: ``ok``; ``missing`` for something optional; ``bad`` for what must be mended.
-        detail: What was found, and what to do.
+        detail: The finding, and the way on.
     """
 
     name: str

@@ -31,8 +31,8 @@ class Head:
     Attributes:
         what: The kind's name.
         magic: The first eight bytes.
-        fields: What the header has, and of which types.
-        otherwise: What is said of a file of another kind, besides that it is one.
+        fields: The header's fields and their types.
+        otherwise: Further text of the error for a file of another kind.
     """
 
     what: str

@@ -87,7 +87,7 @@ class DataKey:
 
         Args:
             key: The key to protect.
-            context: What the wrapped key is for. It is authenticated, not stored: unwrapping needs
+            context: The key's purpose. It is authenticated, not stored: unwrapping needs
                 the same one.
 
         Returns:
@@ -155,7 +155,7 @@ class WrappedKey:
     Attributes:
         provider: Name of the kind of provider, for example ``local``.
         key_id: Id of the provider's key.
-        blob: What the provider returned.
+        blob: The wrapped key, as the provider returned it.
     """
 
     provider: str
@@ -297,8 +297,8 @@ class KeyProvider(ABC):
     def unwrap_any(self, wrapped: Sequence[WrappedKey], *, context: Mapping[str, str]) -> DataKey:
         """Release a key that was wrapped for several recipients, of which this may be one.
 
-        Only the own one is tried, with one call to the provider. Where there is none, the first
-        is refused, with the event that deserves.
+        Tries only the entry wrapped for this provider, with one call. If there is none, fails on
+        the first entry and announces the failure.
 
         Raises:
             WrongKeyError: if none of ``wrapped`` is for this provider.

@@ -13,7 +13,7 @@ from lightning_secure.errors import KeyAccessError
 __all__ = ["Keystream"]
 
 KEY_BYTES: Final = 32
-#: So many bytes come from one key, 2**32 blocks. A permutation never repeats a block, which random
+#: The number of bytes from one key, 2**32 blocks. A permutation never repeats a block, which random
 #: bytes would do; telling the two apart over that length succeeds with probability 2**-65.
 KEY_LIFE: Final = 2**36
 _ZEROS: Final = memoryview(bytes(2**18))

@@ -59,7 +59,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
         run_id: A run to go on with.
         synchronous: As for Lightning's MLFlowLogger.
         redactor: Decides what is taken out.
-        policy: What may be stored at all, by this logger and by everything else in the process: see
+        policy: The rules of what this logger and everything else in the process may store: see
             :class:`RedactionPolicy`.
         insecure_allow_http: Whether this tracking server may be spoken to without TLS.
         insecure_only_this_logger: Leave the rest of the process alone: what talks to MLflow past

@@ -103,7 +103,7 @@ class PrivateMean(_ReleasedMean):
             mean of n rows has noise of ``noise_multiplier * (high - low) / (2 * n)``.
         public_rows: Number of rows, if it is public. Otherwise it is released with noise of its
             own, and both are charged, as one release with ``noise_multiplier / sqrt(2)``.
-        account: What pays for each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
+        account: The account of each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
             By default the ledger of the private strategy that trains the module that this metric is
             part of.
         insecure_seed: Makes the noise repeatable, and so not private: each release is charged as
@@ -122,7 +122,7 @@ class PrivateMean(_ReleasedMean):
         LedgerError: if :meth:`compute` has no account to charge, or cannot charge it.
 
     Guarantees:
-        What is computed is (epsilon, delta)-differentially private, for rows added or removed one
+        The result is (epsilon, delta)-differentially private, for rows added or removed one
         at a time, and the account contains it. It is computed once: until the next update or reset
         the same value is returned, at no further cost. Where the budget does not allow it, and
         in the Trainer's sanity check, it is NaN, and a warning says so.

@@ -130,7 +130,7 @@ class EncryptedCheckpointIO(CheckpointIO):
         """Encrypt a checkpoint.
 
         Args:
-            checkpoint: What the Trainer wants kept.
+            checkpoint: The content that the Trainer wants kept.
             path: Where to.
             storage_options: Not supported.
 

@@ -134,8 +134,8 @@ class _Problem(NamedTuple):
     """Why a value could not be read back.
 
     Attributes:
-        what: What it holds, and what safe loading does with that.
-        instead: What to do.
+        what: The content at fault, and what safe loading does with it.
+        instead: The way on.
     """
 
     what: str

@@ -22,7 +22,7 @@ __all__ = ["DPConfig"]
 class DPConfig:
     """Settings of differentially private SGD.
 
-    What the promise depends on:
+    Options that the promise depends on:
 
     Attributes:
         target_epsilon: The budget: no step is taken that would exceed it. Without
@@ -59,7 +59,7 @@ class DPConfig:
             double precision, against reading its last bits. Made on the CPU, some 25 ns a number
             and core. A run that was begun with it goes on with it only.
 
-    What only speed and memory depend on:
+    Options that only speed and memory depend on:
 
     Attributes:
         max_physical_batch_size: Most rows that go through the model at once. A larger draw is
@@ -71,12 +71,12 @@ class DPConfig:
             about as long as its rows one after another: with 64 rows on a CPU 4 times as long
             for two convolutions and 21 times for three dense layers, and more on a GPU. What a
             module keeps from one row to the next in its attributes is not covered.
-        loss_scale: By what the loss is multiplied before it goes backward, a power of two: per-row
+        loss_scale: Factor of the loss before the backward pass, a power of two: per-row
             gradients that would round to zero in float16 then do not. ``16-mixed`` needs it, such
             as ``2**12``, because Lightning's own scale depends on the rows. It never changes.
             Rows that overflow by it are left out, so choose it smaller if little is learned.
 
-    What breaks the promise, for tests:
+    Options that break the promise, for tests:
 
     Attributes:
         insecure_seed: Makes draws and noise repeatable. With it, the noise can be subtracted.

@@ -35,7 +35,7 @@ class looking:  # noqa: N801 # reads as a statement, and is used as one
     """While this lasts, what this thread finds is counted as found in ``sink``.
 
     Args:
-        sink: What is looked through, for example ``params``.
+        sink: The sink whose values are inspected, for example ``params``.
         strict: Whether what could not be checked raises.
     """
 
@@ -63,7 +63,7 @@ def count(rule: str, times: int = 1) -> None:
     """Count a finding for the sink that is being redacted, if one is named.
 
     Args:
-        rule: What was recognised, or ``<what>-failed`` for what could not be checked.
+        rule: The rule that matched, or ``<what>-failed`` for a check that failed.
         times: How often.
     """
     now = _LOOKING.get()
@@ -127,7 +127,7 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    # What the parent found it tells itself.
+    # The parent announces its own findings.
     for counted in (_found, _told, _due):
         counted.clear()
 

@@ -26,7 +26,7 @@ class RedactionPolicy:
 
     For each sink a mode: ``detect``, all of it, with what the redactors find taken out;
     ``allowlist``, only what is named in ``allow``, and that redacted as well; ``drop``, nothing.
-    What does not pass is left out, the call goes on without it, and the audit log has how often.
+    A value that does not pass is left out: the call goes on, and the audit log counts it.
 
     Attributes:
         params: Of runs, and of models.

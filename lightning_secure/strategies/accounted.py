@@ -30,7 +30,7 @@ class AccountedStrategy(Strategy):
     """Carries the account of a module's weights through fits and checkpoints.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         journal: Directory of the run's journal; None for the default.
         options: For Lightning's own strategy, which comes after this one among the bases.
 

@@ -23,7 +23,7 @@ class BandedFit:
 
     Args:
         trainer: Whose fit it is.
-        config: What privacy is asked for.
+        config: The privacy configuration.
         ledger: The account, with the run's public numbers. It is told how many steps are planned.
         rows: Of the dataset.
         noise: Source of the independent noise.

@@ -58,9 +58,9 @@ def require_trainer_options(
 
     Args:
         trainer: Its options and callbacks are looked at.
-        module: What is to be trained.
+        module: The module to train.
         precision: What Lightning computes with.
-        config: What privacy is asked for.
+        config: The privacy configuration.
 
     Raises:
         UnsupportedTrainerOptionError: if an option would break the promise; the message names the
@@ -242,7 +242,7 @@ def carry_ledger(
     Args:
         trainer: In whose ``default_root_dir`` journals lie by default.
         ledger: A new one, or the one that the run goes on with.
-        config: What is asked for now, which must be what the run was begun with.
+        config: The present configuration, which must be the one that the run was begun with.
         journal: The directory that the user wants instead.
 
     Raises:

@@ -96,7 +96,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     start, and all enter the same steps.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
         journal: Directory of the run's journal; None for the default.
         accelerator: For Lightning's strategy, like the others.

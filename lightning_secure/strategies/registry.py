@@ -25,7 +25,7 @@ def register_strategies(config: DPConfig, **options: Any) -> None:
     """Let ``Trainer(strategy="private")`` and the other names train under ``config``.
 
     Args:
-        config: What every Trainer promises that is made with one of the names from now on, in this
+        config: The promise of every Trainer that is made with one of the names from now on, in this
             process; a later call replaces it.
         options: Further arguments of the strategies, such as ``public_metrics``.
 

@@ -186,7 +186,7 @@ def different_rows(found: Sequence[str], split: bool) -> UnsupportedTrainerOptio
     """Return the error for processes that hold other rows.
 
     Args:
-        found: What differs.
+        found: The differences.
         split: Whether no row of one process is among those of another.
     """
     reason = (

@@ -63,7 +63,7 @@ class SteppingStrategy(AccountedStrategy):
     """Takes the steps of DP-SGD where Lightning takes ordinary ones.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
         released_metrics: Metrics of each step that are published with noise, by name.
         options: For the bases.
@@ -132,7 +132,7 @@ class SteppingStrategy(AccountedStrategy):
     ) -> Any:
         """Keep a logical batch, whose chunks are moved one at a time, and hand out a stand-in.
 
-        What this returns is what Lightning gives to hooks, callbacks and :meth:`training_step`.
+        Lightning gives the returned value to hooks, callbacks and :meth:`training_step`.
         """
         if isinstance(batch, LogicalBatch):
             self._drawn = batch
@@ -383,7 +383,7 @@ class SteppingStrategy(AccountedStrategy):
             noise_multiplier: Standard deviation of the noise, in units of what one row can change.
             public_rows: Their number, if it is public; otherwise it is charged as well.
 
-        What each step computes of its draw can be had more cheaply by ``released_metrics``.
+        For values that each step computes of its draw, ``released_metrics`` costs less.
 
         Raises:
             ConfigError: if a number is out of range, or there is not one number a row.

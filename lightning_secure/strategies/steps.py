@@ -43,7 +43,7 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
     """Run the steps of all chunks, and return what may be told of them.
 
     Args:
-        outputs: What the training step of each chunk returned.
+        outputs: The result of each chunk's training step.
         device: Where the loss is expected.
         public: Names of entries that do not depend on the rows.
 

@@ -69,7 +69,7 @@ def erase_shard(
         manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Returns:
-        What was done, and whether an old copy of the manifest still opens.
+        The report of what was done, and whether an old copy of the manifest still opens.
 
     Raises:
         ConfigError: if there is no such split or shard, a number is none, a recipient was
@@ -128,12 +128,13 @@ def erase_subject(
         root: The dataset's folder.
         split: Name of the split.
         subject: The id as it stood in the subject column, text or a whole number.
-        keys: See :func:`erase_shard`, like all that follow.
-        recipients: See there.
-        rotate_kek_to: See there.
-        retire_kek: See there.
-        min_generation: See there.
-        manifest_digest: See there.
+        keys: Opens all the split's partitions, and signs the new manifest.
+        recipients: All other recipients of these partitions.
+        rotate_kek_to: Takes the place of ``keys`` in the whole dataset, and signs from now on.
+        retire_kek: Whether the key of ``keys`` is destroyed afterwards, as by :func:`erase_shard`:
+            everything else under the key is lost.
+        min_generation: The oldest generation that is erased from.
+        manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: if the split was not sealed by subject, or for the reasons of

@@ -42,7 +42,7 @@ def finish_erasure(
         manifest_digest: The only manifest that is.
 
     Returns:
-        What was done, and whether an old copy of the manifest still opens. A key that is not given
+        The report, and whether an old copy of the manifest still opens. A key that is not given
         counts as one that opens it.
 
     Raises:

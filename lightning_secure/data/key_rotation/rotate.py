@@ -107,14 +107,14 @@ def remove_recipient(
         keys: Opens it, stays a recipient, and signs the new manifest.
         key_id: Id of the key that loses access.
         recipients: The other recipients that keep it.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: if there is no such partition or recipient, or one was forgotten.
         WrongKeyError: if ``keys`` cannot open the partition.
 
-    What the recipient has read, or copied with its keys, it keeps: the rows are still encrypted
+    The recipient keeps what it has read, or copied with its keys: the rows are still encrypted
     under the same data keys. Call :func:`rotate_data` as well if the storage is open to it.
     """
     return changed(
@@ -144,8 +144,8 @@ def rotate_kek(
         keys: The present recipient.
         to: The one that takes its place.
         signer: Signs the new manifest; ``to``'s by default. Every reader has to trust it.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: if ``keys`` opens nothing here, or ``to`` is the same key.
@@ -180,8 +180,8 @@ def rotate_partition(
         partition: Name of the partition.
         keys: Opens it, and signs the new manifest.
         recipients: All its other recipients.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: if there is no such partition, or a recipient was forgotten.
@@ -210,8 +210,8 @@ def rotate_data(
         root: The dataset's folder.
         split: Name of the split.
         keys: Opens all its partitions, and signs the new manifest.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
         ConfigError: if there is no such split, or it was replaced meanwhile; that state stands.

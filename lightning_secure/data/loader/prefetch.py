@@ -47,7 +47,7 @@ class Pipeline:
         buffers: Where windows are assembled.
         joined: Where batches are, that reach over the end of a window.
         line: The epoch's order.
-        share: What of it is read.
+        share: The part of it that is read.
         threads: How many decrypt.
     """
 

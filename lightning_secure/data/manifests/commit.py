@@ -98,7 +98,7 @@ def commit_splits(
 
     Args:
         root: The dataset's folder.
-        splits: What was sealed.
+        splits: The sealed splits.
         keys: Signs the manifest.
         replace: Whether splits of these names may be replaced.
         pins: What the manifest in place is compared with, under the lock.

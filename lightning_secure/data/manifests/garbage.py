@@ -138,7 +138,7 @@ class Journal:
             manifest: The one that is in place, verified.
 
         Returns:
-            What could not be removed; it stays on the list.
+            The files that could not be removed; they stay on the list.
 
         Raises:
             DataError: if the list is no file that can be read. Nothing was removed.

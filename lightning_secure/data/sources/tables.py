@@ -48,7 +48,7 @@ class TableSource(Source):
         columns: The columns to take, in order; all by default.
         types: Types by column, where the table's own are not meant.
         stack: Columns of numbers that become one, by its name.
-        nulls: What happens to nulls, by column; those of other columns are refused.
+        nulls: The rule for nulls, by column; those of other columns are refused.
 
     Raises:
         ConfigError: if names contradict each other or the table.

@@ -222,7 +222,7 @@ class RemoteStorage:
 
         Args:
             name: Path below the root.
-            data: What to write.
+            data: The bytes to write.
             replacing: The ETag that the object had when it was read; None if there was none.
 
         Returns:

@@ -37,7 +37,7 @@ class Spool:
         keys: Checks the storage's manifest.
         replace: Whether a split of this name may be replaced there.
         resume: Whether it may be there because it was sealed to its end; then no room is needed.
-        pins: What the storage's manifest is compared with, now and when it is replaced.
+        pins: Pins of the storage's manifest, compared now and when it is replaced.
         folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
             storage will hold, encrypted.
 

@@ -32,10 +32,10 @@ class PendingRows:
 
     Args:
         layout: Of the split.
-        keys: What pseudonyms are made with.
+        keys: The source of the keys of pseudonyms.
         schema: The columns, if they are known before the first row.
         shard_bytes: Plaintext in a portion, in bytes.
-        anonymize: What happens to identifying columns.
+        anonymize: The plan for identifying columns.
         allow_nonfinite: Whether NaN and infinities pass.
 
     Attributes:

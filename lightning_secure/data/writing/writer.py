@@ -44,7 +44,7 @@ class EncryptedShardWriter:
             its rows: small ones suit random access, large ones streaming.
         shard_bytes: Plaintext held in memory, and so the size of a shard, in bytes.
         schema: The columns. By default they are read off the first row.
-        anonymize: What happens to identifying columns before a row is encrypted.
+        anonymize: The plan for identifying columns, applied before a row is encrypted.
         allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
         column_keys: For columns that not every reader may see, the name of the key that they are
             sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their

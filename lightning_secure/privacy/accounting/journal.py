@@ -65,8 +65,8 @@ class Journal:
     Args:
         path: The file.
         key: For its authentication codes, 32 bytes.
-        file: What was opened, unbuffered, positioned behind its last whole line.
-        totals: What that line says.
+        file: The opened file, unbuffered, positioned behind its last whole line.
+        totals: The totals in that line.
         mac: Of that line.
     """
 
@@ -92,8 +92,8 @@ class Journal:
         """Make sure that a release stands on the disk before it happens.
 
         Args:
-            release: What is about to be released.
-            at_most: So many more steps there will be in any case, for example because of the
+            release: The release that is about to happen.
+            at_most: Number of further steps at most, for example because of the
                 budget.
 
         Raises:

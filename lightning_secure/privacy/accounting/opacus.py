@@ -25,7 +25,7 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
     Args:
         accountant: ``opacus-rdp``, ``opacus-prv`` or ``opacus-gdp``. PRV is at most 0.01 above the
             true epsilon. GDP is an approximation and can lie below it.
-        releases: What was released. Nothing costs nothing.
+        releases: The releases; without any, epsilon is zero.
         delta: Between 0 and 1.
 
     Raises:

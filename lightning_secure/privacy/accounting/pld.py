@@ -120,7 +120,7 @@ def require_accountant(name: str, *, bound: bool) -> None:
     """Refuse accountants that do not exist or, for a budget, that are no upper bound.
 
     Args:
-        name: One of :data:`ACCOUNTANTS`.
+        name: An accountant of :data:`ACCOUNTANTS`.
         bound: Whether a budget is to be kept by it.
 
     Raises:
@@ -167,7 +167,7 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
     """Return the epsilon of all releases together, by privacy loss distributions.
 
     Args:
-        releases: What was released. Nothing costs nothing.
+        releases: The releases; without any, epsilon is zero.
         delta: Between 0 and 1. Below 1e-300, or with noise below 1e-50, epsilon is infinite.
 
     Guarantees:

@@ -26,7 +26,7 @@ def begin_ledger(
     """Fix a run's public numbers and its noise, and open its account.
 
     Args:
-        config: What privacy is asked for.
+        config: The privacy configuration.
         rows: Rows of the dataset; used only if the configuration declares no number.
         batch_size: Of the user's loader; used only if the configuration declares none.
         planned_steps: From the steps of an epoch to those that the budget must last for.

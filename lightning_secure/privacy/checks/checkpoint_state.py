@@ -20,7 +20,7 @@ def held(
     """Return all that a checkpoint would hold, and buffers that none does.
 
     Args:
-        model: Of which its weights and buffers are.
+        model: The model whose weights and buffers it holds.
         checkpoint: Returns what a checkpoint would hold if it were written now.
         outcome: Ends the error.
 

@@ -129,8 +129,8 @@ def require_linear(fault: str | None, *, outcome: str) -> None:
     """Make sure that the loss is linear in the rows' means.
 
     Args:
-        fault: What is not linear in its graph.
-        outcome: What became of the step.
+        fault: The operation of its graph that is not linear.
+        outcome: The outcome for the step, as the error says it.
 
     Raises:
         UnsupportedModelError: if there is such a thing.

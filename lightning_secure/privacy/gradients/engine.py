@@ -46,7 +46,7 @@ class GradientEngine:
 
     Attributes:
         units: The trainable layers.
-        parameters: Those that they compute with, each once.
+        parameters: Parameters that they compute with, each once.
         homes: For each of them, the one that gets its gradient.
         means: Exchanges means of counted targets, which would mix rows, while it records.
 

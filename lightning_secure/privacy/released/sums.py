@@ -169,7 +169,7 @@ class PrivateSum:
         Args:
             total: As :meth:`summed` returns it, over all rows and ranks; each row once.
             count: The same.
-            account: What pays.
+            account: The account that is charged.
             noise: Source of the noise. On several ranks, that of the first one counts.
 
         Raises:

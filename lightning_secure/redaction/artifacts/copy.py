@@ -36,7 +36,7 @@ def copy_checked(
             may have differed only in what was taken out.
         redact: Is given the name of a file and its text, and returns the text redacted; or no name
             and a name to redact.
-        binary: What a file that is neither becomes. By default it is refused.
+        binary: The treatment of a file that is neither. By default it is refused.
 
     Returns:
         Where the copy is.
@@ -70,7 +70,7 @@ def copy_checked(
 def _free(target: Path) -> Path:
     """Return a path beside ``target`` that is free, also once a file there is encrypted.
 
-    What is encrypted is bound to its name, and cannot be given another one.
+    An encrypted file is bound to its name, and cannot be given another one.
     """
     name, number = target.name, 2
     while target.exists() or target.with_name(target.name + SUFFIX).exists():

@@ -89,7 +89,7 @@ class _National(NamedTuple):
         form: Of the number.
         digits: How many it has at least.
         module: Of python-stdnum, which knows its check digits; without one the form is enough.
-        near: What must stand shortly before it, where its form and its check digit prove little.
+        near: Words that must stand shortly before it, where form and check digit prove little.
     """
 
     rule: str

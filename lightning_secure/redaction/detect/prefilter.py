@@ -37,7 +37,7 @@ DISGUISED: Final = 8
 _MARK: Final = "\x1e"
 _BETWEEN: Final = f"\n{_MARK}\n"
 
-#: So many bytes are gone through in less time than threads take to begin.
+#: Below this number of bytes, a scan takes less time than threads take to begin.
 _LARGE: Final = 2**17
 
 # Letters of a name may have anything between them but letters and digits (se_cret).

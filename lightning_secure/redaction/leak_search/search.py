@@ -50,7 +50,7 @@ class CanarySearch:
     """Looks for planted values.
 
     Args:
-        canaries: What to look for, by a label that may be shown: text, or raw bytes.
+        canaries: Texts or raw bytes to look for, by a label that may be shown.
 
     Raises:
         ConfigError: if there is no canary, one is so short that it would be found by chance, or one
@@ -63,7 +63,7 @@ class CanarySearch:
     bzip2, xz, LZMA and zlib streams and zip archives are unpacked, wherever in a file and however
     deep they are.
 
-    What could not be unpacked to its end was not searched, and is reported as a hit whose label is
+    A stream that could not be unpacked to its end was not searched, and is a hit whose label is
     ``UNSEARCHED``: damaged, cut off and encrypted archives, formats that are not opened here (zstd,
     LZ4, 7z, RAR, Parquet, Arrow, ...), and what is no file at all (a pipe, a socket).
 

@@ -43,7 +43,7 @@ def enforce_mlflow_redaction(
         redactor: Takes things out in addition to the default one, and to those of earlier calls.
             Each one looks at every text for as long as the process lives, so make one and hand it
             to all loggers.
-        policy: What may be stored at all, besides that it is redacted. Of several policies in one
+        policy: The rules of what may be stored, besides redaction. Of several policies in one
             process the strictest counts, whichever came first; a call without one states nothing.
             Without any, all that is redacted may be stored, and binaries are refused.
         insecure_allow_binaries: The same as a policy with ``binaries="insecure_allow"``: artifacts
@@ -58,11 +58,11 @@ def enforce_mlflow_redaction(
     ``MlflowClient`` and for traces. It can be called as often as one likes, and cannot be undone:
     a redactor is added, never replaced. Unclassified methods raise
     :class:`RedactionError`. MLflow's telemetry and its export of traces over OTLP are switched off.
-    What is taken out or left out is announced as ``redaction``, with the sink, the rule and how
+    Each finding and each omission is announced as ``redaction``, with the sink, the rule and how
     often, so that :class:`~lightning_secure.AuditTrail` records it before the rest is sent.
 
     Guarantees:
-        What the redactors find does not reach a store, an artifact or a server's log. What they do
+        No finding of the redactors reaches a store, an artifact or a server's log. What they do
         not find (names, places, free text; a value split over two fields) is not taken out.
         Other processes are not covered: they begin with an address that starts with ``secure+``
         in ``MLFLOW_TRACKING_URI``, or call this themselves.

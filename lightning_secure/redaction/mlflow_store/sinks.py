@@ -59,7 +59,7 @@ FIELDS: Final = words(
     "categories description expectation feedback model_config model_type rationale records "
     "response_format root_causes template"
 )
-#: By what MLflow goes on: they stay, redacted.
+#: Names MLflow needs as identifiers: kept, redacted.
 NAMES: Final = words(
     "alias dst_name experiment_name models name new_name prompt_versions run_name workspace_name"
 )

@@ -50,7 +50,7 @@ class Policy:
         redactors: The redactors.
 
     Attributes:
-        rules: What may be stored at all.
+        rules: The policy of what may be stored.
     """
 
     def __init__(self, *redactors: Redactor) -> None:

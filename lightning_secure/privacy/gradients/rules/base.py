@@ -216,9 +216,9 @@ class Record:
         unit: The layer.
         inputs: Its input, shape ``(batch, ...)``; None once the per-sample gradients are kept.
         grads: Gradient by the output of what went backward, shape ``(batch, ...)``; None likewise.
-        scale: So many times is the gradient of a sample's own loss larger.
+        scale: Factor from the recorded gradient to that of the sample's own loss.
         way: How norms and sums are had; chosen by the unit if None.
-        shapes: Those of the input and of the output's gradient.
+        shapes: Shapes of the input and of the output's gradient.
     """
 
     unit: Unit
