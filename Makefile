@@ -21,7 +21,7 @@ help:
 	@echo "make wheel-check   the wheel, in an environment with nothing but its dependencies"
 	@echo "make mutations   known weaknesses, put back one by one: each must turn a test red"
 	@echo "make services   what some tests need beyond Python's packages (softhsm2, postgresql, by apt-get)"
-	@echo "make lint   ruff and import-linter;  make types   mypy;  make format   ruff format"
+	@echo "make lint   ruff, import-linter and the word list;  make types   mypy;  make format   ruff format"
 	@echo "make peers redaction-peers   the libraries that benchmarks compare with, in environments of their own"
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
 	@echo "make bench-redaction ARGS=...   what the detectors find, and how fast, beside theirs (ARGS=--quick: under a minute)"
@@ -62,6 +62,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/words.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy

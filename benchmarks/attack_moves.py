@@ -1,4 +1,4 @@
-"""What the attacker of ``attacks.py`` does: a few lines each, with the files alone."""
+"""The attacker's moves in ``attacks.py``: a few lines each, with the files alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = "lightning_secure"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What the attacker has: the folder, older and other states, and where rows lie in shards."""
+    """The attacker's material: the folder, older and other states, and where rows lie in shards."""
 
     system: str
     root: Path

@@ -1,4 +1,4 @@
-"""One storage system, driven by ``attacks.py`` over pipes, with the real library.
+"""A storage system, driven by ``attacks.py`` over pipes, with the real library.
 
 Runs in the environment of that library. Each line of JSON on standard input is one task, which runs
 in a process of its own: a crash, a hang or a cache of one says nothing about the next.
@@ -261,7 +261,7 @@ class ParquetPrefix(Parquet):
 
 
 class Ours(System):
-    """This package."""
+    """The system of this package."""
 
     packages = ("lightning-secure",)
 

@@ -1,4 +1,4 @@
-"""What each system does about a storage administrator who changes its files.
+"""The response of each system to a storage administrator who changes its files.
 
     python benchmarks/attacks.py --peers .venv-peers [--json FILE] [--document FILE]
 
@@ -131,7 +131,7 @@ def run_system(name: str, python: Path, base: Path) -> Iterator[tuple[str, dict[
 
 
 def plaintext(name: str, base: Path, worker: Worker) -> Path | None:
-    """What the attacker puts in place of an encrypted dataset; made without any key."""
+    """A plaintext dataset that the attacker puts in place of an encrypted one, without any key."""
     if name in ("litdata", "MosaicML MDS"):
         return base / "stranger"  # there is nothing else
     root = base / "plaintext"

@@ -1,4 +1,4 @@
-"""What private training costs, beside training without privacy and beside Opacus.
+"""The cost of private training, beside training without privacy and beside Opacus.
 
     python benchmarks/dp.py [--quick] [--json FILE] [--device cuda]
 

@@ -1,4 +1,4 @@
-"""How accurate private training is for its epsilon, beside Opacus.
+"""The accuracy of private training for its epsilon, beside Opacus.
 
     python benchmarks/dp_utility.py [--quick] [--json FILE]
 
@@ -53,7 +53,7 @@ CONFIDENCE = 0.99
 
 
 class Run(NamedTuple):
-    """What came of one training run.
+    """The outcome of one training run.
 
     Attributes:
         accuracy: On rows that it has not seen.

@@ -1,4 +1,4 @@
-"""What each part of the main job costs, beside Lightning without it and beside Opacus.
+"""The cost of each part of the main job, beside Lightning without it and beside Opacus.
 
     python benchmarks/main_job.py [--quick] [--json FILE]
 
@@ -72,7 +72,7 @@ class Perceptron(L.LightningModule):
 
 
 class WithOpacus(Perceptron):
-    """The same, made private by Opacus the way its Lightning tutorial does."""
+    """The main job, made private by Opacus the way its Lightning tutorial does."""
 
     def __init__(self, width: int, grad_sample_mode: str) -> None:
         super().__init__(width)

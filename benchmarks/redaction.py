@@ -229,7 +229,7 @@ def figures(
 
 
 class Target(NamedTuple):
-    """What is asked for, and what was seen."""
+    """The content that is asked for, and the findings."""
 
     what: str
     asked: str

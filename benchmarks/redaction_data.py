@@ -1,4 +1,4 @@
-"""What the detectors are tried on: made personal data, secrets as documented, plain text."""
+"""Test data of the detectors: made personal data, secrets as documented, plain text."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def datafog() -> Find:
     from datafog.processing.text_processing.regex_annotator import RegexAnnotator
 
     annotator = RegexAnnotator()
-    # Dates and postcodes are not asked of anybody here.
+    # Dates and postcodes are not asked of any library here.
     asked = ("EMAIL", "PHONE", "SSN", "CREDIT_CARD", "IP_ADDRESS")
 
     def find(text: str) -> Spans:

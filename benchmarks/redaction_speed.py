@@ -1,4 +1,4 @@
-"""How long redacting takes: of a step's metrics, and of params beside the peers.
+"""The time of redacting: of a step's metrics, and of params beside the peers.
 
 Everything is measured beside what it is compared with, one after the other in turn, in CPU time,
 and what counts is the median of the differences or ratios of such neighbours: the machine may be

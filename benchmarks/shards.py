@@ -1,4 +1,4 @@
-"""How fast encrypted shards are read, beside what others read in the clear.
+"""The speed of reading encrypted shards, beside what others read in the clear.
 
     python benchmarks/shards.py [--quick] [--json FILE] [--only SYSTEM ...] [--records N]
 
@@ -8,10 +8,10 @@ another, and the next round takes them in the other order; a ratio is taken with
 median over the rounds is reported. The consumer reads every byte of every batch, and the sum that
 it makes must be that of the rows that were stored: a system that returns others ends the run.
 
-All read from a warm page cache, with the same batch size; images are raw bytes to all, so that
-nobody decodes pictures. Peers run once without worker processes and once with two, and from then on
-in the better way, which the result names. Above 1 we are faster; ``trainer_fit_...`` is a quotient
-of times, and what has a unit in its name is no ratio.
+All read from a warm page cache, with the same batch size; images are raw bytes to all, so that no
+reader decodes pictures. Peers run once without worker processes and once with two, and from then
+on in the better way, which the result names. Above 1 we are faster; ``trainer_fit_...`` is a
+quotient of times, and what has a unit in its name is no ratio.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class TumourClassifier(L.LightningModule):
 
 @dataclass(frozen=True)
 class Patient:
-    """One row, as the hospital has it."""
+    """A row, as the hospital has it."""
 
     name: str
     email: str

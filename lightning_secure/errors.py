@@ -122,7 +122,7 @@ class LedgerError(PrivacyError):
 
 
 class UnsupportedModelError(PrivacyError):
-    """Something about the model or its loss cannot be trained privately; the message names it."""
+    """The model or its loss cannot be trained privately; the message names the part at fault."""
 
 
 class UnsupportedTrainerOptionError(PrivacyError):
@@ -130,4 +130,4 @@ class UnsupportedTrainerOptionError(PrivacyError):
 
 
 class RedactionError(LightningSecureError):
-    """Something could not be checked for secrets or personal data, so it was not released."""
+    """A value could not be checked for secrets or personal data, so it was not released."""

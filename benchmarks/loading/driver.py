@@ -24,7 +24,7 @@ class SystemFailedError(Exception):
 
 
 class Process:
-    """One system in a process of its own.
+    """A system in a process of its own.
 
     Args:
         name: What it is called in messages.
@@ -53,7 +53,7 @@ class Process:
         """Return the answer to one request.
 
         Raises:
-            SystemFailedError: The system failed, ended, or was silent for five minutes.
+            SystemFailedError: if the system failed, ended, or was silent for five minutes.
         """
         assert self._process.stdin is not None
         line = json.dumps({"do": do, **request}) + "\n"

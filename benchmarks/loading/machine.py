@@ -1,4 +1,4 @@
-"""Where a result was measured, without what would name the machine or its user."""
+"""The machine of a measurement, without what would name it or its user."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def private_folder() -> Path:
     """Return a folder below the system's temporary one that no other user can have prepared.
 
     Raises:
-        PermissionError: It exists and belongs to somebody else, or others can write there.
+        PermissionError: if it exists and belongs to another user, or others can write there.
     """
     folder = Path(tempfile.gettempdir()) / f"lightning-secure-bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

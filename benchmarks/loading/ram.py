@@ -29,7 +29,7 @@ class Ram:
     packages = ("torch", "numpy")
 
     def prepare(self, cell: Cell) -> None:
-        """Nothing is stored."""
+        """Store nothing."""
 
     def open(self, cell: Cell) -> Epoch:
         x, y, order = cell.rows()

@@ -1,4 +1,4 @@
-"""Who is measured, and what is made of the times."""
+"""The readers that are measured, and the ratios of their times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYSTEMS: Mapping[str, tuple[bool, list[str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One way to read.
+    """A way to read.
 
     Attributes:
         name: What it is called in results.
@@ -113,7 +113,7 @@ def ratios(rates: Rates, fits: Rates) -> dict[str, float]:
                 f"{size}/sequential/aes",
                 f"{size}/sequential/{reader}",
             )
-        # Against reading in order: nobody else is made for fully random access.
+        # Against reading in order: no peer is made for fully random access.
         add(
             f"random_aes_vs_litdata_plain_{size}",
             f"{size}/random/aes",

@@ -31,7 +31,7 @@ Epoch = Callable[[int], Iterable[tuple[Any, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is read, and how.
+    """The rows that are read, and the way of reading.
 
     Attributes:
         variant: Which of a system's ways of storing it is.

@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One kind of row: an image as raw bytes, and a label of 64 bits.
+    """A kind of row: an image as raw bytes, and a label of 64 bits.
 
     Attributes:
         name: What it is called in results.

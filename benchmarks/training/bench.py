@@ -151,7 +151,7 @@ class _Process:
         """Return what it has to say.
 
         Raises:
-            SystemFailedError: It failed, ended, or was silent for five minutes.
+            SystemFailedError: if the system failed, ended, or was silent for five minutes.
         """
         try:
             if not self._pipe.poll(_PATIENCE_SECONDS):

@@ -117,7 +117,7 @@ class _Layer(nn.Module):
 
 
 class _Positions(nn.Module):
-    """What is added to each place; looked up for every row, so that rows can be told apart."""
+    """An offset for each place; looked up for every row, so that rows can be told apart."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is made of times, peaks and gradients."""
+"""The ratios of times, peaks and gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Cell:
-    """What is known of one system, model and batch size.
+    """The measurements of one system, model and batch size.
 
     Attributes:
         first_step_seconds: From when all is set up until the first step is over.
@@ -69,9 +69,9 @@ def shorter_by(one: Gradients, reference: Gradients) -> float:
     """Return by how much a clipped gradient is shorter than another, if the work is the same.
 
     Raises:
-        UnequalWorkError: The sum is not the reference's to 1e-4 of its norm; the clipped gradient
-            is longer by more than that, or shorter by more than a tenth; or, brought to the same
-            length, it differs by more than it is shorter.
+        UnequalWorkError: if the sum is not the reference's to 1e-4 of its norm; the clipped
+            gradient is longer by more than that, or shorter by more than a tenth; or, brought to
+            the same length, it differs by more than it is shorter.
     """
     if (off := _apart(one.sum, reference.sum)) > _TOLERANCE:
         raise UnequalWorkError(f"without clipping it is off by {off:.2g} of its norm")

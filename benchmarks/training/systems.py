@@ -1,4 +1,4 @@
-"""How each system trains: the same model, rows, optimizer, clipping norm and noise.
+"""The training of each system: the same model, rows, optimizer, clipping norm and noise.
 
 What is plain and what is ours run under ``Trainer.fit``. Opacus runs in the bare loop of its own
 tutorials, which spares it what Lightning costs: of the two ways to compare, the one that favours
@@ -30,7 +30,7 @@ CLIP, NOISE, DELTA = 1.0, 1.0, 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is trained, and how.
+    """The model and rows that are trained, and the way of training.
 
     Attributes:
         system: Who trains.
@@ -65,7 +65,7 @@ class Setting:
         return TASKS[self.size][self.model]
 
     def net(self) -> nn.Module:
-        """Return the model, with the same weights for everybody."""
+        """Return the model, with the same weights for every system."""
         torch.manual_seed(0)
         return self.task.make()
 

@@ -1,4 +1,4 @@
-"""What runs in a system's process: it trains, and is looked at while it does.
+"""The worker in a system's process: trains, and measures itself while it does.
 
 It is forked from a process that has imported everything, so that starting one takes no time.
 """
@@ -44,7 +44,7 @@ def serve(pipe: Connection, what: str, setting: Setting) -> NoReturn:
         torch.set_num_threads(setting.threads)
         pipe.send({"about": about, "memory": memory, "turns": turns}[what](pipe, setting))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other side must hear of it
-        if not isinstance(error, (EOFError, BrokenPipeError)):  # which mean that nobody listens
+        if not isinstance(error, (EOFError, BrokenPipeError)):  # which mean that the caller is gone
             traceback.print_exc()
             with suppress(OSError):
                 pipe.send({"error": f"{type(error).__name__}: {error}"[:500]})
@@ -70,8 +70,8 @@ class Pace:
     """Times steps, and waits between turns.
 
     A step lasts from the end of the one before until its own end, with the device idle, so
-    fetching the rows belongs to it. Whoever asks says how many are wanted, and gets the seconds
-    and the rows of each.
+    fetching the rows belongs to it. The caller says how many steps are wanted, and gets the
+    seconds and the rows of each.
     """
 
     def __init__(self, pipe: Connection, device: str) -> None:

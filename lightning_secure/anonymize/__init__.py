@@ -1,7 +1,7 @@
-"""What happens to identifying columns before a row is encrypted, and the report of it.
+"""Anonymisation of identifying columns before a row is encrypted, and the report of it.
 
-Encryption hides rows from whoever lacks the key; it does nothing against whoever has it. Columns
-that training does not need, or does not need in full, are changed before they are sealed.
+Encryption hides rows from readers without the key; it does nothing against the key's holders.
+Columns that training does not need, or does not need in full, are changed before they are sealed.
 """
 
 from __future__ import annotations

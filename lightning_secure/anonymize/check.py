@@ -21,10 +21,10 @@ _NUMBERS_SHARE: Final = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedColumn:
-    """What was seen of one column.
+    """The findings of a check in one column.
 
     Attributes:
-        planned: What the plan does with it, or nothing.
+        planned: The plan's rule for the column, or nothing.
         text: Whether it holds text, bytes or dates.
         found: In how many values each rule found something.
         inspected: How many values were looked at.
@@ -40,7 +40,7 @@ class CheckedColumn:
 
     @property
     def forgotten(self) -> bool:
-        """Whether it holds personal data or secrets and the plan does not name it."""
+        """Whether the column holds personal data or secrets and the plan does not name it."""
         least = 0 if self.text else _NUMBERS_SHARE * self.inspected
         telling = any(count > least for count in self.found.values())
         return not self.planned and (telling or bool(self.identifying))
@@ -50,9 +50,9 @@ class PlanCheck:
     """Looks at rows as a sealing with a plan would, and at all values of all columns.
 
     Args:
-        plan: What would be done to the rows.
+        plan: The plan that would be applied to the rows.
 
-    Operators with keys get keys that nobody keeps; nothing is written.
+    Operators with keys get throw-away keys; nothing is written.
     """
 
     def __init__(self, plan: AnonymizationPlan) -> None:
@@ -66,7 +66,7 @@ class PlanCheck:
         """Look at further rows.
 
         Raises:
-            DataError: A planned column is absent, or a value does not fit its operator.
+            DataError: if a planned column is absent, or a value does not fit its operator.
         """
         applied = self._bound.run(columns, strict=False)
         self._tally.add(self._tally.prepared(columns, applied, rows=rows))
@@ -75,12 +75,12 @@ class PlanCheck:
 
     @property
     def report(self) -> AnonymizationReport:
-        """What a sealing would report, with every value looked at."""
+        """The report that a sealing would make, with every value inspected."""
         return self._tally.report()
 
     @property
     def columns(self) -> dict[str, CheckedColumn]:
-        """What was seen, by column."""
+        """The findings of the check, by column."""
         done = self._plan.describe()
         return {
             name: CheckedColumn(

@@ -1,4 +1,4 @@
-"""How well rows hide among each other: k-anonymity and l-diversity, counted row by row.
+"""k-anonymity and l-diversity, counted row by row.
 
 Rows that agree in all quasi-identifiers are one class. What is kept of a class is a keyed hash and
 a count, so memory does not grow with what the columns hold, and nothing of a row is kept.
@@ -30,7 +30,7 @@ Counts = npt.NDArray[np.int64]
 
 
 class RowHash:
-    """Hashes rows by some columns, under a key that nobody keeps.
+    """Hashes rows by some columns, under a throw-away key.
 
     The hash of a row is the exclusive or of keyed hashes (BLAKE2b, 128 bits) of its values, each
     with the name of its column. Two rows that differ agree in it with probability 2^-128.
@@ -47,7 +47,7 @@ class RowHash:
             count: How many rows there are, also if there is no column.
 
         Raises:
-            DataError: A value is none of text, bytes, a number, a date or None.
+            DataError: if a value is none of text, bytes, a number, a date or None.
         """
         result: Hashes = np.zeros((count, 2), np.uint64)
         for name, values in columns:
@@ -91,9 +91,9 @@ def _label(value: Any, name: str) -> tuple[type, Any]:
             return kind, str.__str__(value) if kind is str else value
     if value is not None and not isinstance(value, float | dt.date):
         raise DataError(
-            f"column {name!r} tells rows apart, by the anonymisation plan, and holds a "
-            f"{type(value).__name__}; text, bytes, numbers and dates can. Nothing of this call was "
-            "sealed."
+            f"column {name!r} is counted by the anonymisation plan, as quasi-identifier or "
+            f"sensitive, and holds a {type(value).__name__}; it must hold text, bytes, numbers or "
+            "dates. Nothing of this call was sealed."
         )
     return type(value), repr(value + 0.0 if isinstance(value, float) else value)
 

@@ -1,4 +1,4 @@
-"""What the detectors find in the values of one column."""
+"""Findings of the detectors in the values of one column."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Found", "Look"]
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 #: No text has one of these; what has is not looked at.
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
-#: A number with fewer digits is nobody's telephone, card or national number.
+#: No telephone, card or national number has fewer digits.
 _LEAST: Final = 10**6
 _MOST: Final = 10**40
 _SHORT: Final = 64
@@ -46,7 +46,7 @@ _exact: Final = str.__str__
 
 @dataclass
 class Found:
-    """What was found in some values of a column.
+    """Findings of the detectors in some values of a column.
 
     Attributes:
         inspected: How many values were looked at.

@@ -1,4 +1,4 @@
-"""What stands for a value: pseudonyms, which do not lead back, and tokens, which do for the key.
+"""Keyed substitutes for values: pseudonyms, which are one-way, and tokens, which the key opens.
 
 Each has a domain, and a generation of the domain's key. Under one provider, domain and generation
 the same value has the same pseudonym or token in every dataset; under any other they have nothing
@@ -36,7 +36,7 @@ _BLOCK: Final = 16
 
 
 class _Names(ABC):
-    """What stands for the values of one domain."""
+    """Keyed substitutes for the values of one domain."""
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
         _require_domain(domain, type(self).__name__)
@@ -47,8 +47,8 @@ class _Names(ABC):
         """Return what stands for a value.
 
         Raises:
-            DataError: The value is neither text nor a whole number. 7 and ``"7"`` are different.
-            ConfigError: There is no such generation.
+            DataError: if the value is neither text nor a whole number. 7 and ``"7"`` are different.
+            ConfigError: if there is no such generation.
         """
         _require_generation(generation)
         return self.checked(value, generation)
@@ -59,19 +59,19 @@ class _Names(ABC):
 
 
 class Pseudonyms(_Names):
-    """The pseudonyms of one domain, for whoever has the key.
+    """The pseudonyms of one domain, for the key's holder.
 
     Args:
         keys: What the domain's keys are taken from.
         domain: What kind of thing is named, as in :class:`Pseudonymize`.
 
     Without the key a pseudonym cannot be traced back, not even by hashing every possible value.
-    Whoever has the key can do that: pseudonymous data is still personal data.
+    With the key this is possible: pseudonymous data is still personal data.
 
     A pseudonym has 32 hexadecimal digits. That of generation 2 is the keyed hash of that of
     generation 1, and so on. So the key's holder brings pseudonyms of older datasets forward,
-    without the values, and joins them; nobody else can tell that two of different generations
-    belong together.
+    without the values, and joins them. Without the key, two pseudonyms of different generations
+    cannot be linked.
 
     Source:
         HMAC-SHA256, RFC 2104, truncated to 128 bits. ENISA, Pseudonymisation techniques and best
@@ -96,18 +96,18 @@ class Pseudonyms(_Names):
             generation: Which one is wanted, not before ``since``.
 
         Raises:
-            DataError: ``pseudonym`` does not look like one.
-            ConfigError: The generations are none, or go backward, which no key can do.
+            DataError: if ``pseudonym`` does not have the form of a pseudonym.
+            ConfigError: if the generations are none, or go backward, which no key can do.
         """
         _require_generation(since)
         _require_generation(generation)
         if since > generation:
             raise ConfigError(
-                "a pseudonym is brought forward only: that of an earlier generation does not "
-                "follow from it. Nothing was changed."
+                f"a pseudonym of generation {since} cannot be brought back to generation "
+                f"{generation}: it goes forward only. Nothing was changed."
             )
         if not isinstance(pseudonym, str) or not _PSEUDONYM.fullmatch(pseudonym):
-            raise DataError("a pseudonym has 32 hexadecimal digits; this is none.")
+            raise DataError("the value is not a pseudonym, which has 32 hexadecimal digits.")
         return self._onward(bytes.fromhex(pseudonym), since, generation)
 
     def _onward(self, mark: bytes, since: int, generation: int) -> str:
@@ -125,7 +125,7 @@ class Pseudonyms(_Names):
 
 
 class Tokens(_Names):
-    """The tokens of one domain, for whoever has the key: from values, and back.
+    """The tokens of one domain, for the key's holder: from values, and back.
 
     Args:
         keys: What the domain's keys are taken from.
@@ -158,7 +158,7 @@ class Tokens(_Names):
         """Return the value that a token stands for, with its type.
 
         Raises:
-            IntegrityError: It is no token, was altered, or is of another domain or key.
+            IntegrityError: if the token is malformed, was altered, or is of another domain or key.
         """
         value: str | int | None = None
         match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
@@ -181,8 +181,8 @@ class Tokens(_Names):
         """Return the token of another generation for the same value.
 
         Raises:
-            IntegrityError: As for :meth:`value`.
-            ConfigError: There is no such generation.
+            IntegrityError: if the token is malformed, was altered, or is of another domain or key.
+            ConfigError: if there is no such generation.
         """
         return self.of(self.value(token), generation=generation)
 
@@ -283,4 +283,6 @@ def _require_domain(domain: Any, what: str) -> None:
 def _require_generation(generation: Any) -> None:
     number = whole_number(generation)
     if number is None or not 1 <= number <= MAX_GENERATION:
-        raise ConfigError(f"a generation is a whole number from 1 to {MAX_GENERATION}.")
+        raise ConfigError(
+            f"`generation` must be a whole number from 1 to {MAX_GENERATION}, not {generation!r}."
+        )

@@ -1,4 +1,4 @@
-"""What can be done to a column without a key."""
+"""Operators on a column that need no key."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Bound", "Generalize", "Keep", "KeySource", "Operator", "Redact", "Su
 
 
 class KeySource(Protocol):
-    """What keys of operators are taken from: any :class:`KeyProvider`."""
+    """The source of the operators' keys: any :class:`KeyProvider`."""
 
     def derive(self, purpose: str) -> DataKey:
         """Return the same key for the same purpose each time."""
 
 
 class Operator(ABC):
-    """What is done to one column."""
+    """A rule for one column."""
 
     @abstractmethod
     def bind(self, keys: KeySource) -> Bound | None:
@@ -48,7 +48,7 @@ class Bound(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Operator):
-    """Seal the column as it is: somebody looked at it and says that it may stay."""
+    """Seal the column unchanged: the plan's author has looked at it and decided so."""
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the identity."""
@@ -82,12 +82,12 @@ class Redact(Operator):
 
     The column's name counts as a word before each value: under ``phone``, a number needs no other
     word to be one. In a column whose name is that of a secret, every value is taken out whole.
-    What could not be checked is taken out whole, too.
+    A value that could not be checked is taken out whole, too.
 
     Names of people and places in running text are not found, by this or any pattern.
 
     Raises:
-        ConfigError: A pattern is no regular expression. It is not repeated.
+        ConfigError: if a pattern is no regular expression. The message does not repeat the pattern.
     """
 
     extra_patterns: Sequence[str] = ()
@@ -101,7 +101,10 @@ class Redact(Operator):
         except (re.error, TypeError):
             valid = False
         if not valid:  # outside the handler: its error holds the pattern, which may hold a value
-            raise ConfigError("Redact(extra_patterns=) are regular expressions in Python's syntax.")
+            raise ConfigError(
+                "Redact(extra_patterns=) must be a list of regular expressions in Python's "
+                "syntax. The value given is not, and is not shown."
+            )
         object.__setattr__(self, "extra_patterns", tuple(self.extra_patterns))
 
     def bind(self, keys: KeySource) -> Bound:
@@ -129,7 +132,8 @@ class Generalize(Operator):
             above it, from 0 for what lies below the first edge.
 
     Raises:
-        ConfigError: None or several are given, or one is not positive, or edges do not ascend.
+        ConfigError: if none or several ways are given, a number is not positive, or edges do not
+            ascend.
 
     >>> age = Generalize(bins=(18, 40, 65)).bind(None)
     >>> [age(17), age(18), age(64.9), age(90)]
@@ -145,18 +149,26 @@ class Generalize(Operator):
         every = (self.date, self.prefix, self.width, self.bins)
         given: list[Any] = [value for value in every if value is not None]
         if len(given) != 1:
-            raise ConfigError("Generalize takes exactly one of date, prefix, width and bins.")
+            raise ConfigError(
+                f"Generalize takes exactly one of date, prefix, width and bins, not {len(given)}."
+            )
         if self.date not in (None, "year", "decade"):
-            raise ConfigError("Generalize(date=) is 'year' or 'decade'.")
+            raise ConfigError(f"Generalize(date=) must be 'year' or 'decade', not {self.date!r}.")
         if self.bins is not None:
             edges = tuple(self.bins) if isinstance(self.bins, list | tuple) else ()
             if not edges or not all(_finite(edge) for edge in edges) or not _ascending(edges):
-                raise ConfigError("Generalize(bins=) are one or more finite numbers, ascending.")
+                raise ConfigError(
+                    "Generalize(bins=) must be one or more finite numbers in ascending order, not "
+                    f"{self.bins!r}."
+                )
             object.__setattr__(self, "bins", edges)  # a list could be changed afterwards
         elif self.date is None and not (_finite(given[0]) and given[0] > 0):
-            raise ConfigError("Generalize(prefix=) and Generalize(width=) are positive numbers.")
+            what = "width" if self.prefix is None else "prefix"
+            raise ConfigError(f"Generalize({what}=) must be a positive number, not {given[0]!r}.")
         if self.prefix is not None and type(self.prefix) is not int:
-            raise ConfigError("Generalize(prefix=) is a whole number of characters.")
+            raise ConfigError(
+                f"Generalize(prefix=) must be a whole number of characters, not {self.prefix!r}."
+            )
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the rounding."""

@@ -1,4 +1,4 @@
-"""Whether a picture's file holds more than the picture: a place, a name, a comment."""
+"""Detection of metadata in a picture's file: a place, a name, a comment."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Final
 
 __all__ = ["has_metadata", "is_picture"]
 
-#: Entries of a TIFF's first directory that say something of whoever made it: descriptions, maker,
-#: model, program, date, artist, computer, XMP, copyright, IPTC, Photoshop, EXIF and GPS.
+#: Entries of a TIFF's first directory that describe its origin: descriptions, maker, model,
+#: program, date, artist, computer, XMP, copyright, IPTC, Photoshop, EXIF and GPS.
 _TIFF_TAGS: Final = frozenset(
     {270, 271, 272, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34853}
 )
@@ -24,7 +24,7 @@ def is_picture(data: bytes) -> bool:
 def has_metadata(data: bytes) -> bool:
     """Return whether a picture has EXIF, XMP, IPTC, texts, comments or something appended.
 
-    A look at the usual places: what somebody has hidden is not found.
+    Only the usual places are checked: data hidden on purpose is not found.
     """
     form = _form(data)
     try:

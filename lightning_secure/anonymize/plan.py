@@ -1,4 +1,4 @@
-"""Which column is treated how, and the account of it."""
+"""The anonymisation plan: a rule for each column, and the account of its application."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _GLANCE: Final = 256
 
 @dataclass(frozen=True)
 class AnonymizationPlan:
-    """What to do to which column of a table before it is sealed.
+    """A plan of what is done to each column of a table before it is sealed.
 
     Attributes:
         columns: An operator for each named column.
         quasi_identifiers: Columns that could tell people apart when they are taken together, such
             as year of birth and postcode. The sealing's report says how many rows agree in all of
             them at least (k-anonymity), before and after.
-        sensitive: Columns whose values nobody should learn of a person, such as a diagnosis. The
+        sensitive: Columns whose values must stay secret of a person, such as a diagnosis. The
             report says how many different ones there are at least among rows that agree in all
-            quasi-identifiers (l-diversity). Both count rows: of somebody with ten rows, ten.
+            quasi-identifiers (l-diversity). Both count rows: a person with ten rows counts ten.
 
     Columns of numbers that the plan does not name are sealed as they are. A column of text or
-    bytes that it does not name is refused: text is where identities hide, so somebody must have
-    said :class:`Keep` on purpose.
+    bytes that it does not name is refused: text is where identities hide, so the plan must say
+    :class:`Keep` on purpose.
 
     Raises:
-        ConfigError: Something else than an operator stands for a column, one is named twice among
-            the last two, or there are sensitive ones and no quasi-identifiers.
+        ConfigError: if a column's rule is no operator, a column stands twice among the last two, or
+            there are sensitive columns and no quasi-identifiers.
 
     >>> from lightning_secure import Suppress
     >>> AnonymizationPlan({"name": Suppress(), "zip": Generalize(prefix=2)}).describe()
@@ -62,26 +62,30 @@ class AnonymizationPlan:
         rules = dict(given) if isinstance(given, Mapping) else {"": given}
         for name, rule in rules.items():
             if not (isinstance(name, str) and isinstance(rule, Operator)):
+                shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
                 raise ConfigError(
-                    "an AnonymizationPlan has an operator for each name of a column, such as "
-                    f"Keep(), and was given a {type(rule).__name__}."
+                    "an AnonymizationPlan needs an operator for each name of a column, such as "
+                    f"{{'age': Keep()}}, not a {type(rule).__name__} for {shown}."
                 )
         object.__setattr__(self, "columns", rules)  # which could be changed afterwards
         for what in ("quasi_identifiers", "sensitive"):
             names = getattr(self, what)
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise ConfigError(f"{what} of an AnonymizationPlan are names of columns.")
+                raise ConfigError(
+                    f"{what} of an AnonymizationPlan must be a sequence of column names."
+                )
             object.__setattr__(self, what, tuple(names))
         both = (*self.quasi_identifiers, *self.sensitive)
-        if len(set(both)) != len(both):
+        twice = next((name for name in both if both.count(name) > 1), None)
+        if twice is not None:
             raise ConfigError(
-                "an AnonymizationPlan has a column twice among quasi_identifiers and sensitive; "
-                "what somebody may know of a person is not what nobody should learn."
+                f"an AnonymizationPlan has column {twice!r} twice among quasi_identifiers and "
+                "sensitive: a column is one of them, and named once."
             )
         if self.sensitive and not self.quasi_identifiers:
             raise ConfigError(
-                "sensitive columns are counted among rows that agree in quasi_identifiers; the "
-                "AnonymizationPlan has none."
+                f"an AnonymizationPlan has the sensitive columns {list(self.sensitive)} and no "
+                "quasi_identifiers, within whose classes their values are counted. Name some."
             )
 
     @classmethod
@@ -92,7 +96,8 @@ class AnonymizationPlan:
         nothing else in the file.
 
         Raises:
-            ConfigError: It cannot be read, or is no plan. The message holds no value of it.
+            ConfigError: if the file cannot be read, or is no plan. The message holds no value of
+                it.
         """
         from lightning_secure.anonymize.reading import read_plan
 
@@ -126,7 +131,7 @@ class Applied:
 
     Attributes:
         columns: By name.
-        found: What the detectors found, by name, in the columns as they came.
+        found: Findings of the detectors, by column, before anything was done.
     """
 
     columns: dict[str, Sequence[Any]]
@@ -166,8 +171,8 @@ class BoundPlan:
             columns: Equally long sequences of values by name.
 
         Raises:
-            DataError: A planned column is absent, a column of text is not in the plan, or a value
-                does not fit its operator. Nothing was changed.
+            DataError: if a planned column is absent, a column of text is not in the plan, or a
+                value does not fit its operator. Nothing was changed.
         """
         return self.run(columns).columns
 
@@ -179,7 +184,8 @@ class BoundPlan:
             strict: Whether text that the plan does not name is refused.
 
         Raises:
-            DataError: See :meth:`apply`.
+            DataError: if a planned column is absent, a column of text is not in the plan, or a
+                value does not fit its operator.
         """
         wanted = {*self._operators, *self.plan.quasi_identifiers, *self.plan.sensitive}
         if missing := wanted - columns.keys():
@@ -221,7 +227,7 @@ class BoundPlan:
         return Applied(result, found)
 
     def _inspected(self, name: str, values: Sequence[Any], rule: Operator | None) -> Found:
-        # What may be sealed of a text; of a number, a part of it is nobody's.
+        # The part of a text that may be sealed; a part of a number identifies no person.
         prefix = isinstance(rule, Generalize) and rule.prefix is not None
         whole = prefix or isinstance(rule, Keep) or (rule is None and holds_text(values))
         if not whole and self._glance is not None:

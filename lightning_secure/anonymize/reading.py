@@ -45,7 +45,7 @@ def plan_rules(config: Mapping[str, Any], *, what: str) -> PlanRules:
         what: Names it in errors.
 
     Raises:
-        ConfigError: It has other keys, or a rule is none.
+        ConfigError: if the configuration has other keys, or a rule is malformed.
     """
     known(dict(config), set(PLAN_KEYS), what)
     rules = typed(config.get("anonymize", {}), dict, "anonymize")
@@ -60,7 +60,7 @@ def read_plan(path: Path) -> PlanRules:
     """Return what a file of YAML says of a plan.
 
     Raises:
-        ConfigError: It cannot be read, or is no plan.
+        ConfigError: if the file cannot be read, or is no plan.
     """
     return plan_rules(parsed(path), what="the plan")
 
@@ -91,4 +91,4 @@ def _operator(name: Any, rule: Any) -> Operator:
             domain=typed(options.get("domain"), str, f"{what}: domain"),
             generation=typed(options.get("generation", 1), int, f"{what}: generation"),
         )
-    raise ConfigError(f"anonymize: {name}: takes one of {', '.join(_NAMES)}.")
+    raise ConfigError(f"anonymize: {name}: the rule must be one of {', '.join(_NAMES)}.")

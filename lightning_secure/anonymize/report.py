@@ -1,4 +1,4 @@
-"""What a sealing says of its anonymisation: what was found, what was done, how rows still hide."""
+"""The report of an anonymisation: findings, operators, k-anonymity before and after."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VERSION: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnReport:
-    """One column.
+    """The report of one column.
 
     Attributes:
         done: The operator, as :meth:`Operator.describe` says it; ``nothing`` if the plan does not
@@ -59,7 +59,7 @@ class BeforeAndAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class AnonymizationReport:
-    """What was found in a split's rows and done to them while it was sealed. No value of a row.
+    """The findings in a split's rows, and what its sealing did to them. No value of a row.
 
     Attributes:
         rows: How many were looked at.
@@ -72,9 +72,9 @@ class AnonymizationReport:
             if none are declared, or it cannot be known, see :attr:`unknown`.
         l_diversity: By sensitive column, different values in the class that has fewest.
         unknown: Why figures of all rows are missing, or empty.
-        salt: 32 random digits, so that nobody can test a guess of the report against its digest.
+        salt: 32 random digits, so that no guess of the report can be tested against its digest.
 
-    It is of the rows at the time of the sealing. Rows that are erased later take the cover of
+    The figures are of the rows at the time of the sealing. Rows erased later take the cover of
     others away.
     """
 
@@ -119,7 +119,8 @@ class AnonymizationReport:
         """Return the report in :attr:`EncryptedShardDataset.attributes`; None if there is none.
 
         Raises:
-            IntegrityError: It is not the one whose digest stands beside it, or either is missing.
+            IntegrityError: if the report is not the one whose digest stands beside it, or either is
+                missing.
         """
         text = attributes.get(REPORT_ATTRIBUTE.removeprefix(ENCRYPTED), "")
         digest = attributes.get(REPORT_DIGEST, "")
@@ -141,10 +142,10 @@ class AnonymizationReport:
 
         Args:
             text: The canonical JSON.
-            digest: What the manifest says, to be compared.
+            digest: The digest in the manifest, to be compared.
 
         Raises:
-            IntegrityError: It is no report, or not the one with this digest.
+            IntegrityError: if the text is no report, or not the one with this digest.
         """
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         value = parse_json_object(data, what="a report of an anonymisation", canonical=True)

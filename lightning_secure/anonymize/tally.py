@@ -22,7 +22,7 @@ __all__ = ["Prepared", "Tally"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :class:`Tally` counts of some rows.
+    """Some rows, prepared for the counts of :class:`Tally`.
 
     Attributes:
         rows: How many.
@@ -39,7 +39,7 @@ class Tally:
     """Adds up what becomes a sealing's report.
 
     Args:
-        plan: What the rows are treated by.
+        plan: The plan that is applied to the rows.
     """
 
     def __init__(self, plan: AnonymizationPlan) -> None:
@@ -58,7 +58,7 @@ class Tally:
         """Return what :meth:`add` is given, once the rows are taken.
 
         Raises:
-            DataError: A column that should tell rows apart cannot.
+            DataError: if a column that should tell rows apart cannot.
         """
         sides = []
         for side in (columns, applied.columns) if self._plan.quasi_identifiers else ():

@@ -1,4 +1,4 @@
-"""What writes each event of a process to an audit log, here and in workers that get the keys."""
+"""The recorder: writes each event of a process, and of its workers with keys, to an audit log."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _MAX_LINE: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSummary:
-    """What a verified log amounts to.
+    """The summary of a verified log.
 
     Attributes:
         records: How many there are.
@@ -114,7 +114,7 @@ class AuditLog:
             The new head: SHA-256 of the record, in hexadecimal.
 
         Raises:
-            AuditWriteError: The record could not be written. Whatever it was to record must not
+            AuditWriteError: if the record could not be written. Whatever it was to record must not
                 be done.
         """
         with self._lock:
@@ -215,8 +215,8 @@ class AuditLog:
                 been written to it yet.
 
         Raises:
-            AuditChainError: The chain breaks here; the message says at which record. Or there is no
-                record, and there should be.
+            AuditChainError: if the chain breaks; the message says at which record. Also if there is
+                no record, and there should be.
         """
         head, number = _GENESIS, 0
         try:
@@ -267,7 +267,7 @@ class AuditLog:
                 been written to it yet.
 
         Raises:
-            AuditChainError: A record was changed, removed, inserted or cut off, the record with
+            AuditChainError: if a record was changed, removed, inserted or cut off, the record with
                 the expected head is gone, or there is no record at all.
         """
         head, count = _GENESIS, 0

@@ -29,12 +29,12 @@ class PrivacyBudget(Callback):
     Metrics: ``privacy/epsilon``, ``privacy/delta`` and ``privacy/steps``, at the end of epochs.
 
     Raises:
-        ConfigError: The Trainer's strategy keeps no account of privacy.
-        BudgetExhaustedError: Training went on although it was asked to stop. The step that would
+        ConfigError: if the Trainer's strategy keeps no account of privacy.
+        BudgetExhaustedError: if training went on although it was asked to stop. The step that would
             have passed ``max_epsilon`` was not taken.
 
-    A module can replace callbacks in its ``configure_callbacks``, and then nobody looks at
-    ``max_epsilon``. What must hold whatever the module does is
+    A module can replace callbacks in its ``configure_callbacks``; ``max_epsilon`` is then not
+    checked. A budget that must hold whatever the module does is
     ``DPConfig(target_epsilon=)``, which the strategy enforces.
     """
 
@@ -62,7 +62,7 @@ class PrivacyBudget(Callback):
         """Refuse the step that would pass ``max_epsilon``, if something made training go on.
 
         Raises:
-            BudgetExhaustedError: It would.
+            BudgetExhaustedError: if the step would pass ``max_epsilon``.
         """
         ledger = _ledger(trainer)
         if not ledger.affords_a_step(self._max_epsilon):

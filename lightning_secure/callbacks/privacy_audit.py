@@ -41,11 +41,11 @@ class PrivacyAudit(Callback):
     weights only. A bound above the claim is logged as an error; a callback cannot enforce anything.
 
     Attributes:
-        reports: What was found, the last time.
+        reports: The reports of the last audit.
 
     Raises:
-        ConfigError: The strategy keeps no account of privacy, ``losses`` is missing, or processes
-            have tossed their coins each by itself.
+        ConfigError: if the strategy keeps no account of privacy, ``losses`` is missing, or
+            processes have tossed their coins each by itself.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PrivacyAudit(Callback):
         """Make sure that the claim is about rows that are drawn, as canaries are.
 
         Raises:
-            ConfigError: They come in a fixed order.
+            ConfigError: if the rows come in a fixed order.
         """
         ledger = trainer.strategy.ledger if isinstance(trainer.strategy, HasLedger) else None
         if ledger is not None and ledger.mechanism != "poisson":

@@ -24,13 +24,13 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
         overwrite: Whether a file that is there is replaced.
         redactor: Decides what is taken out.
 
-    What was taken out stands as ``REDACTED`` in the file: give it again when a run is repeated from
+    A value taken out stands as ``REDACTED`` in the file: give it again when a run is repeated from
     it, for example on the command line. A class derived from this one, with a ``save_config`` that
     sends ``self.parser.dump(self.config)`` elsewhere, sends it redacted.
 
     Raises:
-        ConfigError: ``multifile`` is asked for. Files that others include are not redacted.
-        RuntimeError: The file exists and is not to be overwritten.
+        ConfigError: if ``multifile`` is asked for. Files that others include are not redacted.
+        RuntimeError: if the file exists and is not to be overwritten.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
 
 
 class _RedactingParser:
-    """What writes a configuration, with everything taken out that the redactor finds."""
+    """A parser that writes a configuration with the redactor's findings taken out."""
 
     def __init__(self, parser: LightningArgumentParser, redactor: Redactor) -> None:
         self._parser = parser

@@ -41,7 +41,7 @@ __all__ = ["anonymize"]
     "--sensitive",
     multiple=True,
     metavar="COLUMN",
-    help="Should not be learnt of anybody; instead of those of --config.",
+    help="Must stay secret of a person; instead of those of --config.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def anonymize(

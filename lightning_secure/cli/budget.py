@@ -99,7 +99,7 @@ def epsilon(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """What a run with this noise will cost."""
+    """Compute the epsilon of a run with this noise."""
     with _reported():
         positive(noise_multiplier=noise_multiplier)
         _require_plan(sample_rate, steps, delta)
@@ -151,7 +151,7 @@ def noise(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """How much noise keeps a run within a budget."""
+    """Find the noise that keeps a run within a budget."""
     with _reported():
         positive(target_epsilon=target_epsilon)
         _require_plan(sample_rate, steps, delta)
@@ -190,7 +190,7 @@ def show(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """What the run that wrote CHECKPOINT has cost so far. No weights are loaded."""
+    """Show the epsilon spent by the run that wrote CHECKPOINT. No weights are loaded."""
     with _reported():
         if plot is not None:
             _require_drawable(plot)
@@ -247,10 +247,9 @@ def show(
 def recover(checkpoint: Path, journal: Path, steps: int, key_file: Path | None) -> None:
     """Begin a run's lost journal anew, and charge the steps that you declare.
 
-    Without its journal a run is not resumed, because nobody knows what was released after
-    CHECKPOINT was written. If you know how many steps were taken at most, for example from a log of
-    them, they are charged at the next fit. Declare too few, and every epsilon from then on is too
-    small.
+    Without its journal a run is not resumed, because releases made after CHECKPOINT was written are
+    unknown. If you know how many steps were taken at most, for example from a log of them, they are
+    charged at the next fit. Declare too few, and every epsilon from then on is too small.
     """
     with _reported():
         from lightning_secure.privacy.accounting.ledger import restore_journal

@@ -22,8 +22,8 @@ def require_drawable(path: Path) -> None:
     """Refuse, before anything is computed, what could not be drawn.
 
     Raises:
-        ConfigError: It is neither SVG nor PNG, or its directory is absent.
-        MissingExtraError: Matplotlib is not installed.
+        ConfigError: if the file's type is neither SVG nor PNG, or its directory is absent.
+        MissingExtraError: if Matplotlib is not installed.
     """
     if path.suffix not in _KINDS:
         raise ConfigError(f"--plot draws .svg or .png files, not {path.name!r}.")
@@ -49,14 +49,14 @@ def draw(
 
     Args:
         path: Where to; its suffix says whether as SVG or PNG.
-        releases: What is, or would be, released.
+        releases: The releases, past or planned.
         delta: Between 0 and 1.
         accountant: Of the curve beside that of Rényi DP.
         target_epsilon: A budget to draw as a line.
 
     Raises:
-        ConfigError: As :func:`require_drawable`.
-        MissingExtraError: Matplotlib is not installed.
+        ConfigError: if the file's type is neither SVG nor PNG, or its directory is absent.
+        MissingExtraError: if Matplotlib is not installed.
     """
     require_drawable(path)
     from matplotlib.figure import Figure  # not pyplot, which would look for a screen

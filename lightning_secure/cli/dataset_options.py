@@ -1,4 +1,4 @@
-"""What the commands on datasets share: keys, pins, and errors as one line."""
+"""Parts that the commands on datasets share: keys, pins, and errors as one line."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def pins(command: Callable[_P, _T]) -> Callable[_P, _T]:
         ),
         click.option(
             "--min-generation", metavar="N", type=click.IntRange(min=0),
-            help="The oldest generation that is built on: an older state that somebody put back "
-            "is refused.",
+            help="The oldest generation that is built on: an older state that was put back is "
+            "refused.",
         ),
     ):  # fmt: skip
         command = option(command)

@@ -68,12 +68,12 @@ _Status = Literal["ok", "missing", "bad"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's report.
+    """A line of the doctor's report.
 
     Attributes:
-        name: What was looked at.
+        name: The part that was checked.
         status: ``ok``; ``missing`` for something optional; ``bad`` for what must be mended.
-        detail: What was found, and what to do.
+        detail: The finding, and the way on.
     """
 
     name: str

@@ -82,7 +82,7 @@ def subject(root: Path, split: str, number: bool, **options: Any) -> None:
     else:
         name = sys.stdin.readline().rstrip("\n")
         if not options["yes"]:
-            raise click.UsageError("the subject comes from a pipe, so nobody can be asked: --yes")
+            raise click.UsageError("the subject comes from a pipe; confirm the erasure with --yes")
     if number and not name.lstrip("-").isdecimal():
         raise click.UsageError("the subject is not a whole number")
     if not name:

@@ -55,7 +55,7 @@ def generate() -> None:
 @click.option("--passphrase", "ask", is_flag=True, help="Ask for a passphrase to protect it with.")
 @_passphrase_env
 def local(path: Path, ask: bool, passphrase_env: str | None) -> None:
-    """A key that encrypts and signs, in one file: whoever reads it can do both."""
+    """A key that encrypts and signs, in one file: a reader of the file can do both."""
     source: SecretSource | None = None
     if passphrase_env is not None:
         source = EnvironmentSecret(passphrase_env)

@@ -21,7 +21,7 @@ __all__ = ["provider_in", "provider_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What a file says of one kind of provider.
+    """The fields that a file holds for a kind of provider.
 
     Attributes:
         provider: Name of the class.
@@ -72,9 +72,9 @@ def provider_in(path: Path) -> KeyProvider:
     """Return the provider that a file names, as the whole file or as its part ``keys``.
 
     Raises:
-        ConfigError: As for :func:`provider_of`, or the file is not YAML.
-        MissingExtraError: The provider needs a package that is not installed.
-        KeyAccessError: A key, or a secret that opens it, cannot be used.
+        ConfigError: if the file is not YAML, or for the reasons of :func:`provider_of`.
+        MissingExtraError: if the provider needs a package that is not installed.
+        KeyAccessError: if a key, or a secret that opens it, cannot be used.
     """
     config = parsed(path)
     return provider_of(config.get("keys", config), path)
@@ -86,14 +86,14 @@ def provider_of(value: Any, path: Path) -> KeyProvider:
     Args:
         value: The part: ``kind``, and the arguments of that kind of provider by their names. A
             passphrase, PIN or token is ``{env: NAME}``, ``{file: PATH}`` or ``prompt``.
-        path: The file it is from. Where it says more than which key file to use, whoever can write
-            it decides who may read and who is believed, so others must not be able to.
+        path: The file it is from. Where it says more than which key file to use, its writer
+            decides who may read and who is believed, so others must not be able to write it.
 
     Raises:
-        ConfigError: A field is missing, unknown or of another type, or a secret itself stands
+        ConfigError: if a field is missing, unknown or of another type, or a secret itself stands
             there. The message holds no value, because that may be one.
-        MissingExtraError: The provider needs a package that is not installed.
-        KeyAccessError: A key, or a secret that opens it, cannot be used; or others can write the
+        MissingExtraError: if the provider needs a package that is not installed.
+        KeyAccessError: if a key, or a secret that opens it, cannot be used; or others can write the
             file.
     """
     from lightning_secure.crypto import providers

@@ -75,7 +75,7 @@ def remove(
 ) -> None:
     """Take PARTITION from the key KEY_ID, by a new partition key that it is not given.
 
-    What its holder has read or copied it keeps; `rotate data` encrypts the rows anew.
+    The key's holder keeps what it has read or copied; `rotate data` encrypts the rows anew.
     """
     from lightning_secure.data.key_rotation.rotate import remove_recipient
 

@@ -168,14 +168,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the arguments of :func:`lightning_secure.data.writing.seal.seal` that a file asks for.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or has a key that is not known.
-        MissingExtraError: The provider that it names needs a package that is not installed.
-        KeyAccessError: The key that it names cannot be used.
+        ConfigError: if the file cannot be read, is not YAML, or has a key that is not known.
+        MissingExtraError: if the provider that it names needs a package that is not installed.
+        KeyAccessError: if the key that it names cannot be used.
     """
     config = parsed(path)
     options = read_options(config)
     if "keys" not in config:
-        raise ConfigError("the configuration names no keys: to whom would the rows be sealed?")
+        raise ConfigError(
+            "the configuration has no part `keys`, which names the key provider. Nothing was "
+            "sealed."
+        )
     return {**options, "keys": provider_of(config["keys"], path)}
 
 
@@ -183,7 +186,7 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same without the keys, of which none is looked at.
 
     Raises:
-        ConfigError: There is a key that is not known, or a value makes no sense.
+        ConfigError: if there is a key that is not known, or a value makes no sense.
     """
     more = {"split", "keys", "stack", "nulls", "size", *PLAN_KEYS}
     known(dict(config), {*_PLAIN, *more}, "the file")
@@ -212,7 +215,9 @@ def _split(value: Any) -> Any:
     if fields.keys() == {"column"}:
         return SplitByColumn(column=typed(fields["column"], str, "split: column"))
     if "column" in fields or not {"ratio", "seed"} <= fields.keys():
-        raise ConfigError("split: takes a name, or column, or ratio and seed (and group).")
+        raise ConfigError(
+            "split: must be a name, or have `column`, or have `ratio` and `seed` (and `group`)."
+        )
     return SplitByRatio(
         ratios=typed(fields["ratio"], dict, "split: ratio"),
         seed=typed(fields["seed"], int, "split: seed"),
@@ -241,5 +246,5 @@ def _nulls(value: Any) -> Any:
         elif isinstance(rule, dict) and rule.keys() == {"fill"}:
             result[name] = Fill(rule["fill"])
         else:
-            raise ConfigError(f"nulls: {name}: is neither drop nor fill: VALUE.")
+            raise ConfigError(f"nulls: {name}: the rule must be drop or fill: VALUE.")
     return result

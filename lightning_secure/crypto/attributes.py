@@ -46,7 +46,7 @@ def open_attributes(
         partition: The key of the split's own partition; without it, encrypted ones are left out.
 
     Raises:
-        IntegrityError: One was altered, or belongs to another split.
+        IntegrityError: if an attribute was altered, or belongs to another split.
     """
     result = {}
     for name, text in attributes.items():

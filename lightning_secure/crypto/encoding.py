@@ -1,4 +1,4 @@
-"""One byte string for one value: what is signed, hashed or bound as associated data."""
+"""Canonical bytes of a value, which are signed, hashed or bound as associated data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def utf8(text: str, *, what: str) -> bytes:
     JSON and from file names. The error of ``str.encode`` carries the whole text along.
 
     Raises:
-        DataError: It has no UTF-8 form. The message names ``what`` and holds nothing of the text.
+        DataError: if the text has no UTF-8 form. The message names ``what`` and holds nothing of
+            the text.
     """
     data = None
     with contextlib.suppress(UnicodeEncodeError):
@@ -47,7 +48,7 @@ def canonical_json(value: Any) -> bytes:
     ASCII keys.
 
     Raises:
-        DataError: ``value`` has no such form.
+        DataError: if ``value`` has no canonical form.
 
     >>> canonical_json({"b": [1, True], "a": "ü"})
     b'{"a":"\xc3\xbc","b":[1,true]}'
@@ -82,7 +83,7 @@ def parse_json_object(data: bytes, *, what: str, canonical: bool = False) -> dic
         canonical: Whether only the bytes that :func:`canonical_json` makes of the object pass.
 
     Raises:
-        IntegrityError: ``data`` is not one JSON object with unique keys, or not its canonical
+        IntegrityError: if ``data`` is not one JSON object with unique keys, or not its canonical
             form. The message names ``what`` and holds nothing of the data.
     """
     value: Any = None
@@ -118,7 +119,7 @@ def b64decode(text: Any, *, what: str, length: int | None = None) -> bytes:
     """Decode standard base64 strictly: no other text stands for the same bytes.
 
     Raises:
-        IntegrityError: ``text`` is not base64 or does not have ``length`` bytes.
+        IntegrityError: if ``text`` is not base64 or does not have ``length`` bytes.
     """
     data: bytes | None = None
     if isinstance(text, str):

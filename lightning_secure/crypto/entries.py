@@ -1,4 +1,4 @@
-"""What a manifest says of a split and its shards, and the strict way into and out of JSON."""
+"""A manifest's entries for a split and its shards, with strict conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILE_PATTERN: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the signer saw of one shard.
+    """A shard as the manifest's signer saw it.
 
     Attributes:
         file: Path below the dataset's root, one folder deep.
@@ -123,7 +123,7 @@ class ColumnGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitEntry(ColumnGroup):
-    """One split of a dataset: its first group of columns, and what else there is.
+    """A split of a dataset: its first group of columns, and its further groups.
 
     Attributes:
         attributes: Signed remarks, for example what was done to which column before sealing.
@@ -131,7 +131,7 @@ class SplitEntry(ColumnGroup):
         order: The names of all columns in the order of a sample's fields; empty without
             ``groups``.
         content: The content digest that the split had before its data keys were exchanged, as
-            stated by whoever exchanged them and compared the rows; None if they never were.
+            stated by the signer who exchanged them and compared the rows; None if they never were.
         subject_key: The key that makes subjects' ids into pseudonyms, under the partition key;
             None if the rows are not sealed by subject.
     """

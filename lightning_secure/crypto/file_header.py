@@ -1,4 +1,4 @@
-"""How files begin that are one encrypted stream: checkpoints, and files that are tracked.
+"""The header of files that are one encrypted stream: checkpoints and tracked artifacts.
 
 A head is::
 
@@ -26,13 +26,13 @@ _MAX_HEADER: Final = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What files of one kind begin with.
+    """The header of one kind of file.
 
     Attributes:
         what: The kind's name.
         magic: The first eight bytes.
-        fields: What the header has, and of which types.
-        otherwise: What is said of a file of another kind, besides that it is one.
+        fields: The header's fields and their types.
+        otherwise: Further text of the error for a file of another kind.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Head:
         """Return the bytes before a stream.
 
         Raises:
-            ConfigError: The key has more recipients than the header can hold.
+            ConfigError: if the key has more recipients than the header can hold.
         """
         data = canonical_json(header)
         if len(data) > _MAX_HEADER:
@@ -58,7 +58,7 @@ class Head:
         """Return the bytes before a stream, to which it is bound, and the header in them.
 
         Raises:
-            IntegrityError: It is a file of another kind, or its head was altered.
+            IntegrityError: if the file is of another kind, or its head was altered.
         """
         start = raw.read(_PREFIX.size)
         if len(start) < _PREFIX.size or not start.startswith(self.magic):

@@ -1,4 +1,4 @@
-"""Symmetric keys that do not leak by accident, and whoever guards the topmost one."""
+"""Symmetric keys that do not leak by accident, and the providers that guard the topmost one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DataKey:
     def __init__(self, material: bytes) -> None:
         if len(material) != KEY_BYTES:
             raise KeyAccessError(
-                f"a key has {KEY_BYTES} bytes; these are {len(material)}. No key was made."
+                f"a key must have {KEY_BYTES} bytes, not {len(material)}. No key was made."
             )
         self._material = bytes(material)
         self._cipher: AESGCM | None = None
@@ -87,7 +87,7 @@ class DataKey:
 
         Args:
             key: The key to protect.
-            context: What the wrapped key is for. It is authenticated, not stored: unwrapping needs
+            context: The key's purpose. It is authenticated, not stored: unwrapping needs
                 the same one.
 
         Returns:
@@ -103,7 +103,7 @@ class DataKey:
         """Return the key that :meth:`wrap` protected.
 
         Raises:
-            IntegrityError: ``blob`` was altered, belongs to another context, or was made under
+            IntegrityError: if ``blob`` was altered, belongs to another context, or was made under
                 another key; the cipher cannot tell these apart.
         """
         if len(blob) == _WRAPPED_BYTES:
@@ -155,7 +155,7 @@ class WrappedKey:
     Attributes:
         provider: Name of the kind of provider, for example ``local``.
         key_id: Id of the provider's key.
-        blob: What the provider returned.
+        blob: The wrapped key, as the provider returned it.
     """
 
     provider: str
@@ -171,7 +171,7 @@ class WrappedKey:
         """Parse what :meth:`to_json` wrote.
 
         Raises:
-            IntegrityError: The value does not have that form.
+            IntegrityError: if the value does not have that form.
         """
         if not isinstance(value, dict) or value.keys() != {"provider", "key_id", "blob"}:
             raise IntegrityError(
@@ -186,7 +186,7 @@ class WrappedKey:
 
 
 class UnwrapDeniedError(KeyUnavailableError):
-    """Whoever keeps the KEK lets this process wrap at most, which says nothing of the KEK."""
+    """The key service lets this process wrap at most, which says nothing of the KEK."""
 
 
 class KeyProvider(ABC):
@@ -242,8 +242,8 @@ class KeyProvider(ABC):
         """Protect ``key`` once for each recipient, bound to ``context``.
 
         Raises:
-            KeyUnavailableError: The provider could not wrap; no wrapped form is returned.
-            AuditWriteError: A listener could not record the use; the key was not wrapped.
+            KeyUnavailableError: if the provider could not wrap; no wrapped form is returned.
+            AuditWriteError: if a listener could not record the use; the key was not wrapped.
         """
         wrapped = []
         for recipient in self.recipients:
@@ -257,8 +257,8 @@ class KeyProvider(ABC):
         """Protect ``key`` for the one recipient, bound to ``context``.
 
         Raises:
-            ConfigError: There are several recipients; :meth:`wrap_all` leaves none of them out.
-            KeyUnavailableError: The provider could not wrap.
+            ConfigError: if there are several recipients; :meth:`wrap_all` leaves none of them out.
+            KeyUnavailableError: if the provider could not wrap.
         """
         if len(self.recipients) != 1:
             raise ConfigError(
@@ -273,10 +273,10 @@ class KeyProvider(ABC):
         """Release a key.
 
         Raises:
-            WrongKeyError: ``wrapped`` names another provider or another KEK.
-            IntegrityError: ``wrapped`` was altered or belongs to another context.
-            KeyUnavailableError: The KEK cannot be used now, or this provider only seals.
-            AuditWriteError: A listener could not record the use; the key was not released.
+            WrongKeyError: if ``wrapped`` names another provider or another KEK.
+            IntegrityError: if ``wrapped`` was altered or belongs to another context.
+            KeyUnavailableError: if the KEK cannot be used now, or this provider only seals.
+            AuditWriteError: if a listener could not record the use; the key was not released.
         """
         if (wrapped.provider, wrapped.key_id) != (self.name, self.key_id):
             events.announce("key.unwrap", self._event(context), outcome="failure")
@@ -297,13 +297,13 @@ class KeyProvider(ABC):
     def unwrap_any(self, wrapped: Sequence[WrappedKey], *, context: Mapping[str, str]) -> DataKey:
         """Release a key that was wrapped for several recipients, of which this may be one.
 
-        Only the own one is tried, with one call to the provider. Where there is none, the first
-        is refused, with the event that deserves.
+        Tries only the entry wrapped for this provider, with one call. If there is none, fails on
+        the first entry and announces the failure.
 
         Raises:
-            WrongKeyError: None of ``wrapped`` is for this provider.
-            IntegrityError: The own one was altered or belongs to another context.
-            KeyUnavailableError: The KEK cannot be used now, or this provider only seals.
+            WrongKeyError: if none of ``wrapped`` is for this provider.
+            IntegrityError: if the one for this provider was altered or belongs to another context.
+            KeyUnavailableError: if the KEK cannot be used now, or this provider only seals.
         """
         mine = (key for key in wrapped if (key.provider, key.key_id) == (self.name, self.key_id))
         return self.unwrap(next(mine, wrapped[0]), context=context)
@@ -318,9 +318,9 @@ class KeyProvider(ABC):
         that is there and can be used; whether it is the same one, it cannot tell either.
 
         Raises:
-            KeyUnavailableError: The KEK is gone or cannot be used now.
-            IntegrityError: Another KEK took its place.
-            AuditWriteError: A listener could not record the use.
+            KeyUnavailableError: if the KEK is gone or cannot be used now.
+            IntegrityError: if another KEK took its place.
+            AuditWriteError: if a listener could not record the use.
         """
         mine = any((key.provider, key.key_id) == (self.name, self.key_id) for key in wrapped)
         if mine and self._opens:
@@ -329,7 +329,7 @@ class KeyProvider(ABC):
                 self.unwrap_any(wrapped, context=context)
             except UnwrapDeniedError:
                 denied = True
-            if denied:  # so is whoever's login is over, who cannot wrap either
+            if denied:  # so is a process whose login is over, which cannot wrap either
                 self.wrap_all(DataKey.generate(), context=context)
             self._require_kept()
 
@@ -352,12 +352,12 @@ class KeyProvider(ABC):
         """Destroy the current KEK for good, where that is in this provider's power.
 
         Returns:
-            Whether it was destroyed. False: this provider cannot, and whoever keeps the KEK can
-            still unwrap everything that was ever wrapped under it.
+            Whether it was destroyed. False: this provider cannot, and the KEK's holder can still
+            unwrap everything that was ever wrapped under it.
 
         Raises:
-            KeyUnavailableError: It could be destroyed, and that failed.
-            AuditWriteError: A listener could not record it; the KEK was not destroyed.
+            KeyUnavailableError: if the KEK could not be destroyed although the provider can do so.
+            AuditWriteError: if a listener could not record it; the KEK was not destroyed.
 
         Whatever is still wrapped under the KEK, in any dataset or checkpoint, is lost.
         """

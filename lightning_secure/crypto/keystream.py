@@ -1,4 +1,4 @@
-"""Random bytes that nobody can predict, fast: AES-256 in counter mode."""
+"""Unpredictable random bytes, fast: AES-256 in counter mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_secure.errors import KeyAccessError
 __all__ = ["Keystream"]
 
 KEY_BYTES: Final = 32
-#: So many bytes come from one key, 2**32 blocks. A permutation never repeats a block, which random
+#: The number of bytes from one key, 2**32 blocks. A permutation never repeats a block, which random
 #: bytes would do; telling the two apart over that length succeeds with probability 2**-65.
 KEY_LIFE: Final = 2**36
 _ZEROS: Final = memoryview(bytes(2**18))
@@ -47,7 +47,7 @@ class Keystream:
     def __init__(self, key: bytes | None = None) -> None:
         if key is not None and len(key) != KEY_BYTES:
             raise KeyAccessError(
-                f"a keystream's key has {KEY_BYTES} bytes; this has {len(key)}. Nothing was drawn."
+                f"a keystream's key must have {KEY_BYTES} bytes, not {len(key)}. Nothing was drawn."
             )
         self._given = key is not None
         self._begin(secrets.token_bytes(KEY_BYTES) if key is None else key)
@@ -56,7 +56,7 @@ class Keystream:
         """Return the next ``count`` bytes.
 
         Raises:
-            KeyAccessError: The process was forked, and its parent reads the same given key.
+            KeyAccessError: if the process was forked, and its parent reads the same given key.
         """
         if self._process != os.getpid():
             if self._given:

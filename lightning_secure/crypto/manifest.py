@@ -2,7 +2,7 @@
 
 A shard opens only under the data key that the manifest names for it, and only if its header and
 all of its segments are the ones that the manifest's signer saw. So a shard that was exchanged,
-replayed from an older state, cut or rebuilt by somebody who merely may read is refused.
+replayed from an older state, cut or rebuilt by a mere reader is refused.
 
 What a manifest cannot show by itself is that it is the *newest* one. Pin ``min_generation`` or the
 manifest's digest where the storage administrator cannot write.
@@ -50,7 +50,7 @@ PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.manifest.v1+json"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One generation of a dataset.
+    """A generation of a dataset.
 
     Attributes:
         dataset_id: 16 random bytes, the same in every generation.
@@ -131,8 +131,8 @@ class Manifest:
         """Return a partition's key, with one call to the provider.
 
         Raises:
-            WrongKeyError: The partition was not sealed for this provider's key.
-            IntegrityError: The wrapped key was altered.
+            WrongKeyError: if the partition was not sealed for this provider's key.
+            IntegrityError: if the wrapped key was altered.
         """
         context = partition_context(self.dataset_id, partition)
         key = keys.unwrap_any(self.partitions[partition], context=context)
@@ -149,10 +149,10 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
     """Read and verify the manifest of the dataset at ``root``, a folder or an opened storage.
 
     Raises:
-        ManifestMismatchError: There is none, no trusted key signed it, or its payload is not in
-            the one canonical form.
-        IntegrityError: It is damaged.
-        StorageError: A remote storage did not answer, or refused.
+        ManifestMismatchError: if there is no manifest, no trusted key signed it, or its payload is
+            not in the one canonical form.
+        IntegrityError: if the manifest is damaged.
+        StorageError: if a remote storage did not answer, or refused.
     """
     what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:
@@ -176,9 +176,9 @@ def parse_manifest(data: bytes, *, trusted: Mapping[str, Ed25519PublicKey], what
     """Verify the bytes of a manifest; ``what`` names them in errors.
 
     Raises:
-        ManifestMismatchError: No trusted key signed it, or its payload is not in the one
-            canonical form.
-        IntegrityError: It is damaged.
+        ManifestMismatchError: if no trusted key signed the manifest, or its payload is not in the
+            one canonical form.
+        IntegrityError: if the manifest is damaged.
     """
     payload = open_envelope(data, payload_type=PAYLOAD_TYPE, trusted=trusted, what=what)
     manifest = Manifest.from_json(parse_json_object(payload, what=what))
@@ -203,7 +203,7 @@ def write_manifest(root: Path, manifest: Manifest, *, signer: Signer) -> None:
 
 @runtime_checkable
 class HasManifest(Protocol):
-    """Something that reads rows which a manifest names."""
+    """A reader of rows that a manifest names."""
 
     @property
     def manifest_digest(self) -> str | None:

@@ -24,7 +24,7 @@ def fields(
     """Return an object that has exactly the fields ``names``, and may have those in ``optional``.
 
     Raises:
-        IntegrityError: It is not an object, or has other fields.
+        IntegrityError: if the value is not an object, or has other fields.
     """
     required = set(names) - set(optional)
     if not isinstance(value, dict) or not required <= value.keys() <= required | set(optional):

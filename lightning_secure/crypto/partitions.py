@@ -34,7 +34,7 @@ class PartitionKey:
 
     @classmethod
     def generate(cls, dataset_id: bytes, partition: str) -> Self:
-        """Make a fresh partition key that nobody has been given yet."""
+        """Make a fresh partition key that no recipient has yet."""
         return cls(DataKey.generate(), dataset_id=dataset_id, partition=partition)
 
     def wrapped_for(self, keys: KeyProvider) -> tuple[WrappedKey, ...]:
@@ -50,7 +50,7 @@ class PartitionKey:
         """Unwrap a shard's data key.
 
         Raises:
-            IntegrityError: The wrapped key was altered or belongs to another shard.
+            IntegrityError: if the wrapped key was altered or belongs to another shard.
         """
         return self._key.unwrap(
             entry.wrapped_key, context=self.context(purpose="shard", shard=entry.uuid.hex())
@@ -64,7 +64,7 @@ class PartitionKey:
         """Unwrap the key of the subjects' pseudonyms.
 
         Raises:
-            IntegrityError: The wrapped key was altered or belongs to another partition.
+            IntegrityError: if the wrapped key was altered or belongs to another partition.
         """
         return self._key.unwrap(wrapped, context=self.context(purpose="subjects"))
 

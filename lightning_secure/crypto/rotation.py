@@ -1,4 +1,4 @@
-"""Who may open a partition, and under which key: a manifest with its keys exchanged.
+"""Recipients of a partition and its key: a manifest with its keys exchanged.
 
 Nothing here reads or writes a file. Every function takes a verified manifest and returns a changed
 one; :func:`successor` makes it the next generation, and
@@ -38,8 +38,8 @@ def with_recipient(
     """Return a manifest in which ``recipient`` can open ``partition`` too.
 
     Raises:
-        ConfigError: There is no such partition.
-        WrongKeyError: ``keys`` cannot open it.
+        ConfigError: if there is no such partition.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     wraps = _wraps(manifest, partition)
     added = manifest.open_partition(partition, keys).wrapped_for(recipient)
@@ -67,15 +67,15 @@ def without_recipient(
         recipients: The others that keep it.
 
     Raises:
-        ConfigError: There is no such partition or recipient, it is ``keys`` itself, or a
+        ConfigError: if there is no such partition or recipient, it is ``keys`` itself, or a
             recipient is neither named nor given.
-        WrongKeyError: ``keys`` cannot open it.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     known = [key.key_id for key in _wraps(manifest, partition)]
     if key_id not in known or key_id == keys.key_id:
         raise ConfigError(
             f"key {key_id!r} cannot be taken from partition {partition!r}: its recipients are "
-            f"{known}, and whoever removes one stays ({keys.key_id!r}). Nothing was changed."
+            f"{known}, and the caller's own key stays ({keys.key_id!r}). Nothing was changed."
         )
     return rekeyed(manifest, partition, keys=keys, recipients=recipients, without=[key_id])
 
@@ -101,10 +101,10 @@ def rekeyed(
         to: Takes the place of ``keys`` among the recipients.
 
     Raises:
-        ConfigError: There is no such partition, a recipient is missing from ``recipients``, or
+        ConfigError: if there is no such partition, a recipient is missing from ``recipients``, or
             one of them is not a recipient so far.
-        WrongKeyError: ``keys`` cannot open the partition.
-        IntegrityError: A wrapped key was altered.
+        WrongKeyError: if ``keys`` cannot open the partition.
+        IntegrityError: if a wrapped key was altered.
     """
     present = {_id(key) for key in _wraps(manifest, partition)}
     old = manifest.open_partition(partition, keys)
@@ -139,8 +139,8 @@ def with_kek(manifest: Manifest, *, keys: KeyProvider, to: KeyProvider) -> Manif
     """Return a manifest in which ``to`` takes the place of ``keys``: one rewrap a partition.
 
     Raises:
-        ConfigError: ``keys`` is a recipient of no partition, or ``to`` is the same key.
-        IntegrityError: A wrapped key was altered.
+        ConfigError: if ``keys`` is a recipient of no partition, or ``to`` is the same key.
+        IntegrityError: if a wrapped key was altered.
     """
     if _ids(keys) & _ids(to):
         raise ConfigError(f"key {to.key_id!r} is the present key. Nothing was rotated.")

@@ -31,7 +31,7 @@ _AAD: Final = struct.Struct("<32sQQB")
 
 @dataclass(frozen=True, repr=False)
 class SegmentKeys:
-    """What a shard's data key expands to.
+    """The keys that are derived from a shard's data key.
 
     Attributes:
         encryption: AES-256 key of the segments.
@@ -86,7 +86,7 @@ class SegmentCipher:
         """Write the plaintext of one segment into ``out`` and return its length.
 
         Raises:
-            IntegrityError: The segment is not what was sealed at this place. ``out`` may then
+            IntegrityError: if the segment is not what was sealed at this place. ``out`` may then
                 hold unauthenticated bytes and must be thrown away.
         """
         try:

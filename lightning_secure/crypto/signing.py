@@ -46,7 +46,7 @@ class Signer:
     def __init__(self, seed: bytes) -> None:
         if len(seed) != SEED_BYTES:
             raise KeyAccessError(
-                f"a signing key has {SEED_BYTES} bytes; these are {len(seed)}. No key was made."
+                f"a signing key must have {SEED_BYTES} bytes, not {len(seed)}. No key was made."
             )
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
 
@@ -97,8 +97,8 @@ def open_envelope(
         what: Names the document in errors.
 
     Raises:
-        ManifestMismatchError: No trusted key signed this payload as this type.
-        IntegrityError: ``data`` is not an envelope.
+        ManifestMismatchError: if no trusted key signed this payload as this type.
+        IntegrityError: if ``data`` is not an envelope.
     """
     # Before anything is known about who wrote it: a small file can make a parser use much memory.
     if sum(map(data.count, (b"[", b"{", b","))) > _MAX_PARTS:
@@ -123,8 +123,8 @@ def open_envelope(
         return payload
     raise ManifestMismatchError(
         f"{what} carries no valid signature of a trusted key "
-        f"({', '.join(sorted(trusted)) or 'none is trusted'}): it was altered, or somebody else "
-        "wrote it. Nothing from it was used."
+        f"({', '.join(sorted(trusted)) or 'none is trusted'}): it was altered, or another "
+        "signer wrote it. Nothing from it was used."
     )
 
 

@@ -88,9 +88,9 @@ class StreamReader(io.RawIOBase):
         failure: Why a read failed, for callers that lose the exception on the way; else None.
 
     Raises:
-        IntegrityError: The key commitment does not match, or the end of the stream is not where
-            an authentic last chunk says it is: a truncated or extended file fails here, before
-            any of it is parsed. A flipped bit further inside fails when that chunk is read.
+        IntegrityError: if the key commitment does not match, or the end of the stream is not where
+            an authentic last chunk says it is: a truncated or extended file fails here, before any
+            of it is parsed. A flipped bit further inside fails when that chunk is read.
     """
 
     def __init__(self, raw: BinaryIO, *, key: DataKey, context: bytes, start: int = 0) -> None:
@@ -186,7 +186,7 @@ class StreamReader(io.RawIOBase):
         """Fill ``buffer`` with authenticated plaintext and return how many bytes there were.
 
         Raises:
-            IntegrityError: A chunk that the range touches was altered.
+            IntegrityError: if a chunk that the range touches was altered.
         """
         with memoryview(buffer).cast("B") as out:
             wanted = min(len(out), max(0, self._size - self._position))

@@ -62,8 +62,8 @@ class EncryptedDataModule(pl.LightningDataModule):
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
-        ConfigError: An argument is wrong, or a needed split is missing.
-        ManifestMismatchError: The dataset is not the pinned one, or not the one that a resumed
+        ConfigError: if an argument is wrong, or a needed split is missing.
+        ManifestMismatchError: if the dataset is not the pinned one, or not the one that a resumed
             checkpoint was trained on.
 
     A checkpoint records which bytes the run was trained on. Resuming on other rows, or on an older
@@ -93,7 +93,10 @@ class EncryptedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise ConfigError("batch_size must be positive and num_workers must not be negative.")
+            raise ConfigError(
+                f"batch_size must be at least 1, and is {batch_size}; num_workers must be at least "
+                f"0, and is {num_workers}."
+            )
         self.batch_size = batch_size
         self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._keys = keys
@@ -133,9 +136,9 @@ class EncryptedDataModule(pl.LightningDataModule):
         Where several processes train or evaluate together, they agree on what they read.
 
         Raises:
-            ConfigError: The Trainer's strategy would write checkpoints past a CheckpointIO that
-                encrypts or redacts them, or the split is missing. Or the processes read different
-                rows or read them differently, or another process failed here.
+            ConfigError: if the Trainer's strategy would write checkpoints past a CheckpointIO that
+                encrypts or redacts them, the split is missing, the processes read different rows or
+                read them differently, or another process failed here.
         """
         with self._agreeing(stage):
             if self.trainer is not None:
@@ -283,7 +286,8 @@ class EncryptedDataModule(pl.LightningDataModule):
         """Return what identifies the rows that were trained on, and where the epoch stands.
 
         Raises:
-            ConfigError: As for :meth:`setup`, also for a checkpoint that is written because of it.
+            ConfigError: if :meth:`setup` would raise it, also for a checkpoint that is written
+                because of it.
         """
         if self.trainer is not None:
             introduce(self.trainer.strategy, loaded=bool(self.trainer.ckpt_path))
@@ -304,7 +308,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         """Compare the rows of a checkpoint with the current ones, and go on where it stood.
 
         Raises:
-            ManifestMismatchError: The training split holds other rows, or the dataset is older
+            ManifestMismatchError: if the training split holds other rows, or the dataset is older
                 than when the checkpoint was written.
         """
         for seen in state_dict.values():

@@ -137,7 +137,7 @@ class RedactingClient:
         if argument in ("artifact_location", "artifact_file") and redacted != value:
             raise RedactionError(
                 f"{argument} of MlflowClient.{method} holds a secret or personal data, and a "
-                "place cannot be redacted. Nothing was sent."
+                "location cannot be redacted. Choose another one. Nothing was sent."
             )
         return redacted
 

@@ -126,7 +126,7 @@ def redacted_fields(redactor: Redactor, value: Any) -> dict[str, Any]:
     """Return hyperparameters, redacted; what was found is to be announced before they are logged.
 
     Raises:
-        RedactionError: They have no names, or cannot be read.
+        RedactionError: if the hyperparameters have no names, or cannot be read.
     """
     with finding_counts.looking("params"):
         fields = _plain(redactor.redact(value))

@@ -59,7 +59,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
         run_id: A run to go on with.
         synchronous: As for Lightning's MLFlowLogger.
         redactor: Decides what is taken out.
-        policy: What may be stored at all, by this logger and by everything else in the process: see
+        policy: The rules of what this logger and everything else in the process may store: see
             :class:`RedactionPolicy`.
         insecure_allow_http: Whether this tracking server may be spoken to without TLS.
         insecure_only_this_logger: Leave the rest of the process alone: what talks to MLflow past
@@ -80,10 +80,10 @@ class RedactingMLFlowLogger(MLFlowLogger):
     ``enable_autolog_hparams``, which is on by default.
 
     Raises:
-        MissingExtraError: MLflow, or its database support, is not installed.
-        ConfigError: The server is spoken to without TLS, its address holds credentials, the
+        MissingExtraError: if MLflow, or its database support, is not installed.
+        ConfigError: if the server is spoken to without TLS, its address holds credentials, the
             environment asks for traces to be sent to a second place, or the policy cannot be kept.
-        RedactionError: ``logger.experiment`` was asked for something that cannot be checked.
+        RedactionError: if ``logger.experiment`` was asked for something that cannot be checked.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

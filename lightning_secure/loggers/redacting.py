@@ -53,9 +53,9 @@ class RedactingLogger(Logger):
     :class:`~lightning_secure.RedactingMLFlowLogger`, which covers the ways past the logger, too.
 
     Raises:
-        ConfigError: It is no logger, or was given a secret or something personal itself, in its
-            name or its tags: that names folders, and is sent before the first call.
-        RedactionError: Something that cannot be checked was to be logged.
+        ConfigError: if the argument is no logger, or a logger with a secret or personal data in its
+            name or its tags: the name becomes a folder, and tags are sent before the first call.
+        RedactionError: if a value that cannot be checked was to be logged.
     """
 
     def __init__(self, logger: Logger, *, redactor: Redactor | None = None) -> None:
@@ -88,7 +88,7 @@ class RedactingLogger(Logger):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     @property
@@ -123,7 +123,7 @@ class RedactingLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """What the logger hands out, behind a stand-in that redacts or refuses."""
+        """The logger's experiment, behind a stand-in that redacts or refuses."""
         experiment = getattr(self._logger, "experiment", None)
         if experiment is None or isinstance(experiment, _DummyExperiment):
             return experiment
@@ -190,7 +190,7 @@ class RedactingLogger(Logger):
         """Let the logger end.
 
         Raises:
-            RedactionError: It may send checkpoints now, and one is not encrypted.
+            RedactionError: if the logger may send checkpoints now, and one is not encrypted.
         """
         for callback in self._handed_over.values():
             paths = [path for path in _saved_by(callback) if "://" in path or Path(path).exists()]

@@ -1,4 +1,4 @@
-"""What a run's tags say: its privacy, the data it read, and the checkpoints it wrote."""
+"""The tags of a run: its privacy, the data it read, and the checkpoints it wrote."""
 
 from __future__ import annotations
 

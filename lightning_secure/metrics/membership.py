@@ -1,4 +1,4 @@
-"""How well an attacker tells the rows that a model was trained on from others."""
+"""Membership inference: how well an attacker tells a model's training rows from others."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class MembershipInferenceAdvantage(Metric):
                 for all.
 
         Raises:
-            ConfigError: They have other shapes or another type.
+            ConfigError: if the tensors have other shapes or another type.
         """
         if isinstance(members, bool):
             members = torch.full(losses.shape, members, device=losses.device)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class _ReleasedMean(Metric):
-    """What :class:`PrivateMean` promises, whatever the values are made of."""
+    """The common part of :class:`PrivateMean` and :class:`PrivateAccuracy`."""
 
     is_differentiable = False
     full_state_update = False
@@ -103,7 +103,7 @@ class PrivateMean(_ReleasedMean):
             mean of n rows has noise of ``noise_multiplier * (high - low) / (2 * n)``.
         public_rows: Number of rows, if it is public. Otherwise it is released with noise of its
             own, and both are charged, as one release with ``noise_multiplier / sqrt(2)``.
-        account: What pays for each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
+        account: The account of each release: a run's ledger, or a ``PrivacyAccount`` of other rows.
             By default the ledger of the private strategy that trains the module that this metric is
             part of.
         insecure_seed: Makes the noise repeatable, and so not private: each release is charged as
@@ -118,11 +118,11 @@ class PrivateMean(_ReleasedMean):
     a batch would be a release of its own.
 
     Raises:
-        ConfigError: A number is out of range, or values are not one number a row.
-        LedgerError: :meth:`compute` has no account to charge, or cannot charge it.
+        ConfigError: if a number is out of range, or values are not one number a row.
+        LedgerError: if :meth:`compute` has no account to charge, or cannot charge it.
 
     Guarantees:
-        What is computed is (epsilon, delta)-differentially private, for rows added or removed one
+        The result is (epsilon, delta)-differentially private, for rows added or removed one
         at a time, and the account contains it. It is computed once: until the next update or reset
         the same value is returned, at no further cost. Where the budget does not allow it, and
         in the Trainer's sanity check, it is NaN, and a warning says so.
@@ -180,14 +180,15 @@ class PrivateAccuracy(_ReleasedMean):
             target: Classes, shape ``(rows,)``.
 
         Raises:
-            ConfigError: They have other shapes, or predictions of one number a row are no classes.
+            ConfigError: if the tensors have other shapes, or predictions of one number a row are no
+                classes.
         """
         if preds.ndim == 2:
             preds = preds.argmax(1)
         elif preds.is_floating_point():
             raise ConfigError(
-                "preds of shape (rows,) must be classes, whole numbers; for scores of one class, "
-                "say where the line is, (scores > 0.5).long()."
+                f"preds of shape (rows,) must be class numbers, not {preds.dtype}; for scores of "
+                "one class, apply a threshold: (scores > 0.5).long()."
             )
         if preds.shape != target.shape or preds.ndim != 1:
             raise ConfigError(
@@ -198,7 +199,7 @@ class PrivateAccuracy(_ReleasedMean):
 
 
 class _Payer:
-    """Who pays, which copies of a metric share and other processes do not."""
+    """The account that is charged, which copies of a metric share and other processes do not."""
 
     def __init__(self, account: Chargeable | None) -> None:
         self.account = account

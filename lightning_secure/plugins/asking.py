@@ -1,4 +1,4 @@
-"""Which strategies ask their CheckpointIO, and which write and read checkpoints themselves."""
+"""Strategies that ask their CheckpointIO, and those that write and read checkpoints themselves."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def require_asked_to_write(strategy: Strategy, checkpoint_io: CheckpointIO) -> N
         checkpoint_io: Which would have to be asked.
 
     Raises:
-        ConfigError: It is Lightning's and known to write them, or it is another one with a
-            ``save_checkpoint`` of its own, and that class does not say ``asks_checkpoint_io``.
+        ConfigError: if the strategy is Lightning's and known to write checkpoints itself, or has a
+            ``save_checkpoint`` of its own whose class does not say ``asks_checkpoint_io``.
     """
     if _asks(strategy, "save_checkpoint", _WRITING):
         return
@@ -77,13 +77,14 @@ def require_asked_to_read(strategy: Strategy, checkpoint_io: CheckpointIO) -> No
         checkpoint_io: Which would have had to be asked.
 
     Raises:
-        ConfigError: As for writing, with ``load_checkpoint``.
+        ConfigError: if the strategy is Lightning's and known to read checkpoints itself, or has a
+            ``load_checkpoint`` of its own whose class does not say ``asks_checkpoint_io``.
     """
     if _asks(strategy, "load_checkpoint", _READING):
         return
     raise ConfigError(
         f"{type(strategy).__name__} has read a checkpoint itself and not asked "
-        f"{type(checkpoint_io).__name__}: nobody knows who wrote it, and it may have run code. "
+        f"{type(checkpoint_io).__name__}: its writer is unknown, and it may have run code. "
         "What is in the module now was not trained, evaluated or saved. Make the module anew, with "
         "load_encrypted_checkpoint and without ckpt_path. "
         f"{_BY_ITSELF.format(method='load_checkpoint')}"

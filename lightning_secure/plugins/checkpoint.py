@@ -114,9 +114,9 @@ class EncryptedCheckpointIO(CheckpointIO):
             loaded: Whether that has loaded a checkpoint.
 
         Raises:
-            ConfigError: It would write checkpoints in the clear, or has loaded one that was not
-                authenticated, or a hyperparameter of a module that is to be trained could not be
-                read back. Nothing was written, nor trained or evaluated.
+            ConfigError: if the strategy would write checkpoints in the clear, or has loaded one
+                that was not authenticated, or a hyperparameter of a module that is to be trained
+                could not be read back. Nothing was written, nor trained or evaluated.
         """
         require_asked_to_write(strategy, self)
         if loaded:
@@ -131,13 +131,13 @@ class EncryptedCheckpointIO(CheckpointIO):
         """Encrypt a checkpoint.
 
         Args:
-            checkpoint: What the Trainer wants kept.
+            checkpoint: The content that the Trainer wants kept.
             path: Where to.
             storage_options: Not supported.
 
         Raises:
-            ConfigError: It holds objects that could be written but, for safety, never read, or
-                there are too many recipients. Nothing was written.
+            ConfigError: if the checkpoint holds objects that could be written but, for safety,
+                never read, or if there are too many recipients. Nothing was written.
         """
         if storage_options is not None:
             raise ConfigError("EncryptedCheckpointIO takes no storage_options; use an fsspec URL.")
@@ -184,10 +184,10 @@ class EncryptedCheckpointIO(CheckpointIO):
             weights_only: True, or None for the same.
 
         Raises:
-            CheckpointCorruptedError: It was altered or cut off, is not an encrypted checkpoint, or
-                holds objects that are not safe to load. Nothing from it was used.
-            WrongKeyError: It was written under another key.
-            FileNotFoundError: There is none.
+            CheckpointCorruptedError: if the file was altered or cut off, is not an encrypted
+                checkpoint, or holds objects that are not safe to load. Nothing from it was used.
+            WrongKeyError: if the checkpoint was written under another key.
+            FileNotFoundError: if there is no checkpoint.
         """
         if weights_only is False:
             raise ConfigError(
@@ -244,10 +244,11 @@ def load_encrypted_checkpoint(
             class, must be given.
 
     Raises:
-        CheckpointCorruptedError: It was altered or cut off, is not an encrypted checkpoint of a
-            Trainer, or asks to call something.
-        ConfigError: It was written for another class, or a hyperparameter must be given.
-        WrongKeyError: It was written under another key.
+        CheckpointCorruptedError: if the file was altered or cut off, is not an encrypted checkpoint
+            of a Trainer, or asks to call a function.
+        ConfigError: if the checkpoint was written for another class, or a hyperparameter must be
+            given.
+        WrongKeyError: if the checkpoint was written under another key.
 
     Guarantees:
         The module is made by calling ``module_class`` with values. What the checkpoint names,
@@ -280,10 +281,10 @@ def opened(path: _PATH, *, keys: KeyProvider) -> Iterator[IO[bytes]]:
     """Open the plaintext of a checkpoint, which leaves the file only as it is read.
 
     Raises:
-        CheckpointCorruptedError: It is not an encrypted checkpoint, it was altered, or what the
-            block does with it shows that it holds something unsafe.
-        WrongKeyError: It was written under another key.
-        FileNotFoundError: There is none.
+        CheckpointCorruptedError: if the file is not an encrypted checkpoint or was altered, or if
+            the block finds unsafe content in it.
+        WrongKeyError: if the checkpoint was written under another key.
+        FileNotFoundError: if there is no checkpoint.
     """
     reason: str | None = None
     stream: StreamReader | None = None

@@ -31,12 +31,12 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
         keys: Opens an encrypted one.
 
     Raises:
-        ConfigError: It is encrypted, and there are no keys.
-        CheckpointCorruptedError: It was altered, is no checkpoint, or holds objects that are not
-            safe to load.
-        WrongKeyError: It was written under another key.
-        LedgerError: It has no account, or one that cannot be read.
-        FileNotFoundError: There is none.
+        ConfigError: if the checkpoint is encrypted, and there are no keys.
+        CheckpointCorruptedError: if the file was altered, is no checkpoint, or holds objects that
+            are not safe to load.
+        WrongKeyError: if the checkpoint was written under another key.
+        LedgerError: if the checkpoint has no account, or one that cannot be read.
+        FileNotFoundError: if there is no checkpoint.
 
     Guarantees:
         No code of the checkpoint runs, and no tensor's data is read into memory.
@@ -62,7 +62,7 @@ def read_account(path: Path, *, keys: KeyProvider | None = None) -> Ledger:
     if ledger is None:
         raise LedgerError(
             f"checkpoint {str(path)!r} has no privacy ledger: it was not trained privately, or the "
-            "ledger was removed. Nobody knows what it reveals."
+            "ledger was removed. Its privacy loss is unknown."
         )
     return ledger
 

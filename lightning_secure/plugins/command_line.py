@@ -1,4 +1,4 @@
-"""What LightningCLI makes of ``--ckpt_path`` when this package wrote the checkpoint.
+"""LightningCLI's reading of ``--ckpt_path`` for checkpoints that this package wrote.
 
 LightningCLI reads the hyperparameters of a checkpoint by itself and puts them in the place of what
 the command line and the configuration say. It cannot open an encrypted checkpoint, and would let
@@ -251,5 +251,5 @@ def _takes_plain(hint: Any) -> bool:
 
 
 def _holds(origin: Any) -> bool:
-    """Whether it is a container, such as a list, or what a list may be given for."""
+    """Whether the annotation is a container, such as a list, or what a list may be given for."""
     return isinstance(origin, type) and any(issubclass(one, origin) for one in _CONTAINERS)

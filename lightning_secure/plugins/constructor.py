@@ -49,9 +49,9 @@ def constructor_arguments(
         ``given``, and what keeps Lightning from calling what the checkpoint names.
 
     Raises:
-        IntegrityError: If the checkpoint is not one of a Trainer, or asks for a call. The text
-            is the reason only.
-        ConfigError: If the caller must give another class, or a hyperparameter that the checkpoint
+        IntegrityError: if the checkpoint is not one of a Trainer, or asks for a call. The text is
+            the reason only.
+        ConfigError: if the caller must give another class, or a hyperparameter that the checkpoint
             holds by name only.
 
     Guarantees:
@@ -237,7 +237,7 @@ def _fitted(hint: Any, value: Any) -> Any:
     """Return a value of YAML as the caller's annotation has it; the same one if that is what it is.
 
     Raises:
-        _UnfitError: If the annotation asks for an object that the value can only name.
+        _UnfitError: if the annotation asks for an object that the value can only name.
     """
     if not all(isinstance(part, (*_PLAIN, dict, list)) for part in _parts(value)):
         return value

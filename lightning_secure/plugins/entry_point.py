@@ -1,4 +1,4 @@
-"""What Lightning adds to each Trainer: a CheckpointIO meets its strategy, a module gets its ledger.
+"""The entry point in each Trainer: a CheckpointIO meets its strategy, a module gets its ledger.
 
 Lightning asks for it by the entry point ``lightning.pytorch.callbacks_factory``.
 """

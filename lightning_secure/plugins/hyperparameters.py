@@ -79,7 +79,7 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def meet(self, strategy: Strategy, *, loaded: bool) -> None:
@@ -90,7 +90,8 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
             loaded: Whether that has loaded a checkpoint; nothing is redacted then.
 
         Raises:
-            ConfigError: It would write checkpoints that are not redacted. Nothing was written.
+            ConfigError: if the strategy would write checkpoints that are not redacted. Nothing was
+                written.
         """
         require_asked_to_write(strategy, self)
         require_waited_for(strategy)

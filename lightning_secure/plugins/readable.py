@@ -1,4 +1,4 @@
-"""Whether safe loading gives back what a checkpoint would hold, tried before it is written."""
+"""A trial of safe loading on a checkpoint's content, before it is written."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def require_readable(
             is serialised is a ConfigError then, and otherwise raised as it is.
 
     Raises:
-        ConfigError: If safe loading refuses it, or gives back something else. The error names the
-            hyperparameter, and the classes that are missing.
+        ConfigError: if safe loading refuses the checkpoint, or gives back something else. The error
+            names the hyperparameter, and the classes that are missing.
     """
     if _problem(checkpoint, safe_globals, planned) is None:
         return
@@ -134,8 +134,8 @@ class _Problem(NamedTuple):
     """Why a value could not be read back.
 
     Attributes:
-        what: What it holds, and what safe loading does with that.
-        instead: What to do.
+        what: The content at fault, and what safe loading does with it.
+        instead: The way on.
     """
 
     what: str
@@ -283,7 +283,7 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
         target: A CheckpointIO of its chain; those around it are asked what they make of them.
 
     Raises:
-        ConfigError: If AsyncCheckpointIO is among them and cannot copy a hyperparameter.
+        ConfigError: if AsyncCheckpointIO is among them and cannot copy a hyperparameter.
     """
     module = getattr(strategy, "lightning_module", None)
     trainer = getattr(module, "_trainer", None)
@@ -311,7 +311,7 @@ def planned_hyperparameters(strategy: Strategy, target: Any) -> dict[str, Any]:
 
 
 def _changes_checkpoints(one: Any) -> bool:
-    """Whether it has a hook of the user's own that gets each checkpoint before it is saved."""
+    """Whether a hook of the user's own gets each checkpoint before it is saved."""
     hook = getattr(type(one), "on_save_checkpoint", None)
     library = getattr(hook, "__module__", "lightning").partition(".")[0]
     return library not in ("lightning", "lightning_secure")
@@ -340,7 +340,7 @@ def require_waited_for(strategy: Strategy) -> None:
         strategy: The Trainer's, once a run is set up.
 
     Raises:
-        ConfigError: If the outer one would end a run without waiting for the inner one.
+        ConfigError: if the outer one would end a run without waiting for the inner one.
     """
     if getattr(strategy, "lightning_module", None) is None:
         return

@@ -1,4 +1,4 @@
-"""What privacy is asked for."""
+"""The configuration of a private run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DPConfig"]
 class DPConfig:
     """Settings of differentially private SGD.
 
-    What the promise depends on:
+    Options that the promise depends on:
 
     Attributes:
         target_epsilon: The budget: no step is taken that would exceed it. Without
@@ -59,7 +59,7 @@ class DPConfig:
             double precision, against reading its last bits. Made on the CPU, some 25 ns a number
             and core. A run that was begun with it goes on with it only.
 
-    What only speed and memory depend on:
+    Options that only speed and memory depend on:
 
     Attributes:
         max_physical_batch_size: Most rows that go through the model at once. A larger draw is
@@ -71,12 +71,12 @@ class DPConfig:
             about as long as its rows one after another: with 64 rows on a CPU 4 times as long
             for two convolutions and 21 times for three dense layers, and more on a GPU. What a
             module keeps from one row to the next in its attributes is not covered.
-        loss_scale: By what the loss is multiplied before it goes backward, a power of two: per-row
+        loss_scale: Factor of the loss before the backward pass, a power of two: per-row
             gradients that would round to zero in float16 then do not. ``16-mixed`` needs it, such
             as ``2**12``, because Lightning's own scale depends on the rows. It never changes.
             Rows that overflow by it are left out, so choose it smaller if little is learned.
 
-    What breaks the promise, for tests:
+    Options that break the promise, for tests:
 
     Attributes:
         insecure_seed: Makes draws and noise repeatable. With it, the noise can be subtracted.
@@ -85,7 +85,7 @@ class DPConfig:
     Both mark the run, its ledger and its checkpoints as not private; epsilon is then infinite.
 
     Raises:
-        ConfigError: A value is out of range, or neither budget nor noise is given.
+        ConfigError: if a value is out of range, or neither budget nor noise is given.
 
     The unit of protection is one row. With ``public_dataset_size``, neighbouring datasets differ
     by one row added or removed, under the same declared number. Without it they have the same
@@ -145,8 +145,8 @@ class DPConfig:
         require_accountant(self.accountant, bound=True)
         if self.secure_noise and self.insecure:
             raise ConfigError(
-                f"secure_noise contradicts {' and '.join(self.insecure)}: there must be noise, "
-                "and it must be unknown."
+                f"secure_noise contradicts {' and '.join(self.insecure)}, which makes the noise "
+                "absent or known. Leave one of them out."
             )
         rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:
@@ -176,7 +176,7 @@ class DPConfig:
 
     @property
     def clipping_rule(self) -> ClippingRule:
-        """What ``clipping`` stands for."""
+        """The rule that ``clipping`` names."""
         return rule_of(self.clipping)
 
     @property

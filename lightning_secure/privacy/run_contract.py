@@ -1,4 +1,4 @@
-"""What a run promises: fixed at its first fit, and kept to when it goes on."""
+"""The promise of a run: fixed at its first fit, and kept to when it goes on."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def begin_ledger(
     """Fix a run's public numbers and its noise, and open its account.
 
     Args:
-        config: What privacy is asked for.
+        config: The privacy configuration.
         rows: Rows of the dataset; used only if the configuration declares no number.
         batch_size: Of the user's loader; used only if the configuration declares none.
         planned_steps: From the steps of an epoch to those that the budget must last for.
         beside: Noise multipliers of the metrics that each step is to release.
 
     Raises:
-        ConfigError: More rows are expected in a step than there are.
-        PrivacyError: The metrics alone would spend the budget.
+        ConfigError: if more rows are expected in a step than there are.
+        PrivacyError: if the metrics alone would spend the budget.
     """
     dataset_size = config.public_dataset_size or rows
     expected = config.expected_batch_size or min(batch_size, dataset_size)
@@ -103,15 +103,15 @@ def _left_for_the_gradient(together: float, beside: Sequence[float]) -> float:
     """Return the gradient's noise multiplier, with which all that a step releases has ``together``.
 
     Raises:
-        PrivacyError: There is none: without any gradient, too much is released.
+        PrivacyError: if nothing is left: without any gradient, too much is released.
     """
     if not beside:
         return together
     left = together**-2 - sum(noise**-2 for noise in beside)
     if left <= 1e-6 * together**-2:
         raise PrivacyError(
-            f"the released metrics alone spend the budget: what a step releases needs a noise "
-            f"multiplier of {together:.4g} together, and theirs together have "
+            f"the released metrics alone spend the budget: a step's releases need a joint noise "
+            f"multiplier of at least {together:.4g}, and the metrics alone have "
             f"{joint_noise(*beside):.4g}. Give them more noise, or release fewer. No step was "
             "taken."
         )
@@ -125,7 +125,7 @@ def require_same_promise(config: DPConfig, ledger: Ledger) -> None:
     become secure; the account of the run does not say so, because its first part was not.
 
     Raises:
-        LedgerError: They differ; the message says in what.
+        LedgerError: if the two differ; the message says in what.
     """
     pairs = {
         "delta": (config.delta, ledger.delta),

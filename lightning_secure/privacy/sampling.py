@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Gaps(Protocol):
-    """What draws geometric numbers: a numpy generator, or :class:`SecureGaps`."""
+    """A source of geometric numbers: a numpy generator, or :class:`SecureGaps`."""
 
     def geometric(self, p: float, size: int) -> npt.NDArray[np.int64]:
         """Return ``size`` numbers of tosses up to the first success."""
@@ -125,7 +125,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             each row is drawn by one coin toss in one process, as if there were one sampler.
 
     Raises:
-        ConfigError: ``secure`` with a seed.
+        ConfigError: if ``secure`` is given with a seed.
     """
 
     def __init__(
@@ -140,7 +140,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         if secure and seed is not None:
-            raise ConfigError("secure_noise contradicts insecure_seed. Nothing was drawn.")
+            raise ConfigError(
+                "secure_noise contradicts insecure_seed. Leave one of them out. Nothing was drawn."
+            )
         self._part = range(rank, dataset_size, world_size)
         self._sample_rate = sample_rate
         self._steps = steps

@@ -1,4 +1,4 @@
-"""What a call gives to the parameters of a method, by their names."""
+"""Binding of a call's arguments to a method's parameters, by their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Parameters:
         """Return what is given to each parameter.
 
         Raises:
-            TypeError: The method cannot be called so.
+            TypeError: if the method does not take these arguments.
         """
         given = dict(zip(self._positional, args, strict=False))
         given.update(kwargs)

@@ -1,4 +1,4 @@
-"""What values hold, whichever library's containers they are in."""
+"""The content of values, whichever library's containers they are in."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def number_of(value: Any) -> float:
     """Return the value of a metric.
 
     Raises:
-        RedactionError: It is none. Python's own error would repeat a text that was given instead.
+        RedactionError: if the value is no number. Python's own error would repeat a text that was
+            given instead.
     """
     number = None
     # Of a list, of what is too large, and of a tensor of several numbers.

@@ -1,4 +1,4 @@
-"""How often something was taken out: sink, rule and count for the audit log, never a value.
+"""Counts of findings for the audit log: sink, rule and number, never a value.
 
 A text in which something is found does not cost a record of its own. Of each rule in each sink the
 first finding is announced, then whenever as many again have come: the record is never behind by
@@ -35,7 +35,7 @@ class looking:  # noqa: N801 # reads as a statement, and is used as one
     """While this lasts, what this thread finds is counted as found in ``sink``.
 
     Args:
-        sink: What is looked through, for example ``params``.
+        sink: The sink whose values are inspected, for example ``params``.
         strict: Whether what could not be checked raises.
     """
 
@@ -60,10 +60,10 @@ def strict() -> bool:
 
 
 def count(rule: str, times: int = 1) -> None:
-    """Count a finding, if somebody said in what.
+    """Count a finding for the sink that is being redacted, if one is named.
 
     Args:
-        rule: What was recognised, or ``<what>-failed`` for what could not be checked.
+        rule: The rule that matched, or ``<what>-failed`` for a check that failed.
         times: How often.
     """
     now = _LOOKING.get()
@@ -80,7 +80,7 @@ def announce() -> None:
     """Announce what is due, before what it was found in is released.
 
     Raises:
-        AuditWriteError: It cannot be recorded; nothing must be released then.
+        AuditWriteError: if a listener cannot record the finding; nothing must be released then.
     """
     if _due:
         _announce(lambda: set(_due))
@@ -90,7 +90,7 @@ def announce_all() -> None:
     """Announce all that was counted and not announced yet.
 
     Raises:
-        AuditWriteError: It cannot be recorded.
+        AuditWriteError: if a listener cannot record a finding.
     """
     _announce(lambda: {key for key, found in _found.items() if found > _told[key]})
 
@@ -112,7 +112,7 @@ def _announce(chosen: Any) -> None:
                 )
             del waiting[sink, rule]
     finally:
-        if waiting:  # somebody could not record it
+        if waiting:  # a listener could not record it
             with _LOCK:
                 _told.subtract(waiting)
                 _due.update(waiting)
@@ -127,7 +127,7 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    # What the parent found it tells itself.
+    # The parent announces its own findings.
     for counted in (_found, _told, _due):
         counted.clear()
 

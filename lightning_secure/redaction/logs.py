@@ -54,7 +54,7 @@ class RedactingFilter(logging.Filter):
 
     @property
     def redactor(self) -> Redactor:
-        """What takes things out; its ``counts`` say how often."""
+        """The redactor; its ``counts`` say how often each rule has found something."""
         return self._redactor
 
     def install(self) -> Self:
@@ -62,9 +62,9 @@ class RedactingFilter(logging.Filter):
 
         Also of handlers that are added later, after all filters of their own; not of those with a
         ``handle`` of their own that asks no filter. Uncaught exceptions (of the program, of
-        threads, and those that are ignored) are printed as plain text without locals; whoever sets
-        ``sys.excepthook`` afterwards, as ``rich.traceback.install`` does, prints them again. It
-        ends with :meth:`remove`, or with a ``with`` statement.
+        threads, and those that are ignored) are printed as plain text without locals. A
+        ``sys.excepthook`` set afterwards, as ``rich.traceback.install`` does, prints them again.
+        It ends with :meth:`remove`, or with a ``with`` statement.
 
         Returns:
             Itself.
@@ -91,7 +91,7 @@ class RedactingFilter(logging.Filter):
             if _installed or _hooks is None:
                 return
             del logging.Handler.filter
-            # What somebody has set since is left alone.
+            # A hook that other code has set since is left alone.
             if logging.Handler.handle is _handle:
                 setattr(logging.Handler, "handle", _HANDLE)  # noqa: B010 # mypy
             if sys.excepthook is _print:

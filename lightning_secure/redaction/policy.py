@@ -1,4 +1,4 @@
-"""What may be stored of each kind of thing, besides that it is redacted."""
+"""The policy of what may be stored of each kind of content, besides redaction."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _BINARIES: Final[tuple[Binaries, ...]] = get_args(Binaries)  # the strictest las
 
 @dataclass(frozen=True, kw_only=True)
 class RedactionPolicy:
-    """What MLflow may store.
+    """The policy of what MLflow may store.
 
     For each sink a mode: ``detect``, all of it, with what the redactors find taken out;
     ``allowlist``, only what is named in ``allow``, and that redacted as well; ``drop``, nothing.
-    What does not pass is left out, the call goes on without it, and the audit log has how often.
+    A value that does not pass is left out: the call goes on, and the audit log counts it.
 
     Attributes:
         params: Of runs, and of models.
@@ -55,8 +55,8 @@ class RedactionPolicy:
     A field that belongs to two sinks (a model's param, a trace's tag) has to pass both.
 
     Raises:
-        ConfigError: A mode or sink is unknown, a list would be without effect or would let nothing
-            pass, or keys and ``encrypt`` are not given together.
+        ConfigError: if a mode or sink is unknown, a list would be without effect or would let
+            nothing pass, or keys and ``encrypt`` are not given together.
 
     >>> RedactionPolicy(params="allowlist", allow={"params": ["lr", "optimizer/*"]}, traces="drop")
     RedactionPolicy(params='allowlist', metrics='detect', tags='detect', artifacts='detect', \
@@ -93,14 +93,15 @@ binaries='refuse', strict=False)
             )
         given: Any = self.allow  # it may come from a file
         if not isinstance(given, Mapping) or not set(given) <= set(SINKS):
-            raise ConfigError(f"allow names sinks ({', '.join(SINKS)}) and what passes in each.")
+            raise ConfigError(
+                f"allow must map sinks ({', '.join(SINKS)}) to the names that pass in each."
+            )
         for sink in SINKS:
             names = given.get(sink)
             if (self.mode(sink) == "allowlist") != bool(names):
                 raise ConfigError(
-                    f"{sink}='allowlist' and names in allow[{sink!r}] are given together: a list "
-                    "in another mode would be without effect, and an empty one would let nothing "
-                    "pass, for which there is 'drop'."
+                    f"{sink}='allowlist' and names in allow[{sink!r}] must be given together: a "
+                    "list in another mode would be without effect. To let nothing pass, use 'drop'."
                 )
             if names is not None and (
                 isinstance(names, str) or not all(isinstance(name, str) for name in names)
@@ -134,7 +135,8 @@ class Rules:
         """Let a policy count too.
 
         Raises:
-            ConfigError: It encrypts under other keys than an earlier one. It does not count then.
+            ConfigError: if the policy encrypts under other keys than an earlier one. The policy
+                does not count then.
         """
         if policy in self._policies:
             return
@@ -150,7 +152,7 @@ class Rules:
 
     @property
     def binaries(self) -> Binaries:
-        """What becomes of binaries; without any policy they are refused."""
+        """The treatment of binaries; without any policy they are refused."""
         stated = [_BINARIES.index(policy.binaries) for policy in self._policies]
         return _BINARIES[max(stated, default=-1)]
 

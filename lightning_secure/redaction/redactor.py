@@ -48,7 +48,7 @@ class Redactor:
         counts: How often each rule took something out, by the rule's name; never what it was.
 
     Raises:
-        ConfigError: The file of rules cannot be used.
+        ConfigError: if the file of rules cannot be used.
 
     >>> redactor = Redactor()
     >>> redactor.redact({"url": "postgresql://jo:pw@db/x", "opt": {"api_key": "k", "lr": 0.1}})
@@ -84,7 +84,7 @@ class Redactor:
             name: Under which the value stands, for example ``optimizer/api_key``.
 
         Raises:
-            RedactionError: A detector failed and the redactor is strict.
+            RedactionError: if a detector failed and the redactor is strict.
         """
         if value is None or isinstance(value, bool):
             return value
@@ -164,7 +164,7 @@ class Redactor:
         """Return ``text`` with every finding replaced.
 
         Raises:
-            RedactionError: A detector failed and the redactor is strict.
+            RedactionError: if a detector failed and the redactor is strict.
         """
         if type(text) is not str:
             text = str.__str__(text)  # a subclass may say of its text what it likes

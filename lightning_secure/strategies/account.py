@@ -1,4 +1,4 @@
-"""Which account a module's weights have, from one fit to the next."""
+"""The account of a module's weights, from one fit to the next."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def account_of(module: Module) -> Ledger | None:
-    """Return the account of a module's weights; one without a release binds nobody to anything."""
+    """Return the account of a module's weights; None for a ledger without releases."""
     ledger = ledger_of(module)
     if ledger is not None and not ledger.releases:
         drop_ledger(module)
@@ -35,7 +35,7 @@ def account_of(module: Module) -> Ledger | None:
 
 
 class RunAccount:
-    """What metrics and other single releases of a module charge.
+    """The account that metrics and other single releases of a module charge.
 
     Args:
         trying: Returns whether the module is only being tried out, by the preflight or by the
@@ -62,9 +62,9 @@ class RunAccount:
         """Enter a release that is about to happen.
 
         Raises:
-            PrivacyError: The module is only being tried out.
-            BudgetExhaustedError: It would exceed the budget.
-            LedgerError: There is no account, or it cannot be charged.
+            PrivacyError: if the module is only being tried out.
+            BudgetExhaustedError: if the release would exceed the budget.
+            LedgerError: if there is no account, or it cannot be charged.
         """
         if self._trying():
             raise PrivacyError(

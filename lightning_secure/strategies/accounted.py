@@ -31,7 +31,7 @@ class AccountedStrategy(Strategy):
     """Carries the account of a module's weights through fits and checkpoints.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         journal: Directory of the run's journal; None for the default.
         options: For Lightning's own strategy, which comes after this one among the bases.
 
@@ -39,7 +39,7 @@ class AccountedStrategy(Strategy):
         asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
 
     Raises:
-        LedgerError: A checkpoint is resumed without its ledger.
+        LedgerError: if a checkpoint is resumed without its ledger.
 
     Guarantees:
         Every checkpoint holds the account of the weights in it, weights-only ones too.
@@ -58,7 +58,7 @@ class AccountedStrategy(Strategy):
 
     @property
     def ledger(self) -> Ledger | None:
-        """What the weights of the module at hand have spent; None before its first fit."""
+        """The ledger of the module's weights; None before its first fit."""
         return self._ledger
 
     def connect(self, model: pl.LightningModule) -> None:
@@ -87,7 +87,7 @@ class AccountedStrategy(Strategy):
         """Read a checkpoint, and the account with it if the run is to go on.
 
         Raises:
-            LedgerError: It is to be trained further and has no account.
+            LedgerError: if the checkpoint is to be trained further and has no account.
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self._module.trainer.state.fn == TrainerFn.FITTING:

@@ -19,19 +19,20 @@ __all__ = ["BandedFit"]
 
 
 class BandedFit:
-    """One fit with banded noise: its order of rows, its noise, and which step is due.
+    """A fit with banded noise: its order of rows, its noise, and which step is due.
 
     Args:
         trainer: Whose fit it is.
-        config: What privacy is asked for.
+        config: The privacy configuration.
         ledger: The account, with the run's public numbers. It is told how many steps are planned.
         rows: Of the dataset.
         noise: Source of the independent noise.
         planned_steps: From the steps of an epoch to those of the whole run.
 
     Raises:
-        ConfigError: It is not said how long the run is, or rows come again too soon for the bands.
-        UnsupportedTrainerOptionError: The Trainer would not take the rows in their order.
+        ConfigError: if the length of the run is not given, or rows come again too soon for the
+            bands.
+        UnsupportedTrainerOptionError: if the Trainer would not take the rows in their order.
 
     Attributes:
         sampler: The order of the rows.
@@ -78,8 +79,9 @@ class BandedFit:
         """Make sure that the batch at hand is the one that is due.
 
         Raises:
-            BudgetExhaustedError: None is: all steps that were planned are taken.
-            UnsupportedTrainerOptionError: An epoch was begun in its middle, or left before its end.
+            BudgetExhaustedError: if all planned steps are taken.
+            UnsupportedTrainerOptionError: if an epoch was begun in its middle, or left before its
+                end.
         """
         if self.over:
             raise BudgetExhaustedError(
@@ -100,7 +102,7 @@ class BandedFit:
         """Return the noise of this step.
 
         Raises:
-            PrivacyError: There is none; see
+            PrivacyError: if there is no next step; see
                 :meth:`~lightning_secure.privacy.noise.banded.noise.BandedNoise.begin_step`.
         """
         self._noise.begin_step(parameters)

@@ -42,13 +42,13 @@ class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
     the module runs as it is. What ``training_step`` logs is each process's own.
 
     Raises:
-        UnsupportedModelError: As for one device, and if a training step exchanges something with
-            other processes.
-        UnsupportedTrainerOptionError: As for one device, and if the processes were given other
-            rows, another order of rows, model, optimizer, options or promise. The message names
-            what differs, and on which ranks.
+        UnsupportedModelError: if ``PrivateStrategy`` raises it, or a training step exchanges
+            something with other processes.
+        UnsupportedTrainerOptionError: if ``PrivateStrategy`` raises it, or the processes were given
+            other rows, another order of rows, model, optimizer, options or promise. The message
+            names what differs, and on which ranks.
         ConfigError: if an argument is unknown.
-        PrivacyError: Another process has failed, or the noise is not in the sum exactly once.
+        PrivacyError: if another process has failed, or the noise is not in the sum exactly once.
 
     Guarantees:
         Those of ``PrivateStrategy``, for the rows of all processes together. The processes trust

@@ -1,4 +1,4 @@
-"""What hooks and callbacks are given in place of the rows that a step has drawn."""
+"""The stand-in that hooks and callbacks get for the rows that a step has drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ExpectedBatch"]
 
 
 class _RowsWithheldError(PrivacyError, AttributeError):
-    """Something about the rows of a step was asked for. ``hasattr`` takes it for a no."""
+    """The rows of a step are withheld; ``hasattr`` takes this error for a no."""
 
 
 class ExpectedBatch:
@@ -45,7 +45,7 @@ class ExpectedBatch:
 
     @property
     def shape(self) -> _Shape:
-        """Of which only entry 0 is known."""
+        """The shape, of which only entry 0 is known."""
         return _Shape(self._rows)
 
     def __getitem__(self, key: Any) -> ExpectedBatch:

@@ -79,8 +79,9 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the processes; ``device_mesh["data_parallel"]`` is all of them.
 
-        Weights are gathered by the connection that everything else goes by, so that nobody waits
-        for them longer than ``timeout``: the groups of Lightning's own mesh have a time of theirs.
+        Weights are gathered by the connection that everything else goes by, so that no process
+        waits for them longer than ``timeout``: the groups of Lightning's own mesh have a time of
+        theirs.
         """
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
@@ -105,7 +106,8 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         """Return an optimizer's whole state in the first process, and none in the others.
 
         Raises:
-            UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
+            UnsupportedTrainerOptionError: if the optimizer keeps a state that is not sharded as
+                weights are.
         """
         optimizer = bare_optimizer(optimizer)
         state = optimizer.state_dict()
@@ -181,11 +183,11 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
     through the ``CheckpointIO``. To write one, all weights are gathered in the first process.
 
     Raises:
-        UnsupportedModelError: As for ``PrivateDDPStrategy``, and if a trainable weight is not
+        UnsupportedModelError: if ``PrivateDDPStrategy`` raises it, or a trainable weight is not
             sharded, or not over all processes alike: no tensor parallelism, no HSDP.
-        UnsupportedTrainerOptionError: As for ``PrivateDDPStrategy``, and if ``fully_shard`` was
+        UnsupportedTrainerOptionError: if ``PrivateDDPStrategy`` raises it, or ``fully_shard`` was
             given a ``MixedPrecisionPolicy`` or a ``CPUOffloadPolicy``.
-        PrivacyError: Another process has failed, or the noise is not in the sum exactly once.
+        PrivacyError: if another process has failed, or the noise is not in the sum exactly once.
 
     Guarantees:
         Those of ``PrivateDDPStrategy``.
@@ -234,7 +236,8 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         """Take the step; after the first one, look whether checkpoints can hold the optimizer.
 
         Raises:
-            UnsupportedTrainerOptionError: It keeps something that is not sharded as weights are.
+            UnsupportedTrainerOptionError: if the optimizer keeps a state that is not sharded as
+                weights are.
         """
         result = super().optimizer_step(optimizer, *args, **kwargs)
         if not self._gatherable:

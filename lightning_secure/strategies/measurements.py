@@ -1,4 +1,4 @@
-"""What measures a training step from outside, and would tell how many rows the step drew."""
+"""Measurements of a training step from outside, which would tell how many rows it drew."""
 
 from __future__ import annotations
 

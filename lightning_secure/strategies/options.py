@@ -1,4 +1,4 @@
-"""What the Trainer's options mean for the privacy promise, and which of them would break it."""
+"""The Trainer's options under the privacy promise, and the refusal of those that break it."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ def require_trainer_options(
 
     Args:
         trainer: Its options and callbacks are looked at.
-        module: What is to be trained.
+        module: The module to train.
         precision: What Lightning computes with.
-        config: What privacy is asked for.
+        config: The privacy configuration.
 
     Raises:
-        UnsupportedTrainerOptionError: The message names the option and what to use instead.
-        UnsupportedModelError: The module optimises by hand.
+        UnsupportedTrainerOptionError: if an option would break the promise; the message names the
+            option and what to use instead.
+        UnsupportedModelError: if the module optimises by hand.
     """
     require_no_accumulation(trainer)
     options: Any = trainer  # many of them are set without being declared
@@ -120,7 +121,7 @@ def require_no_accumulation(trainer: pl.Trainer) -> None:
     """Refuse that several draws become one step, also if a callback makes them so later.
 
     Raises:
-        UnsupportedTrainerOptionError: They would.
+        UnsupportedTrainerOptionError: if several draws would become one step.
     """
     if trainer.accumulate_grad_batches != 1:
         raise UnsupportedTrainerOptionError(
@@ -167,7 +168,8 @@ def require_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse several optimizers, none, and those that look at the loss more than once a step.
 
     Raises:
-        UnsupportedTrainerOptionError: The message says which.
+        UnsupportedTrainerOptionError: if there are several, none, or such a one; the message says
+            which.
     """
     found = [o for o in optimizers if not isinstance(o, _MockOptimizer)]
     if len(found) != 1:
@@ -210,7 +212,7 @@ def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -
         steps_per_epoch: Draws an epoch.
 
     Raises:
-        ConfigError: Neither says.
+        ConfigError: if neither the configuration nor the Trainer says how many steps there are.
     """
     if config.planned_epochs is not None:
         return config.planned_epochs * steps_per_epoch
@@ -239,13 +241,13 @@ def carry_ledger(
     Args:
         trainer: In whose ``default_root_dir`` journals lie by default.
         ledger: A new one, or the one that the run goes on with.
-        config: What is asked for now, which must be what the run was begun with.
+        config: The present configuration, which must be the one that the run was begun with.
         journal: The directory that the user wants instead.
 
     Raises:
-        ConfigError: The directory is not on a local file system, where it can be locked and
+        ConfigError: if the directory is not on a local file system, where it can be locked and
             flushed.
-        LedgerError: The promise is another one, or the journal does not allow the run to go on;
+        LedgerError: if the promise is another one, or the journal does not allow the run to go on;
             see :func:`~lightning_secure.privacy.accounting.ledger.attach_journal`.
     """
     require_same_promise(config, ledger)

@@ -50,11 +50,11 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
     and every checkpoint see.
 
     Raises:
-        UnsupportedModelError: Something about the model or its loss cannot be made private.
-        UnsupportedTrainerOptionError: A Trainer option would break the promise.
-        BudgetExhaustedError: The next step would exceed ``target_epsilon``. Training is asked to
+        UnsupportedModelError: if the model or its loss cannot be made private.
+        UnsupportedTrainerOptionError: if a Trainer option would break the promise.
+        BudgetExhaustedError: if the next step would exceed ``target_epsilon``. Training is asked to
             stop one step earlier; this is for when something made it go on.
-        LedgerError: A checkpoint is resumed without its ledger or without its run's journal.
+        LedgerError: if a checkpoint is resumed without its ledger or without its run's journal.
 
     Guarantees:
         (epsilon, delta)-differential privacy of the weights after each step, for neighbouring

@@ -157,8 +157,8 @@ def require_plain_loader(dataloader: object) -> DataLoader[Any]:
     """Return a loader whose sampling may be replaced by Poisson sampling.
 
     Raises:
-        UnsupportedTrainerOptionError: It iterates, weighs or batches in a way of its own, so that
-            replacing it would train on other data than the user meant.
+        UnsupportedTrainerOptionError: if the loader iterates, weighs or batches in a way of its
+            own, so that replacing it would train on other data than the user meant.
     """
     if isinstance(dataloader, RandomAccess):
         dataloader = dataloader.random_access()

@@ -85,7 +85,7 @@ _NOT_TAKEN: Final = {
 
 
 class SeveralProcesses(PrivateTraining, ParallelStrategy):
-    """What private training takes where several processes share a step.
+    """The parts of private training that several processes of one step need.
 
     Each process draws from its own part of the rows, clips, and adds up. The first one adds the
     noise to its sum; then the sums of all are added up, and all have the same noised gradient.
@@ -93,7 +93,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     start, and all enter the same steps.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
         journal: Directory of the run's journal; None for the default.
         accelerator: For Lightning's strategy, like the others.
@@ -208,8 +208,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
             return
         with self._together():
             read = read_rows(loader)
-        everyone = answered(lambda: gathered((described.indices, read, rows)))
-        indices, reads, counts = zip(*everyone, strict=True)
+        by_rank = answered(lambda: gathered((described.indices, read, rows)))
+        indices, reads, counts = zip(*by_rank, strict=True)
         if not found:
             apart, places = rows_apart(reads)
             if apart:
@@ -247,7 +247,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Read a checkpoint in every process, or in none.
 
         Raises:
-            LedgerError: It is to be trained further and has no account.
+            LedgerError: if the checkpoint is to be trained further and has no account.
         """
         with self._together():
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -354,7 +354,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         """Publish nothing: each process has its own noise, which could be averaged away.
 
         Raises:
-            UnsupportedTrainerOptionError: Always.
+            UnsupportedTrainerOptionError: if called: always.
         """
         raise UnsupportedTrainerOptionError(
             "a strategy in several processes releases no values: each process would add noise of "
@@ -365,22 +365,22 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     # processes, which comes after this class among the bases, has them.
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().reduce, *args, **kwargs))  # type: ignore[safe-super]
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().all_gather, *args, **kwargs))
 
     def broadcast(self, obj: T, src: int = 0) -> T:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         return answered(partial(super().broadcast, obj, src))  # type: ignore[safe-super]
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; not within a training step."""
+        """Do as Lightning's strategy does; refuse within a training step."""
         self._require_no_chunk()
         answered(partial(super().barrier, *args, **kwargs))  # type: ignore[safe-super]
 

@@ -32,7 +32,7 @@ def add_over_processes(
         The sums of the counts.
 
     Raises:
-        PrivacyError: Another process has gone, or did not answer in time.
+        PrivacyError: if another process has gone, or did not answer in time.
 
     Guarantees:
         Every process has the same sums, to the bit: each element is added up once, and what comes
@@ -62,8 +62,8 @@ def answered(exchange: Callable[[], T]) -> T:
     """Exchange something with the other processes.
 
     Raises:
-        PrivacyError: One of them has gone, or did not answer in time.
-        OutOfMemoryError: This process has no memory for what is exchanged.
+        PrivacyError: if a process has gone, or did not answer in time.
+        OutOfMemoryError: if this process has no memory for what is exchanged.
     """
     try:
         return exchange()

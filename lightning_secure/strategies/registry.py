@@ -25,17 +25,17 @@ def register_strategies(config: DPConfig, **options: Any) -> None:
     """Let ``Trainer(strategy="private")`` and the other names train under ``config``.
 
     Args:
-        config: What every Trainer promises that is made with one of the names from now on, in this
+        config: The promise of every Trainer that is made with one of the names from now on, in this
             process; a later call replaces it.
         options: Further arguments of the strategies, such as ``public_metrics``.
 
-    There is no default: how much may be revealed is for whoever answers for the rows to say, where
-    it can be read and reviewed. Without it the names raise an error that says so. In a file of
+    There is no default: the data's owner decides how much may be revealed, where it can be read
+    and reviewed. Without it the names raise an error that says so. In a file of
     LightningCLI, name the class instead: ``class_path: lightning_secure.PrivateStrategy``, with
     ``config`` among its ``init_args``.
 
     Raises:
-        ConfigError: ``config`` is no :class:`~lightning_secure.privacy.config.DPConfig`.
+        ConfigError: if ``config`` is no :class:`~lightning_secure.privacy.config.DPConfig`.
     """
     if not isinstance(config, DPConfig):
         raise ConfigError(

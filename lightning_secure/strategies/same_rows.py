@@ -1,4 +1,4 @@
-"""Whether all processes of a private run hold the same rows in the same order.
+"""The check that all processes of a private run hold the same rows in the same order.
 
 A process draws from every n-th row *by its number*. If the processes hold other rows under one
 number, a row is drawn by several of them or by none, and no account of a run covers that.
@@ -52,7 +52,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Description(NamedTuple):
-    """What a dataset says of its rows.
+    """A dataset's description of its rows.
 
     Attributes:
         statement: To be compared.
@@ -67,7 +67,7 @@ class Description(NamedTuple):
 
 
 class RowValue(NamedTuple):
-    """One value of a row: what must be equal, and a number that may differ a little.
+    """A value of a row: what must be equal, and a number that may differ a little.
 
     Attributes:
         tag: Digest of form and exact content.
@@ -186,7 +186,7 @@ def different_rows(found: Sequence[str], split: bool) -> UnsupportedTrainerOptio
     """Return the error for processes that hold other rows.
 
     Args:
-        found: What differs.
+        found: The differences.
         split: Whether no row of one process is among those of another.
     """
     reason = (

@@ -60,7 +60,7 @@ class Shards:
         nor let go of weights: so processes need not run as many of them as others.
 
         Raises:
-            PrivacyError: Another process has gone.
+            PrivacyError: if another process has gone.
         """
         for module in self.modules:
             module.set_requires_gradient_sync(False, recurse=False)
@@ -78,7 +78,7 @@ class Shards:
         """Return the sharded parameter for each whole one; within :meth:`whole`.
 
         Raises:
-            PrivacyError: One was not gathered.
+            PrivacyError: if a parameter was not gathered.
         """
         homes: dict[nn.Parameter, nn.Parameter] = {}
         for module, name, parameter in self.places:
@@ -95,8 +95,8 @@ class Shards:
             world_size: How many processes there are.
 
         Raises:
-            UnsupportedModelError: It is not.
-            UnsupportedTrainerOptionError: ``fully_shard`` was given a policy.
+            UnsupportedModelError: if a trainable weight is not sharded so.
+            UnsupportedTrainerOptionError: if ``fully_shard`` was given a policy.
         """
         for name, parameter in self.model.named_parameters():
             if not isinstance(parameter, DTensor):
@@ -132,7 +132,7 @@ class Shards:
         """Make sure that shards are where the sums are.
 
         Raises:
-            UnsupportedTrainerOptionError: They are offloaded.
+            UnsupportedTrainerOptionError: if the shards are offloaded.
         """
         for _, name, parameter in self.places:
             if parameter.device.type != device.type:
@@ -160,7 +160,7 @@ def share_unsharded(model: nn.Module) -> None:
     """Give every process the buffers, and weights that are not sharded, of the first one.
 
     Raises:
-        PrivacyError: Another process has gone.
+        PrivacyError: if another process has gone.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
@@ -175,7 +175,7 @@ def added_shard(total: Tensor, home: nn.Parameter) -> Tensor:
         home: The sharded parameter.
 
     Raises:
-        PrivacyError: Another process has gone.
+        PrivacyError: if another process has gone.
     """
     assert isinstance(home, DTensor)  # noqa: S101 # Shards.homes saw to it
     partial = DTensor.from_local(total, home.device_mesh, [Partial()], run_check=False)
@@ -222,7 +222,8 @@ def require_gatherable(state: Mapping[Any, Mapping[str, Any]]) -> None:
         state: Of each parameter.
 
     Raises:
-        UnsupportedTrainerOptionError: It is not, and a checkpoint would hold one process's part.
+        UnsupportedTrainerOptionError: if a state of the optimizer is neither, so that a checkpoint
+            would hold one process's part.
     """
     for entries in state.values():
         for name, value in entries.items():

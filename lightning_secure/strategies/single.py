@@ -14,7 +14,7 @@ class OneDeviceStrategy(SingleDeviceStrategy):
     """Lightning's strategy for one device, which it leaves on the CPU when it is passed by object.
 
     Raises:
-        UnsupportedTrainerOptionError: The Trainer has several devices, or several machines.
+        UnsupportedTrainerOptionError: if the Trainer has several devices, or several machines.
     """
 
     @property
@@ -36,7 +36,7 @@ class OneDeviceStrategy(SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """One."""
+        """The number of machines, which is one."""
         return 1
 
     @num_nodes.setter

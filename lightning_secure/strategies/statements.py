@@ -1,4 +1,4 @@
-"""What a private run's processes must have been given alike: promise, options, model, optimizer."""
+"""Statements that a run's processes compare: promise, options, model, optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One private step: clipped sums over chunks, the account, the noise, the optimizer."""
+"""The private step: clipped sums over chunks, the account, the noise, the optimizer."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ class SteppingStrategy(AccountedStrategy):
     """Takes the steps of DP-SGD where Lightning takes ordinary ones.
 
     Args:
-        config: What the promise depends on.
+        config: The privacy configuration.
         public_metrics: Names of metrics, logged while training, that do not depend on the rows.
         released_metrics: Metrics of each step that are published with noise, by name.
         options: For the bases.
 
     Raises:
-        UnsupportedModelError: Something about the model or its loss cannot be made private.
-        UnsupportedTrainerOptionError: Something would take a step that no account covers.
-        BudgetExhaustedError: The next step would exceed ``target_epsilon``.
+        UnsupportedModelError: if the model or its loss cannot be made private.
+        UnsupportedTrainerOptionError: if a step would be taken that no account covers.
+        BudgetExhaustedError: if the next step would exceed ``target_epsilon``.
     """
 
     #: What it was shown to clip by; where several processes train, counts must be added up too.
@@ -111,8 +111,8 @@ class SteppingStrategy(AccountedStrategy):
         self._public_metrics = PUBLIC_METRICS | frozenset(public_metrics)
         if both := self._public_metrics & set(self._released.metrics):
             raise ConfigError(
-                f"metrics {sorted(both)} are declared public and are to be released with noise: "
-                "under one name, what the module logs itself would pass without any."
+                f"metrics {sorted(both)} are both public_metrics and released_metrics: under one "
+                "name, the module's own value would pass without noise. Name each in one of them."
             )
         self._engine: GradientEngine | None = None
         self._noise = GaussianNoise(config.insecure_seed, secure=config.secure_noise)
@@ -128,7 +128,7 @@ class SteppingStrategy(AccountedStrategy):
 
     @property
     def published_metrics(self) -> dict[str, bool]:
-        """Which metrics pass while training, and whether they are released with noise."""
+        """The metrics that pass while training, and whether they are released with noise."""
         public = dict.fromkeys(self._public_metrics, False)
         return {**public, **dict.fromkeys(self._released.metrics, True)}
 
@@ -137,7 +137,7 @@ class SteppingStrategy(AccountedStrategy):
     ) -> Any:
         """Keep a logical batch, whose chunks are moved one at a time, and hand out a stand-in.
 
-        What this returns is what Lightning gives to hooks, callbacks and :meth:`training_step`.
+        Lightning gives the returned value to hooks, callbacks and :meth:`training_step`.
         """
         if isinstance(batch, LogicalBatch):
             self._drawn = batch
@@ -387,14 +387,15 @@ class SteppingStrategy(AccountedStrategy):
             noise_multiplier: Standard deviation of the noise, in units of what one row can change.
             public_rows: Their number, if it is public; otherwise it is charged as well.
 
-        What each step computes of its draw can be had more cheaply by ``released_metrics``.
+        For values that each step computes of its draw, ``released_metrics`` costs less.
 
         Raises:
-            ConfigError: A number is out of range, or there is not one number a row.
-            PrivacyError: The module is only being tried out, as ``training_step`` is before the
+            ConfigError: if a number is out of range, or there is not one number a row.
+            PrivacyError: if the module is only being tried out, as ``training_step`` is before the
                 first step. Nothing was released.
-            BudgetExhaustedError: It would exceed ``target_epsilon``. Nothing was released.
-            LedgerError: There is no account yet, or it cannot be charged. Nothing was released.
+            BudgetExhaustedError: if the release would exceed ``target_epsilon``. Nothing was
+                released.
+            LedgerError: if there is no account yet, or it cannot be charged. Nothing was released.
         """
         metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
         total, count = metric.summed(values)

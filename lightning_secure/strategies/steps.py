@@ -1,4 +1,4 @@
-"""What goes into a step and comes out of it."""
+"""The input and the output of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loss_of(output: Any) -> Tensor:
     """Return the scalar that a training step wants minimised.
 
     Raises:
-        UnsupportedModelError: There is none.
+        UnsupportedModelError: if the step returned no loss.
     """
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -44,7 +44,7 @@ def withheld(outputs: Iterable[Any], device: torch.device, public: Container[str
     """Run the steps of all chunks, and return what may be told of them.
 
     Args:
-        outputs: What the training step of each chunk returned.
+        outputs: The result of each chunk's training step.
         device: Where the loss is expected.
         public: Names of entries that do not depend on the rows.
 
@@ -87,7 +87,7 @@ def required(value: T | None) -> T:
     """Return what is there while a Trainer fits, and only then.
 
     Raises:
-        PrivacyError: It is not there.
+        PrivacyError: if the value is missing.
     """
     if value is None:
         raise PrivacyError("private training is not set up; it runs only inside Trainer.fit.")

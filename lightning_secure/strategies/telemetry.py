@@ -1,4 +1,4 @@
-"""What a private run may tell about itself while it trains.
+"""The telemetry of a private run while it trains.
 
 A training loss, a gradient norm and even the number of rows that were drawn are computed from the
 rows without noise. Logged, they are a release that no account contains.

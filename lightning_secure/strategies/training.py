@@ -1,4 +1,4 @@
-"""What every private strategy does around its steps: options, loader, hooks, account."""
+"""The common part of private strategies around a step: options, loader, hooks, account."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class PrivateTraining(SteppingStrategy):
     """DP-SGD for a strategy of Lightning's, which comes after this one among the bases.
 
     Raises:
-        UnsupportedTrainerOptionError: A Trainer option would break the promise.
-        LedgerError: A run goes on without its account or its journal, or under another promise.
+        UnsupportedTrainerOptionError: if a Trainer option would break the promise.
+        LedgerError: if a run goes on without its account or its journal, or under another promise.
     """
 
     def setup(self, trainer: pl.Trainer) -> None:

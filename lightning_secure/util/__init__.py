@@ -1,1 +1,1 @@
-"""What every room uses: events, files, locks of forked processes, checks of values, YAML."""
+"""Tools of every room: events, files, locks of forked processes, checks of values, YAML."""

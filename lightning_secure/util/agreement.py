@@ -1,4 +1,4 @@
-"""What the processes of one run were given, compared over all of them.
+"""Agreement of a run's processes on what they were given.
 
 Each process makes a :data:`Statement`. All statements are compared before anything depends on them,
 and every process gets the same list of differences.
@@ -48,7 +48,7 @@ def compared(statement: Statement | None) -> list[str]:
         statement: This process's; None if making it failed.
 
     Returns:
-        What differs, each with the ranks; the same list in every process. Empty if nothing does.
+        The differences, each with the ranks; the same list in every process, empty if equal.
 
     Raises:
         RuntimeError: if another process has gone or does not answer in time.

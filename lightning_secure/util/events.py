@@ -1,6 +1,6 @@
-"""What the package tells about itself while it works: keys used, data opened, checkpoints written.
+"""Events of the package while it works: keys used, data opened, checkpoints written.
 
-The rooms that hold keys and data announce what they do here, and whoever keeps a record listens. An
+The rooms that hold keys and data announce what they do here, and record keepers listen. An
 announcement happens *before* the thing is released, and a listener that raises stops it: a key
 whose use cannot be recorded is not handed out.
 """
@@ -18,7 +18,7 @@ Listener = Callable[["Event"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One security-relevant action.
+    """A security-relevant action.
 
     Attributes:
         action: Dotted name, for example ``key.unwrap`` or ``checkpoint.save``.

@@ -31,7 +31,7 @@ def as_path(value: object, *, what: str) -> Path:
     r"""Return ``value`` as a path that the operating system can be asked for.
 
     Raises:
-        ConfigError: It is not text or a path, or has a NUL character.
+        ConfigError: if the value is not text or a path, or has a NUL character.
 
     >>> as_path("a\0b", what="root")
     Traceback (most recent call last):
@@ -49,10 +49,10 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading and return its descriptor.
 
     Raises:
-        OSError: It cannot be opened, or it is a pipe, a device or a folder: reading such a thing
-            could wait for ever or never end.
+        OSError: if the file cannot be opened, or is a pipe, a device or a folder: reading such a
+            thing could wait for ever or never end.
     """
-    # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+    # Without O_NONBLOCK, opening a pipe waits until a process writes to it.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         require_regular(fd)
@@ -66,7 +66,8 @@ def require_regular(fd: int) -> None:
     """Refuse a descriptor that is not one of a regular file.
 
     Raises:
-        OSError: If it is a pipe, a socket, a device or a folder. Callers turn it into one of ours.
+        OSError: if the descriptor is one of a pipe, a socket, a device or a folder. Callers turn
+            this error into one of ours.
     """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
@@ -80,7 +81,7 @@ def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
         limit: The most bytes that it may have.
 
     Raises:
-        OSError: As for :func:`open_regular`, or the file is longer.
+        OSError: if the file cannot be opened, is not a regular file, or is longer.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -102,11 +103,11 @@ def make_private_directories(path: Path) -> None:
     """Make ``path`` and its missing parents, each with mode 0700.
 
     ``Path.mkdir(parents=True, mode=0o700)`` gives only the last one that mode, and leaves the
-    others open to whoever may rename what lies in them. Directories that exist are left as they
+    others open to users who may rename what lies in them. Directories that exist are left as they
     are.
 
     Raises:
-        OSError: The file system refused, or a part of ``path`` is not a directory.
+        OSError: if the file system refused, or a part of ``path`` is not a directory.
     """
     if path.is_dir():
         return
@@ -129,8 +130,8 @@ def atomic_writer(path: Path, *, mode: int = 0o666, replace: bool = True) -> Ite
         A binary file open for writing.
 
     Raises:
-        FileExistsError: ``path`` exists and ``replace`` is false. It is unchanged.
-        OSError: The file system refused. ``path`` is as it was.
+        FileExistsError: if ``path`` exists and ``replace`` is false. The file is unchanged.
+        OSError: if the file system refused. ``path`` is as it was.
 
     Guarantees:
         A reader of ``path`` sees the old bytes or all of the new ones, also after a crash: the data
@@ -184,8 +185,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold an advisory lock on ``path``, created if absent, against other processes and threads.
 
     Raises:
-        OSError: It cannot be opened, or it is a link, a pipe, a device or a folder: through a link,
-            a file would be made wherever somebody wants one.
+        OSError: if the file cannot be opened, or is a link, a pipe, a device or a folder: through a
+            link, a file would be made wherever the link's author wants one.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     owner = os.getpid()

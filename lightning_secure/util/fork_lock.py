@@ -11,7 +11,7 @@ __all__ = ["ForkLock"]
 
 
 class ForkLock:
-    """A lock that is open in a forked child, whoever held it in the parent.
+    """A lock that is open in a forked child, whichever thread held it in the parent.
 
     That thread is not in the child and would never let go of it. What the lock guards must be fit
     for use at each moment, as for a thread that is interrupted.

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, on which machine and in which job."""
+"""The rank of this process in its run, on which machine and in which job."""
 
 from __future__ import annotations
 

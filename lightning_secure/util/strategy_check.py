@@ -1,4 +1,4 @@
-"""How a CheckpointIO gets to know its strategy, which Lightning does not tell it."""
+"""The introduction of a CheckpointIO to its strategy, which Lightning does not name to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def introduce(strategy: Any, *, loaded: bool = False) -> None:
         loaded: Whether it has loaded a checkpoint.
 
     Raises:
-        ConfigError: It writes checkpoints past one of them, or has loaded one past it.
+        ConfigError: if the strategy writes checkpoints past one of them, or has loaded one past it.
     """
     checkpoint_io = strategy.checkpoint_io
     while checkpoint_io is not None:

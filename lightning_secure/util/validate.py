@@ -16,7 +16,8 @@ def positive(**values: float | None) -> None:
     """Require finite numbers above zero; None passes.
 
     Raises:
-        ConfigError: One is not; the message names it.
+        ConfigError: if an argument is not a finite number above zero; the message names the
+            argument.
 
     >>> positive(max_grad_norm=0.0)
     Traceback (most recent call last):
@@ -31,7 +32,8 @@ def positive_int(**values: int | None) -> None:
     """Require whole numbers above zero; None passes.
 
     Raises:
-        ConfigError: One is not; the message names it.
+        ConfigError: if an argument is not a whole number above zero; the message names the
+            argument.
     """
     for name, value in values.items():
         if value is not None and (type(value) is not int or value < 1):
@@ -42,7 +44,8 @@ def open_unit_interval(**values: float) -> None:
     """Require numbers above 0 and below 1.
 
     Raises:
-        ConfigError: One is not; the message names it.
+        ConfigError: if an argument is not a number above 0 and below 1; the message names the
+            argument.
     """
     for name, value in values.items():
         if not (_number(value) and 0 < value < 1):

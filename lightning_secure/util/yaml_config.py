@@ -20,8 +20,8 @@ def parsed(path: Path) -> dict[str, Any]:
     """Return what a YAML file says.
 
     Raises:
-        ConfigError: It cannot be read, is not YAML of plain values, has a key twice, or is no
-            mapping. The message holds nothing of it but a line's number.
+        ConfigError: if the file cannot be read, is not YAML of plain values, has a key twice, or is
+            no mapping. The message holds nothing of the file but a line's number.
     """
     import yaml
 

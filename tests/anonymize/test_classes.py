@@ -110,7 +110,7 @@ def test_without_rows_or_columns():
 
 def test_what_cannot_tell_rows_apart_is_refused():
     for value in ([1, 2], np.zeros(2), object()):
-        with pytest.raises(DataError, match="'x' tells rows apart"):
+        with pytest.raises(DataError, match="'x' is counted by the anonymisation plan"):
             RowHash().rows([("x", [value])], count=1)
 
 

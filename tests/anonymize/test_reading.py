@@ -51,7 +51,7 @@ def test_a_plan_in_yaml(tmp_path):
 
 def test_an_operator_that_is_none_is_told_which_there_are(tmp_path):
     (tmp_path / "plan.yaml").write_text("anonymize: {a: hash}")
-    with pytest.raises(ConfigError, match="takes one of keep, suppress, redact, generalize"):
+    with pytest.raises(ConfigError, match="must be one of keep, suppress, redact, generalize"):
         AnonymizationPlan.from_yaml(tmp_path / "plan.yaml")
 
 

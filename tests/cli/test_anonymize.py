@@ -104,7 +104,7 @@ def test_quasi_identifiers_can_be_given(here):
         (["t.csv"], 2, "Missing option '--check'"),
         (["--check", "none.csv"], 2, "cannot be sealed"),
         (["--check", "t.csv", "--config", "none.yaml"], 2, "cannot be read"),
-        (["--check", "t.csv", "--sensitive", "dx"], 2, "has none"),
+        (["--check", "t.csv", "--sensitive", "dx"], 2, "no quasi_identifiers"),
         (["--check", "t.csv", "--quasi-identifier", "zip_code"], 1, "renamed"),
         (["--check", "bad.csv", "--config", "plan.yaml"], 2, "no column 'zip'"),
     ],

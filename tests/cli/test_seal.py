@@ -120,7 +120,7 @@ def test_an_interrupted_sealing_goes_on_by_itself(here, monkeypatch):
         ("keys: {kind: local, path: project.kek}\ncolour: red", 2, "unknown key 'colour'"),
         ("keys: {kind: local, path: project.kek, size: 3}", 2, "unknown key 'size'"),
         ("keys: {kind: magic}", 2, "kind: local"),
-        ("split: train", 2, "names no keys"),
+        ("split: train", 2, "has no part `keys`"),
         ("keys: {kind: local, path: none.kek}", 1, "cannot be opened"),
         ("keys: {kind: local, path: project.kek}\nthreads: two", 2, "threads must be of type int"),
         ("keys: {kind: local, path: project.kek}\nthreads: 0", 2, "threads"),

@@ -242,7 +242,7 @@ def test_a_key_name_that_cannot_be_one_is_refused(tmp_path, keys, name):
 
 def test_a_sensitive_column_that_is_absent_is_not_overlooked(tmp_path, keys):
     writer = EncryptedShardWriter(tmp_path, split="train", keys=keys, column_keys={"diag": "s"})
-    with pytest.raises(DataError, match=r"\['diag'\].*everybody's key"):
+    with pytest.raises(DataError, match=r"\['diag'\].*the split's key"):
         writer.write_batch({"x": X, "diagnosis": Y})
     with pytest.raises(DataError, match="one column at least"):
         writer.write_batch({"diag": Y})

@@ -257,7 +257,7 @@ def test_a_key_that_cannot_be_used_now_is_not_taken_for_destroyed(sealed, old, n
     report = erase_shard(sealed, "train", 1, keys=old, recipients=[Sealer(new, works=False)])
     (away,) = [attempt for attempt in report.attempts if attempt.key_id == new.key_id]
     assert away.outcome == "unknown"
-    assert "whoever can use it" in away.reason
+    assert "its holder may open the copy" in away.reason
 
 
 def test_a_key_file_that_resists_is_reported(sealed, old, new, monkeypatch):

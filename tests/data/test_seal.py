@@ -88,7 +88,7 @@ def test_an_iterable_dataset_a_single_tensor_and_one_array(tmp_path, keys):
         ([3], "row 0 is a int"),
         ([{"x": 1.0}, {"y": 1.0}], "row 1 has other columns"),
         (TensorDataset(torch.ones(2), torch.ones(2), torch.ones(2)), "3 parts and there are 2"),
-        ({}, "one column at least"),
+        ({}, "at least one column"),
         ({"x": 3}, "one int"),
         ({"x": "abc"}, "one str"),
         ([], "no rows"),

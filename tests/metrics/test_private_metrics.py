@@ -235,7 +235,7 @@ def test_an_accuracy_counts_rows():
         metric = PrivateAccuracy(noise_multiplier=1e-6, public_rows=4, account=account())
         metric.update(preds, torch.tensor([1, 0, 1, 1]))
         assert float(metric.compute()) == pytest.approx(0.75, abs=1e-4)
-    with pytest.raises(ConfigError, match="must be classes"):
+    with pytest.raises(ConfigError, match="must be class numbers"):
         metric.update(torch.rand(4), torch.ones(4))
     with pytest.raises(ConfigError, match="one class a row"):
         metric.update(torch.rand(4, 2), torch.ones(3))

@@ -56,7 +56,7 @@ def test_steps_of_several_kinds():
     mixed = [*OURS, Release(2.0, 0.02, 100)]
     for name in BOUNDS:
         assert epsilon_by(name, mixed, delta=1e-5) > epsilon_by(name, OURS, delta=1e-5)
-    with pytest.raises(PrivacyError, match="the account itself is whole"):
+    with pytest.raises(PrivacyError, match="the ledger itself is intact"):
         epsilon_by("opacus-gdp", mixed, delta=1e-5)
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
+from lightning_secure.privacy import sampling
 from lightning_secure.privacy.sampling import (
     Chunk,
     LogicalBatch,
@@ -110,9 +111,7 @@ def test_a_draw_is_split_into_chunks():
 def test_pinning_reaches_the_tensors(monkeypatch):
     """Without a GPU nothing can be pinned; that the DataLoader's way in is there can be seen."""
     seen = []
-    from torch.utils.data._utils import pin_memory
-
-    monkeypatch.setattr(pin_memory, "pin_memory", lambda data: seen.append(data) or data)
+    monkeypatch.setattr(sampling, "pin_memory", lambda data: seen.append(data) or data)
     batch = LogicalBatch((Chunk(2, "a"), Chunk(1, "b")))
     assert batch.pin_memory().chunks == batch.chunks
     assert seen == ["a", "b"]

@@ -132,7 +132,7 @@ def test_other_numbers_stay(text):
 def test_regions():
     assert list(PersonalDataDetector(phone_regions=["JP"]).find("see 03-1234-5678"))
     assert not list(PersonalDataDetector(phone_regions=["US"]).find("see 020 7946 0958"))
-    with pytest.raises(ConfigError, match="unknown country"):
+    with pytest.raises(ConfigError, match="unknown countries"):
         PersonalDataDetector(phone_regions=["XX"])
 
 

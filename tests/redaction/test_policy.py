@@ -110,8 +110,8 @@ def places(quick):
         ({"params": "drop", "allow": {"params": ["lr"]}}, "without effect"),
         ({"params": "allowlist", "allow": {"params": "lr"}}, "list of names"),
         ({"params": "allowlist", "allow": {"params": [1]}}, "list of names"),
-        ({"allow": {"param": ["lr"]}}, "allow names sinks"),
-        ({"allow": ["lr"]}, "allow names sinks"),
+        ({"allow": {"param": ["lr"]}}, "allow must map sinks"),
+        ({"allow": ["lr"]}, "allow must map sinks"),
     ],
 )
 def test_a_policy_that_would_not_do_what_it_seems_to_is_refused(given, words):

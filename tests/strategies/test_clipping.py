@@ -174,7 +174,7 @@ def test_the_name_of_the_count_is_taken(name):
 
 def test_rows_clipped_as_a_whole_are_not_counted_by_layers():
     config = DPConfig(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, clipping="per_layer")
-    with pytest.raises(ConfigError, match="clipped as a whole"):
+    with pytest.raises(ConfigError, match="whole gradient is clipped"):
         PrivateStrategy(config, released_metrics={"c": ClippedFraction(noise_multiplier=5.0)})
 
 

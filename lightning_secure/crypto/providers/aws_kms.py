@@ -51,9 +51,9 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`.
 
     Raises:
-        MissingExtraError: boto3 is not installed.
-        ConfigError: An argument is wrong, or the endpoint would send keys in the clear.
-        KeyUnavailableError: The profile does not exist.
+        MissingExtraError: if boto3 is not installed.
+        ConfigError: if an argument is wrong, or the endpoint would send keys in the clear.
+        KeyUnavailableError: if the profile does not exist.
 
     One request wraps or unwraps one key. The context (purpose, dataset and partition) is the
     encryption context: KMS authenticates it, policies can require it, CloudTrail shows it.

@@ -1,4 +1,4 @@
-"""What providers have in common whose key-encryption key is not in one file with all the rest."""
+"""Common parts of providers whose key-encryption key is not in one file with all the rest."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ExternalKeyProvider(KeyProvider):
             pickles as these, and asks again for what it needs.
 
     Raises:
-        ConfigError: The argument that ``_secret`` names is a secret, and not a source of one.
+        ConfigError: if the argument that ``_secret`` names is a secret, and not a source of one.
     """
 
     #: Name of the argument that is a source of a secret, and what its errors call that.
@@ -98,7 +98,7 @@ class ExternalKeyProvider(KeyProvider):
         """The signing key.
 
         Raises:
-            KeyUnavailableError: None was given: this provider reads and does not seal.
+            KeyUnavailableError: if no signing key was given: this provider reads and does not seal.
         """
         if self._signing is None:
             raise KeyUnavailableError(
@@ -116,12 +116,12 @@ class ExternalKeyProvider(KeyProvider):
     def create_derivation_key(self, path: PathLike) -> None:
         """Make a fresh key for :meth:`derive`, and write it, wrapped under the KEK, to a new file.
 
-        The file is no secret, but losing it changes all pseudonyms made from now on. Everybody who
-        should get the same pseudonyms needs the same file, and a KEK that opens it.
+        The file is no secret, but losing it changes all pseudonyms made from now on. To get the
+        same pseudonyms elsewhere, use the same file there, and a KEK that opens it.
 
         Raises:
-            ConfigError: ``path`` exists. It is never overwritten.
-            KeyUnavailableError: The provider could not wrap, or the file system refused.
+            ConfigError: if ``path`` exists. An existing file is never overwritten.
+            KeyUnavailableError: if the provider could not wrap, or the file system refused.
         """
         wrapped = self.wrap_all(DataKey.generate(), context=_DERIVATION_CONTEXT)
         record = {
@@ -141,7 +141,7 @@ class ExternalKeyProvider(KeyProvider):
         if path is None:
             raise KeyUnavailableError(
                 f"this {type(self).__name__} cannot derive keys, for example for pseudonyms: its "
-                "KEK does not leave its place. Make a file with create_derivation_key(path) and "
+                "KEK stays in the key service. Make a file with create_derivation_key(path) and "
                 "pass it as derivation_key=. No key was derived."
             )
         record = read_record(path, what=_WHAT, kinds=((_DERIVATION_TYPE, 1),))
@@ -178,7 +178,7 @@ def open_bound_payload(payload: bytes, context: Mapping[str, str]) -> DataKey:
     """Return the key in what :func:`bound_payload` made.
 
     Raises:
-        IntegrityError: It was made for another context.
+        IntegrityError: if the key was wrapped for another context.
     """
     material, digest = payload[:KEY_BYTES], payload[KEY_BYTES:]
     if not hmac.compare_digest(digest, _context_digest(context)):
@@ -202,7 +202,8 @@ def import_extra(module: str, *, extra: str, user: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingExtraError: It is not installed; the message names the extra that brings it.
+        MissingExtraError: if the package is not installed; the message names the extra that brings
+            it.
     """
     try:
         return importlib.import_module(module)
@@ -215,7 +216,7 @@ def require_safe_url(url: str, *, name: str, insecure_allow_http: bool) -> None:
     """Refuse to send keys and tokens in the clear, or to a URL that holds a password.
 
     Raises:
-        ConfigError: ``url`` is neither https nor http to this machine, or has user information.
+        ConfigError: if ``url`` is neither https nor http to this machine, or has user information.
     """
     try:
         parts = urlsplit(url)

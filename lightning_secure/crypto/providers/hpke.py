@@ -1,4 +1,4 @@
-"""Public-key recipients: whoever seals cannot open."""
+"""Public-key recipients: the sealer cannot open."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class HpkePublicKey:
         """Return the key in a text or in a file with that text.
 
         Raises:
-            ConfigError: It is not a recipient's public key.
-            KeyUnavailableError: The file is missing, or can be written by anyone but its owner.
+            ConfigError: if the text is not a recipient's public key.
+            KeyUnavailableError: if the file is missing, or others than its owner can write it.
         """
         kem, data = read_public(item)
         if _PUBLIC_BYTES.get(kem) != len(data):
@@ -104,8 +104,8 @@ class HpkePrivateKey:
         path: A file made by :meth:`generate`.
 
     Raises:
-        KeyUnavailableError: The file is missing, is not a private key, or can be read or written by
-            anyone but its owner.
+        KeyUnavailableError: if the file is missing, is not a private key, or others than its owner
+            can read or write it.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -130,8 +130,8 @@ class HpkePrivateKey:
                 ``hpke-x25519`` has short keys.
 
         Raises:
-            ConfigError: One of the files exists, or ``kem`` is unknown.
-            KeyUnavailableError: The file system refused.
+            ConfigError: if one of the files exists, or ``kem`` is unknown.
+            KeyUnavailableError: if the file system refused.
         """
         if kem not in _KEMS:
             raise ConfigError(f"kem={kem!r} is not one of {', '.join(_KEMS)}.")
@@ -169,8 +169,8 @@ class HpkeKeyProvider(ExternalKeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`. It takes the private key to use.
 
     Raises:
-        ConfigError: There is neither a recipient nor a private key, or one is malformed.
-        KeyUnavailableError: A file is missing, or others than its owner can use it.
+        ConfigError: if there is neither a recipient nor a private key, or one is malformed.
+        KeyUnavailableError: if a file is missing, or others than its owner can use it.
 
     A wrapped key is::
 
@@ -179,9 +179,9 @@ class HpkeKeyProvider(ExternalKeyProvider):
     HPKE (RFC 9180) in base mode, HKDF-SHA256 and AES-256-GCM, with X25519 or with ML-KEM-768 and
     X25519 together; its ``info`` is the context, the recipient and the signer. Base mode tells
     nothing about the sender, and public keys are public: so the sealer signs the message, and
-    nobody else can put a key of their own in its place.
+    no other party can put a key of its own in its place.
 
-    Everybody who opens must trust the sealer: pass its public key as ``trusted``.
+    Every recipient must trust the sealer: pass its public key as ``trusted``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Who seals: a signing key in a file of its own, and public keys as one line of text."""
+"""Sealers' identities: a signing key in a file of its own, and public keys as a line of text."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class SigningKey:
         path: A file made by :meth:`generate`.
 
     Raises:
-        KeyUnavailableError: The file is missing, is not a signing key, or can be read or written by
-            anyone but its owner.
+        KeyUnavailableError: if the file is missing, is not a signing key, or others than its owner
+            can read or write it.
 
-    Whoever seals has one. Whoever reads needs its public half alone, as text or in the file beside
-    it, and takes it from where the storage administrator cannot write.
+    A sealer has one. A reader needs its public half alone, as text or in the file beside it, and
+    takes it from where the storage administrator cannot write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,8 +68,8 @@ class SigningKey:
         """Make a new key: ``path`` with mode 0600, and its public half in ``path`` + ``.pub``.
 
         Raises:
-            ConfigError: One of the files exists. It is never overwritten.
-            KeyUnavailableError: The file system refused.
+            ConfigError: if one of the files exists. Existing files are never overwritten.
+            KeyUnavailableError: if the file system refused.
         """
         seed = os.urandom(SEED_BYTES)
         record = {"type": TYPE, "version": 1, "seed": b64encode(seed)}
@@ -104,8 +104,8 @@ def trusted_keys(
     """Return public signing keys by id.
 
     Raises:
-        ConfigError: One is not an Ed25519 public key.
-        KeyUnavailableError: A file with one is missing, or others can write it.
+        ConfigError: if an item is not an Ed25519 public key.
+        KeyUnavailableError: if a file with one is missing, or others can write it.
     """
     if isinstance(trusted, str | os.PathLike):
         raise ConfigError("trusted must be a list of public keys, not one of them.")
@@ -128,12 +128,12 @@ def read_public(item: str | os.PathLike[str]) -> tuple[str, bytes]:
     """Return (algorithm, bytes) of a public key, given as text or as a file with that text.
 
     Raises:
-        ConfigError: It is not a public key.
-        KeyUnavailableError: The file is missing, or can be written by anyone but its owner.
+        ConfigError: if the text is not a public key.
+        KeyUnavailableError: if the file is missing, or others than its owner can write it.
     """
     text = item if isinstance(item, str) else ""
     if not _PUBLIC.fullmatch(text):
-        # Not secret; but whoever can write it decides who may read, or who is believed.
+        # Not secret; but its writer decides who may read, or who is believed.
         data = read_file(Path(item), what="public key file", forbidden=0o022)
         text = data.decode("ascii", errors="replace").strip()
     match = _PUBLIC.fullmatch(text)
@@ -147,8 +147,8 @@ def write_pair(private: Path, record: dict[str, Any], *, public: str, what: str)
     """Write a private key file, and the public half's text beside it with mode 0644.
 
     Raises:
-        ConfigError: One of the files exists. Neither was written.
-        KeyUnavailableError: The file system refused.
+        ConfigError: if one of the files exists. Neither was written.
+        KeyUnavailableError: if the file system refused.
     """
     beside = public_file(private)
     if beside.exists():

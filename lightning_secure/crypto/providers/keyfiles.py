@@ -22,8 +22,8 @@ def write_record(path: Path, record: dict[str, Any], *, what: str) -> None:
     """Write a JSON object to a new file that only its owner can read.
 
     Raises:
-        ConfigError: ``path`` exists. It is never overwritten.
-        KeyUnavailableError: The file system refused.
+        ConfigError: if ``path`` exists. An existing file is never overwritten.
+        KeyUnavailableError: if the file system refused.
     """
     write_file(path, canonical_json(record) + b"\n", what=what, mode=0o600)
 
@@ -32,8 +32,8 @@ def write_file(path: Path, data: bytes, *, what: str, mode: int) -> None:
     """Write a new file; missing parent directories are made with mode 0700.
 
     Raises:
-        ConfigError: ``path`` exists. It is never overwritten.
-        KeyUnavailableError: The file system refused.
+        ConfigError: if ``path`` exists. An existing file is never overwritten.
+        KeyUnavailableError: if the file system refused.
     """
     reason: str | None = None
     try:
@@ -66,8 +66,8 @@ def read_record(
         advice: What to do if it is missing.
 
     Raises:
-        KeyUnavailableError: It is missing, is not of that kind, or can be read or written by anyone
-            but its owner.
+        KeyUnavailableError: if the file is missing, is not of that kind, or others than its owner
+            can read or write it.
     """
     data = read_file(path, what=what, forbidden=0o077, advice=advice)
     record: dict[str, Any] = {}
@@ -96,9 +96,9 @@ def read_file(path: Path, *, what: str, forbidden: int, advice: str = "") -> byt
         advice: What to do if it is missing.
 
     Raises:
-        ConfigError: ``path`` has a NUL character.
-        KeyUnavailableError: It is missing, too long, not a regular file, not its owner's alone, or
-            belongs to somebody else.
+        ConfigError: if ``path`` has a NUL character.
+        KeyUnavailableError: if the file is missing, too long, not a regular file, not its owner's
+            alone, or another user's.
     """
     try:
         fd = os.open(as_path(path, what=what), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -124,7 +124,7 @@ def _require_private(path: Path, status: os.stat_result, what: str, forbidden: i
         raise KeyUnavailableError(
             f"{what} {str(path)!r} has mode {stat.S_IMODE(status.st_mode):04o}: others than its "
             "owner can use it, so it cannot be trusted. No key was read. Take the bits "
-            f"{status.st_mode & forbidden:04o} away if nobody else had access, otherwise rotate "
+            f"{status.st_mode & forbidden:04o} away if no other user had access, otherwise rotate "
             "to a new key."
         )
     if status.st_uid not in (os.geteuid(), 0):

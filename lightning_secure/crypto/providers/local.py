@@ -45,14 +45,14 @@ class LocalKeyProvider(KeyProvider):
         path: A file made by :meth:`generate`.
         passphrase: Returns the passphrase under which the file was made: a function,
             :class:`EnvironmentSecret` or :class:`FileSecret`. A file without one is then refused.
-        trusted: Public signing keys whose manifests are accepted besides the file's own, for
-            whoever reads what somebody else seals.
+        trusted: Public signing keys whose manifests are accepted besides the file's own, to read
+            what another sealer wrote.
 
     Raises:
-        KeyUnavailableError: The file is missing, is not a key file, or can be read or written by
-            anyone but its owner; or the passphrase is missing or wrong.
+        KeyUnavailableError: if the file is missing, is not a key file, or others than its owner can
+            read or write it; or if the passphrase is missing or wrong.
 
-    Whoever can read the file, and knows its passphrase if it has one, can decrypt and can sign.
+    A reader of the file who knows its passphrase, if it has one, can decrypt and can sign.
     Keep it apart from the data: a copy of both is a copy of the plaintext. Losing it loses the data
     for good, so keep a second copy in a safe place.
 
@@ -90,9 +90,9 @@ class LocalKeyProvider(KeyProvider):
                 64 MiB of memory, and AES-256-GCM). It has 12 characters at least.
 
         Raises:
-            ConfigError: ``path`` exists. It is never overwritten: everything sealed under it
-                would be lost. Or the passphrase is too short.
-            KeyUnavailableError: The file system refused, or there is no passphrase.
+            ConfigError: if ``path`` exists, or the passphrase is too short. An existing file is
+                never overwritten: everything sealed under it would be lost.
+            KeyUnavailableError: if the file system refused, or there is no passphrase.
         """
         kek, seed = os.urandom(KEY_BYTES), os.urandom(SEED_BYTES)
         record: dict[str, Any] = {
@@ -164,7 +164,7 @@ class LocalKeyProvider(KeyProvider):
         return True
 
     def _require_kept(self) -> None:
-        # Without the passphrase, which nobody may be there to type.
+        # Without the passphrase: a prompt may find no user to type it.
         if not hmac.compare_digest(_digest(_read(self._path)), self._digest):
             raise KeyUnavailableError(
                 f"key file {str(self._path)!r} holds another key by now, or another passphrase. "

@@ -35,14 +35,14 @@ def seal_with_passphrase(
     """Return ``header`` with two more fields: the parameters, and ``secret`` under the passphrase.
 
     Raises:
-        ConfigError: The passphrase is shorter than 12 characters.
+        ConfigError: if the passphrase is shorter than 12 characters.
 
     Guarantees:
         All other fields of the result are authenticated with the secret, the parameters too.
     """
     if len(passphrase) < MIN_CHARACTERS:
         raise ConfigError(
-            f"the passphrase has fewer than {MIN_CHARACTERS} characters, and whoever copies the "
+            f"the passphrase has fewer than {MIN_CHARACTERS} characters: a thief of the "
             "file can try all short ones. No key was made."
         )
     kdf = {"name": "argon2id", "salt": b64encode(os.urandom(_SALT_BYTES)), **_DEFAULT}
@@ -56,8 +56,8 @@ def open_with_passphrase(record: Mapping[str, Any], passphrase: str) -> bytes | 
     """Return the secret, or None if the passphrase is wrong or the record was altered.
 
     Raises:
-        IntegrityError: The record does not have the form, or asks for more time or memory than any
-            record of this package does. Nothing was computed.
+        IntegrityError: if the record does not have the form, or asks for more time or memory than
+            any record of this package does. Nothing was computed.
     """
     kdf = record.get("kdf")
     if not isinstance(kdf, dict) or kdf.keys() != {"name", "salt", *_BOUNDS}:

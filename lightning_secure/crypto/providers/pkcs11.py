@@ -51,9 +51,9 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`.
 
     Raises:
-        MissingExtraError: python-pkcs11 is not installed.
-        KeyUnavailableError: Library, token or key is not there, the PIN is wrong, or the key could
-            leave the token.
+        MissingExtraError: if python-pkcs11 is not installed.
+        KeyUnavailableError: if Library, token or key is not there, the PIN is wrong, or the key
+            could leave the token.
 
     A wrapped key is ``nonce (12) || AES-256-GCM ciphertext (64) || tag (16)``, encrypted *on the
     token* with the context as associated data. Before each use the token is asked whether the key
@@ -93,8 +93,8 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
             self._key_id = bytes(found[self._pkcs11.Attribute.ID]).hex()
         if not self._key_id:
             raise KeyUnavailableError(
-                f"key {key!r} of token {token!r} has no CKA_ID by which what it wrapped could be "
-                "told apart. Nothing was wrapped."
+                f"key {key!r} of token {token!r} has no CKA_ID, which identifies the key in what "
+                "it wraps. Give the key a CKA_ID. Nothing was wrapped."
             )
 
     @classmethod
@@ -117,8 +117,8 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
             **rest: Further arguments of the provider.
 
         Raises:
-            ConfigError: The token has a key of that label. It was left as it is.
-            KeyUnavailableError: The token refused.
+            ConfigError: if the token has a key of that label. The key was left as it is.
+            KeyUnavailableError: if the token refused.
         """
         require_source("pin", pin)
         pkcs11 = import_extra("pkcs11", extra="pkcs11", user="Pkcs11KeyProvider")

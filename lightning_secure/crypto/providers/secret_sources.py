@@ -1,4 +1,4 @@
-"""Where passphrases, PINs and tokens come from: asked for at each use, and never kept."""
+"""Sources of passphrases, PINs and tokens: asked at each use, and never kept."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class EnvironmentSecret:
 class FileSecret:
     """Reads a secret from a file with mode 0600 or 0400, each time it is needed.
 
-    Whoever refreshes it, for example an agent that renews tokens, replaces the file. White space
+    To refresh the secret, replace the file, as an agent that renews tokens does. White space
     around the secret is left out.
 
     Raises:
-        KeyUnavailableError: When it is read: the file is missing, or others can use it.
+        KeyUnavailableError: if, when the secret is read, the file is missing or others can use it.
     """
 
     path: str
@@ -64,7 +64,7 @@ def require_source(name: str, source: object) -> None:
     """Refuse a secret that was given as text.
 
     Raises:
-        ConfigError: ``source`` cannot be called.
+        ConfigError: if ``source`` cannot be called.
     """
     if not callable(source):
         raise ConfigError(
@@ -85,7 +85,8 @@ def read_secret(source: SecretSource, *, what: str) -> str:
     """Ask a source for its secret.
 
     Raises:
-        KeyUnavailableError: It has none, or failed. The error holds nothing that it said.
+        KeyUnavailableError: if the source has no secret, or failed. The error holds nothing that
+            the source said.
     """
     value: object = None
     try:
@@ -105,8 +106,8 @@ def require_portable(source: SecretSource, *, what: str) -> None:
     """Refuse to pickle a source that might carry its secret along.
 
     Raises:
-        KeyAccessError: It is neither one of this module's nor a function of a module, which both
-            pickle as their name.
+        KeyAccessError: if the source is neither one of this module's nor a function of a module,
+            which both pickle as their name.
     """
     if isinstance(source, EnvironmentSecret | FileSecret):
         return

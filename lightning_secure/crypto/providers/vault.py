@@ -76,8 +76,8 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
         derivation_key: File made by :meth:`create_derivation_key`.
 
     Raises:
-        MissingExtraError: hvac is not installed.
-        ConfigError: An argument is wrong, or the URL would send keys in the clear.
+        MissingExtraError: if hvac is not installed.
+        ConfigError: if an argument is wrong, or the URL would send keys in the clear.
 
     One request wraps or unwraps one key, with the context as associated data. Redirects are not
     followed: the token would go along.

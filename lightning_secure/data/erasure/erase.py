@@ -1,12 +1,12 @@
 """Erasing rows by destroying their keys, and saying honestly whether that was enough.
 
-A row is gone when nobody can obtain the key of its shard. Taking the key out of the manifest is not
+A row is gone when the key of its shard is lost to all. Taking the key out of the manifest is not
 enough: an old copy of the manifest holds it still, under a partition key that the same copy holds
 under the recipients' own keys. So after everything that can be done was done, the old manifest is
 tried with every key that is left, and the report says what came of it.
 
-Weights that were trained on the rows are not erased. Nor are copies that somebody made of the rows,
-or of a key, nor what older manifests hold under keys of their time.
+Weights that were trained on the rows are not erased. Nor are copies made of the rows or of a key,
+nor what older manifests hold under keys of their time.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def erase_shard(
         retire_kek: Whether the key of ``keys`` is destroyed afterwards, where the provider can,
             and only once ``rotate_kek_to`` was seen to open the new manifest. Everything else
             under the key, other datasets and checkpoints too, is lost.
-        min_generation: The oldest generation that is erased from. If somebody put an older one in
-            its place, nothing is erased.
+        min_generation: The oldest generation that is erased from. If an older one was put in its
+            place, nothing is erased.
         manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Returns:
-        What was done, and whether an old copy of the manifest still opens.
+        The report of what was done, and whether an old copy of the manifest still opens.
 
     Raises:
-        ConfigError: There is no such split or shard, a number is none, a recipient was forgotten,
-            or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
-        WrongKeyError: ``keys`` cannot open a partition of the split. Nothing was erased.
-        ManifestMismatchError: The manifest in place is not what was pinned. Nothing was erased.
-        AuditWriteError: A listener could not record it. If the manifest was replaced already, the
-            erasure stands and is unfinished: the old key may be alive.
+        ConfigError: if there is no such split or shard, a number is none, a recipient was
+            forgotten, or ``retire_kek`` is given without ``rotate_kek_to``. Nothing was erased.
+        WrongKeyError: if ``keys`` cannot open a partition of the split. Nothing was erased.
+        ManifestMismatchError: if the manifest in place is not what was pinned. Nothing was erased.
+        AuditWriteError: if a listener could not record the erasure. If the manifest was replaced
+            already, the erasure stands and is unfinished: the old key may be alive.
 
     If it breaks off after the manifest was replaced, by an error or a crash, call
     :func:`~lightning_secure.data.erasure.finish.finish_erasure`; no other erasure begins before.
@@ -106,7 +106,7 @@ def _whole(numbers: Any) -> set[int]:
     several = isinstance(numbers, Iterable) and not isinstance(numbers, bytes)
     found = {whole_number(number) for number in (numbers if several else [numbers])}
     if None in found:
-        raise ConfigError("shards are chosen by whole numbers; nothing was erased.")
+        raise ConfigError(f"shards must be whole numbers, not {numbers!r}; nothing was erased.")
     return {number for number in found if number is not None}
 
 
@@ -128,16 +128,18 @@ def erase_subject(
         root: The dataset's folder.
         split: Name of the split.
         subject: The id as it stood in the subject column, text or a whole number.
-        keys: See :func:`erase_shard`, like all that follow.
-        recipients: See there.
-        rotate_kek_to: See there.
-        retire_kek: See there.
-        min_generation: See there.
-        manifest_digest: See there.
+        keys: Opens all the split's partitions, and signs the new manifest.
+        recipients: All other recipients of these partitions.
+        rotate_kek_to: Takes the place of ``keys`` in the whole dataset, and signs from now on.
+        retire_kek: Whether the key of ``keys`` is destroyed afterwards, as by :func:`erase_shard`:
+            everything else under the key is lost.
+        min_generation: The oldest generation that is erased from.
+        manifest_digest: The only manifest that is erased from, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: See there; or the split was not sealed by subject.
-        DataError: The split has no rows of this subject.
+        ConfigError: if the split was not sealed by subject, or for the reasons of
+            :func:`erase_shard`.
+        DataError: if the split has no rows of this subject.
 
     The rows of other subjects keep their order and move together: the split is as long as if the
     erased rows had never been sealed.
@@ -146,8 +148,8 @@ def erase_subject(
     def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:
         if entry.subject_key is None:
             raise ConfigError(
-                f"split {split!r} was not sealed with subject_column=, so nobody can tell whose "
-                "rows are where. Nothing was erased."
+                f"split {split!r} was not sealed with subject_column=, so the subject's rows "
+                "cannot be found. Nothing was erased."
             )
         key = manifest.open_partition(entry.partition, keys).open_subject_key(entry.subject_key)
         pseudonym = SubjectPseudonyms(key)(subject)

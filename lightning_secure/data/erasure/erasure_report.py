@@ -23,7 +23,7 @@ __all__ = ["ErasureReport", "RecoveryAttempt", "conclude"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryAttempt:
-    """What came of trying to open an old copy of the manifest with one key.
+    """The outcome of trying to open an old copy of the manifest with one key.
 
     Attributes:
         provider: Name of the kind of provider.
@@ -41,7 +41,7 @@ class RecoveryAttempt:
 
 @dataclass(frozen=True, kw_only=True)
 class ErasureReport:
-    """What an erasure did and what it could not do.
+    """The outcome of an erasure, and what it could not do.
 
     Attributes:
         split: Name of the split.
@@ -78,8 +78,8 @@ class ErasureReport:
             *(f"{file} could not be removed." for file in self.files_left),
         ]
         lines.append(
-            "Whoever has an old copy of manifest and shards, and one of the keys not refused "
-            "above, can still read the rows: rotate those keys and destroy the old ones."
+            "A holder of an old copy of manifest and shards, and of a key not refused above, can "
+            "still read the rows: rotate those keys and destroy the old ones."
             if self.recoverable
             else "No key that was tried opens an old copy. Copies of a destroyed key would."
         )
@@ -172,7 +172,7 @@ def _attempts(
             elif one in wrapped_for and record.retired and one == record.key:
                 outcome, reason = "refused", "This key was destroyed."
             elif one in wrapped_for:
-                reason = "This key cannot be used here; whoever can use it may open the copy."
+                reason = "This key cannot be used here; its holder may open the copy."
         attempts.append(
             RecoveryAttempt(provider=one[0], key_id=one[1], outcome=outcome, reason=reason)
         )

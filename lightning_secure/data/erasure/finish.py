@@ -37,20 +37,20 @@ def finish_erasure(
             destroyed now, once ``keys`` was seen to open the manifest in place.
         recipients: All other recipients, to be tried on the old manifest.
         old_is_gone: Ends it without ``old``, although it was to destroy that key and did not write
-            down that it had; after a crash right behind that, nobody can give the key any more.
+            down that it had; after a crash right behind that, the key is gone and cannot be given.
         min_generation: The oldest generation that is accepted as the manifest in place.
         manifest_digest: The only manifest that is.
 
     Returns:
-        What was done, and whether an old copy of the manifest still opens. A key that is not given
+        The report, and whether an old copy of the manifest still opens. A key that is not given
         counts as one that opens it.
 
     Raises:
-        ConfigError: No erasure is unfinished, it did not get so far that rows were erased, ``old``
-            is not the key that it was begun with, or is missing and was to be destroyed.
-        IntegrityError: The record of it was altered, or is not by somebody whom ``keys`` or
-            ``old`` trusts.
-        AuditWriteError: A listener could not record it. It is still unfinished.
+        ConfigError: if no erasure is unfinished or it stopped before rows were erased; or if
+            ``old`` is not the key that it was begun with, or is missing and was to be destroyed.
+        IntegrityError: if the record of it was altered, or its signer is trusted neither by
+            ``keys`` nor by ``old``.
+        AuditWriteError: if a listener could not record the erasure, which is then still unfinished.
     """
     folder = folder_of(root)
     pins = Pins(min_generation, manifest_digest)

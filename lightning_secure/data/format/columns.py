@@ -1,4 +1,4 @@
-"""What a shard looks like, to the byte. ``docs/format.md`` says the same for a second reader.
+"""The format of a shard, to the byte. ``docs/format.md`` says the same for a second reader.
 
 A shard is a header of 4096 bytes and then segments, each ``ciphertext || tag (16)``. Every segment
 but the last has the same plaintext length, so segment ``i`` is at a computed offset. Inside a
@@ -67,7 +67,7 @@ class Column:
             ``ragged``; empty for ``bytes`` and ``string``.
 
     Raises:
-        DataError: The combination does not describe a column.
+        DataError: if the combination does not describe a column.
 
     >>> Column("x", "tensor", "float32", (3, 32, 32)).item_bytes
     12288
@@ -124,7 +124,7 @@ class Schema:
     """The columns of a split, in order.
 
     Raises:
-        DataError: There is no column, or two have one name.
+        DataError: if there is no column, or two have one name.
     """
 
     columns: tuple[Column, ...]
@@ -158,8 +158,8 @@ class Schema:
         """Parse what :meth:`to_json` wrote.
 
         Raises:
-            IntegrityError: The value does not describe columns: whoever signed it was not this
-                package, or not well.
+            IntegrityError: if the value does not describe columns: its signer was not this
+                package, or was at fault.
         """
         types = {"name": str, "kind": str, "dtype": str, "shape": list}
         schema = None
@@ -261,8 +261,8 @@ def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dic
     Tensors are views of ``plaintext``, which they keep alive; strings and bytes are copies.
 
     Raises:
-        ShardCorruptedError: The plaintext is not what :func:`encode_segment` makes of this schema
-            and so many records: whoever sealed it was not this package, or not well.
+        ShardCorruptedError: if the plaintext is not what :func:`encode_segment` makes of this
+            schema and so many records: its sealer was not this package, or was at fault.
     """
     result: dict[str, ColumnData] = {}
     position = 0

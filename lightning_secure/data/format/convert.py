@@ -1,4 +1,4 @@
-"""From what users have (numbers, arrays, tensors, text) to what a shard holds."""
+"""Conversion of users' values (numbers, arrays, tensors, text) to what a shard holds."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     """Return the common length of the columns.
 
     Raises:
-        DataError: There is no column, or they differ in length.
+        DataError: if there is no column, or columns differ in length.
     """
     if not isinstance(columns, Mapping):
-        raise DataError(f"rows must be given as names and values of columns. {_UNTOUCHED}")
+        raise DataError(
+            "rows must be a mapping from column names to values, not a "
+            f"{type(columns).__name__}. {_UNTOUCHED}"
+        )
     for name, values in columns.items():
         if not isinstance(name, str):
             raise DataError(
-                f"a column's name is not text but a {type(name).__name__}. {_UNTOUCHED}"
+                f"a column's name must be text, not a {type(name).__name__}. {_UNTOUCHED}"
             )
         single = isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0
         if single or not hasattr(values, "__len__"):
@@ -52,7 +55,8 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
         raise DataError(
-            f"a call needs one column at least, and all of the same length. {_UNTOUCHED}"
+            "a call needs at least one column, and all columns of one length, not of lengths "
+            f"{sorted(lengths)}. {_UNTOUCHED}"
         )
     return lengths.pop()
 
@@ -74,7 +78,7 @@ def infer_column(name: str, values: Any) -> Column:
     """Return the column that ``values``, which are not empty, look like.
 
     Raises:
-        DataError: Their type cannot be stored.
+        DataError: if the values' type cannot be stored.
     """
     if isinstance(values, Ragged):
         dtype = _known(name, str(values[0].dtype).removeprefix("torch."))
@@ -109,7 +113,7 @@ def convert_column(
         copy: Whether the result must not share memory with ``values``.
 
     Raises:
-        DataError: They are something else. The message names the column and never a value.
+        DataError: if a value is of another type. The message names the column and never a value.
     """
     rows = _normalised(column.name, values)
     if column.kind in ("string", "bytes"):

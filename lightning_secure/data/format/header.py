@@ -65,8 +65,8 @@ class Header:
         """Parse and check the header of a file of ``size`` bytes.
 
         Raises:
-            ShardCorruptedError: It is not a shard of this version, or its numbers contradict
-                each other or the file's size.
+            ShardCorruptedError: if the file is not a shard of this version, or its numbers
+                contradict each other or the file's size.
         """
         if len(data) != HEADER_BYTES or data[:8] != MAGIC:
             raise ShardCorruptedError("it is not a shard of lightning_secure")

@@ -71,14 +71,14 @@ def add_recipient(
         keys: Opens it, and signs the new manifest.
         recipient: Is asked to wrap the partition's key.
         min_generation: The oldest generation that is changed. Each change is made of the manifest
-            that is in place under the lock; if somebody put an older one there, it is refused.
+            that is in place under the lock; if that is an older one, put back, it is refused.
         manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: There is no such partition.
-        WrongKeyError: ``keys`` cannot open it.
-        ManifestMismatchError: There is no manifest by a trusted signer, or it is not what was
-            pinned. It was left as it is, as for the other functions here.
+        ConfigError: if there is no such partition.
+        WrongKeyError: if ``keys`` cannot open the partition.
+        ManifestMismatchError: if no manifest is by a trusted signer, or the manifest is not what
+            was pinned. The manifest was left as it is, as for the other functions here.
     """
     return changed(
         folder_of(root),
@@ -107,14 +107,14 @@ def remove_recipient(
         keys: Opens it, stays a recipient, and signs the new manifest.
         key_id: Id of the key that loses access.
         recipients: The other recipients that keep it.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: There is no such partition or recipient, or one was forgotten.
-        WrongKeyError: ``keys`` cannot open the partition.
+        ConfigError: if there is no such partition or recipient, or one was forgotten.
+        WrongKeyError: if ``keys`` cannot open the partition.
 
-    What the recipient has read, or copied with its keys, it keeps: the rows are still encrypted
+    The recipient keeps what it has read, or copied with its keys: the rows are still encrypted
     under the same data keys. Call :func:`rotate_data` as well if the storage is open to it.
     """
     return changed(
@@ -144,12 +144,12 @@ def rotate_kek(
         keys: The present recipient.
         to: The one that takes its place.
         signer: Signs the new manifest; ``to``'s by default. Every reader has to trust it.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: ``keys`` opens nothing here, or ``to`` is the same key.
-        IntegrityError: A wrapped key was altered.
+        ConfigError: if ``keys`` opens nothing here, or ``to`` is the same key.
+        IntegrityError: if a wrapped key was altered.
 
     One rewrap a partition; partitions of other recipients stay as they are. An old copy of the
     manifest still opens under the old key: destroy that key, or call :func:`rotate_data` too.
@@ -180,12 +180,12 @@ def rotate_partition(
         partition: Name of the partition.
         keys: Opens it, and signs the new manifest.
         recipients: All its other recipients.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: There is no such partition, or a recipient was forgotten.
-        WrongKeyError: ``keys`` cannot open it.
+        ConfigError: if there is no such partition, or a recipient was forgotten.
+        WrongKeyError: if ``keys`` cannot open the partition.
     """
     return changed(
         folder_of(root),
@@ -210,13 +210,13 @@ def rotate_data(
         root: The dataset's folder.
         split: Name of the split.
         keys: Opens all its partitions, and signs the new manifest.
-        min_generation: See :func:`add_recipient`.
-        manifest_digest: See there.
+        min_generation: The oldest generation that is changed; an older one, put back, is refused.
+        manifest_digest: The only manifest that is changed, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: There is no such split, or it was replaced meanwhile; that state stands.
-        WrongKeyError: ``keys`` cannot open a partition.
-        ShardCorruptedError: A shard was altered, or a new one does not hold the same rows. The
+        ConfigError: if there is no such split, or it was replaced meanwhile; that state stands.
+        WrongKeyError: if ``keys`` cannot open a partition.
+        ShardCorruptedError: if a shard was altered, or a new one does not hold the same rows. The
             dataset is as it was.
 
     One segment is in memory at a time, and the split is on the disk twice until the new manifest is
@@ -289,9 +289,9 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
     """Hold the rotation lock; clear leftovers away before and after.
 
     Raises:
-        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned.
-        ConfigError: The lock is no file that this process may lock.
-        DataError: The list of leftovers is no file that can be read.
+        ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned.
+        ConfigError: if the lock is no file that this process may lock.
+        DataError: if the list of leftovers is no file that can be read.
     """
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
@@ -328,10 +328,10 @@ def commit(
     """Sign what ``change`` makes of the manifest in place, and replace that, atomically.
 
     Raises:
-        ManifestMismatchError: The manifest in place is not what was pinned, or older than one that
-            was seen; it is as it was.
-        AuditWriteError: A listener could not record it; the manifest is as it was.
-        DataError: A file that the new manifest names is gone; the manifest is as it was.
+        ManifestMismatchError: if the manifest in place is not what was pinned, or older than one
+            that was seen; it is as it was.
+        AuditWriteError: if a listener could not record it; the manifest is as it was.
+        DataError: if a file that the new manifest names is gone; the manifest is as it was.
     """
     with locked(root, LOCK_NAME):
         current = read_manifest(root, trusted=keys.trusted_signers)

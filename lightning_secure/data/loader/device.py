@@ -58,7 +58,7 @@ def on_device(batches: Iterable[dict[str, Any]], stream: CopyStream) -> Iterator
     Args:
         batches: In page-locked memory. Each is kept until its copy was handed over and another one
             begun; torch itself does not use page-locked memory again before the copy is done.
-        stream: What copies.
+        stream: The CUDA stream that copies.
     """
     ahead: tuple[dict[str, Any], Any] | None = None
     for batch in batches:

@@ -1,4 +1,4 @@
-"""In which order an epoch takes the rows, and which of them a process reads. No I/O in here.
+"""The order of an epoch's rows, and each process's share of it. No I/O in here.
 
 An epoch is a *line*: a permutation of the split's rows that depends on the seed and the epoch, and
 not on the number of processes or the batch size. It is drawn in three steps, so that little needs
@@ -173,7 +173,7 @@ def digest(line: EpochLine) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process reads of what is left of an epoch.
+    """A process's share of the rest of an epoch.
 
     Attributes:
         intervals: Of the line, in order.

@@ -58,11 +58,11 @@ class EncryptedLoader:
         transform: Applied to each batch, by the thread that iterates, and on the device.
         device: A CUDA device to copy batches to ahead of time. Others mean nothing here.
         num_workers: Worker processes of :meth:`random_access`; nothing else has any.
-        trained_batches: Says how many batches of the epoch were trained on, where somebody knows
-            better than that all that were handed out were.
+        trained_batches: Returns how many batches of the epoch were trained on. By default, all
+            that were handed out count as trained on.
 
     Raises:
-        ConfigError: An argument is wrong.
+        ConfigError: if an argument is wrong.
 
     To Lightning it is an iterable and not a DataLoader, so it is given no sampler.
 
@@ -93,13 +93,18 @@ class EncryptedLoader:
         trained_batches: Callable[[], int] | None = None,
     ) -> None:
         if batch_size < 1 or window_bytes < 1:
-            raise ConfigError("batch_size and window_bytes must be positive.")
+            raise ConfigError(
+                f"batch_size and window_bytes must be positive, not {batch_size} and "
+                f"{window_bytes}."
+            )
         if window_bytes > MAX_WINDOW_BYTES:
-            raise ConfigError(f"window_bytes={window_bytes} is more than {MAX_WINDOW_BYTES}.")
+            raise ConfigError(
+                f"window_bytes must be at most {MAX_WINDOW_BYTES}, not {window_bytes}."
+            )
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} is not one of {world_size} processes.")
+            raise ConfigError(f"rank must be from 0 to {world_size - 1}, not {rank}.")
         if not 0 <= seed < 2**64:
-            raise ConfigError("seed must be from 0 to 2**64 - 1.")
+            raise ConfigError(f"seed must be from 0 to 2**64 - 1, not {seed}.")
         self._dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -171,12 +176,12 @@ class EncryptedLoader:
             current.handed_out += 1
             yield batch if self._transform is None else self._transform(batch)
             del batch
-        # Without anybody who tells the epoch, the next pass is the next one.
+        # Unless the Trainer tells the epoch, the next pass is the next one.
         self._epoch = current.epoch + 1
 
     @property
     def _dealing(self) -> dict[str, Any]:
-        """How rows are dealt out to all processes."""
+        """The rule by which rows are dealt out to all processes."""
         return {
             "world_size": self._world_size,
             "batch_size": self.batch_size,
@@ -217,9 +222,9 @@ class EncryptedLoader:
         the same.
 
         Raises:
-            ManifestMismatchError: The split holds other rows now, or the order of that epoch
+            ManifestMismatchError: if the split holds other rows now, or the order of that epoch
                 cannot be found again.
-            ConfigError: The window of that run is above 1 GiB, and this loader's own is smaller.
+            ConfigError: if the window of that run is above 1 GiB, and this loader's own is smaller.
         """
         if not state_dict:
             return  # of a private strategy's loader, which has none
@@ -283,7 +288,7 @@ class EncryptedLoader:
 
 @dataclass
 class _Pass:
-    """One pass over an epoch, or over what is left of it."""
+    """A pass over an epoch, or over the rest of it."""
 
     epoch: int
     left: tuple[Interval, ...]

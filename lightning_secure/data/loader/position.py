@@ -1,4 +1,4 @@
-"""Where in an epoch a run stands: what a checkpoint says about it."""
+"""The position of a run in an epoch, as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WINDOW_BYTES: Final = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """What is left of an epoch, whoever reads it.
+    """The rows of an epoch that are still to be read, by any process.
 
     Attributes:
         epoch: Number of the epoch, from 0.
@@ -27,7 +27,7 @@ class Position:
         shuffle: Whether it has an order of its own.
         order: Digest of the order, see :func:`~lightning_secure.data.loader.epoch_order.digest`.
         content: The split's content digest.
-        left: Intervals of the epoch's line that nobody has read.
+        left: Intervals of the epoch's line that no process has read.
     """
 
     epoch: int
@@ -61,8 +61,8 @@ class Position:
             content: Its content digest.
 
         Raises:
-            ManifestMismatchError: It was saved while other rows were read, by a version of this
-                package that orders them in another way, or it is damaged.
+            ManifestMismatchError: if the position was saved while other rows were read, by a
+                version of this package that orders them in another way, or is damaged.
         """
         try:
             if state["version"] != _VERSION:

@@ -47,7 +47,7 @@ class Pipeline:
         buffers: Where windows are assembled.
         joined: Where batches are, that reach over the end of a window.
         line: The epoch's order.
-        share: What of it is read.
+        share: The part of it that is read.
         threads: How many decrypt.
     """
 
@@ -79,7 +79,7 @@ class Pipeline:
         """Return the batches, each a dict of columns.
 
         Raises:
-            ShardCorruptedError: A shard or segment was altered.
+            ShardCorruptedError: if a shard or segment was altered.
 
         The threads end with the iterator, whether it came to its end, failed or was dropped.
         """
@@ -141,7 +141,7 @@ class Pipeline:
         groups = [group for group in self._line.groups() if self._wanted(group.start, group.stop)]
         opened: deque[tuple[Group, list[Future[OpenShard]]]] = deque()
         for index in range(len(groups)):
-            # One group ahead, so that nobody waits when its turn comes.
+            # One group ahead, so that the reader need not wait when its turn comes.
             for group in groups[index + len(opened) : index + 2]:
                 futures = [executor.submit(self._shards.reader, int(s)) for s in group.shards]
                 opened.append((group, futures))

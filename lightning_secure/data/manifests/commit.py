@@ -1,4 +1,4 @@
-"""How a split gets into a dataset's manifest: whole, under a lock, as one more generation."""
+"""Commit of a split to a dataset's manifest: whole, under a lock, as one more generation."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def open_or_start(
     The folder of ``split`` is made too.
 
     Raises:
-        ConfigError: There is no folder and none can be made, or it cannot be written.
-        KeyUnavailableError: The provider has no signing key.
-        IntegrityError: The folder holds a manifest that is not this provider's, or it is not what
-            was pinned, or there is none where one was.
+        ConfigError: if there is no folder and none can be made, or it cannot be written.
+        KeyUnavailableError: if the provider has no signing key.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or it is not
+            what was pinned, or there is none where one was.
     """
     pins = pins or Pins()
-    reason, signer = None, keys.signer  # whoever may only read is refused before a row is taken
+    reason, signer = None, keys.signer  # a mere reader is refused before a row is taken
     try:
         if not (root / MANIFEST_NAME).exists():
             pins.check(None, root)  # before a folder is made there
@@ -98,17 +98,18 @@ def commit_splits(
 
     Args:
         root: The dataset's folder.
-        splits: What was sealed.
+        splits: The sealed splits.
         keys: Signs the manifest.
         replace: Whether splits of these names may be replaced.
         pins: What the manifest in place is compared with, under the lock.
 
     Raises:
-        ConfigError: One of them exists by now and may not be replaced. All is as it was.
-        ManifestMismatchError: The manifest in place is not what was pinned, or is older than one
-            that was seen. It is as it was.
-        AuditWriteError: A listener could not record it. The dataset is as it was.
-        KeyUnavailableError: The key that the split was sealed under was destroyed meanwhile, or
+        ConfigError: if one of the splits exists by now and may not be replaced. The dataset is as
+            it was.
+        ManifestMismatchError: if the manifest in place is not what was pinned, or is older than one
+            that was seen. The dataset is as it was.
+        AuditWriteError: if a listener could not record it. The dataset is as it was.
+        KeyUnavailableError: if the key that the split was sealed under was destroyed meanwhile, or
             cannot be used now. The dataset is as it was.
     """
     with locked(root, LOCK_NAME):
@@ -141,7 +142,7 @@ def commit_splits(
 
 
 def _require_openable(manifest: Manifest, new: NewSplit, keys: KeyProvider) -> None:
-    """Refuse a split that nobody could read, and say so while its source may still be there."""
+    """Refuse a split that could never be read, while its source may still be there."""
     reason = ""
     try:
         name = new.entry.partition

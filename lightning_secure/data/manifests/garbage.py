@@ -72,7 +72,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
     """Hold one of a dataset's locks.
 
     Raises:
-        ConfigError: It is no file that this process may lock.
+        ConfigError: if the lock is no file that this process may lock.
     """
     reason = None
     with contextlib.ExitStack() as held:
@@ -120,7 +120,7 @@ class RemovalList:
         """Add names, and return when they are on the disk.
 
         Raises:
-            DataError: The list is no file that can be written.
+            DataError: if the list is no file that can be written.
         """
         fresh = not self._path.exists()
         with os.fdopen(self._opened(), "wb") as file:
@@ -138,10 +138,10 @@ class RemovalList:
             manifest: The one that is in place, verified.
 
         Returns:
-            What could not be removed; it stays on the list.
+            The files that could not be removed; they stay on the list.
 
         Raises:
-            DataError: The list is no file that can be read. Nothing was removed.
+            DataError: if the list is no file that can be read. Nothing was removed.
         """
         reason = None
         try:
@@ -165,7 +165,7 @@ class RemovalList:
         return left
 
     def _opened(self) -> int:
-        # Without O_NONBLOCK, opening a pipe waits until somebody reads from it.
+        # Without O_NONBLOCK, opening a pipe waits until a process reads from it.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         reason = None
         try:
@@ -203,20 +203,20 @@ def collect_garbage(
             longest one takes. What a rotation left is known and removed at any age. A folder in
             which an interrupted sealing waits to be resumed is left alone: go on with it, or start
             anew with ``resume=False``.
-        min_generation: The oldest generation that says which files are named. If somebody put an
-            older one in its place, the shards that only the newer ones name are left alone.
+        min_generation: The oldest generation that says which files are named. If an older one was
+            put in its place, the shards that only the newer ones name are left alone.
         manifest_digest: The only manifest that does, as SHA-256 in hexadecimal.
 
     Returns:
         The removed files, as paths below ``root``.
 
     Raises:
-        ConfigError: ``min_age_s`` is negative.
-        ManifestMismatchError: There is no manifest by a trusted signer, or not what was pinned;
+        ConfigError: if ``min_age_s`` is negative.
+        ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned;
             nothing was removed.
     """
     if not min_age_s >= 0:
-        raise ConfigError("min_age_s must not be negative.")
+        raise ConfigError(f"min_age_s must not be negative, and is {min_age_s}.")
     folder = folder_of(root)
     read_manifest(folder, trusted=keys.trusted_signers)  # before a lock file is made there
     with locked(folder, ROTATION_LOCK_NAME):

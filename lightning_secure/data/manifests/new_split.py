@@ -1,4 +1,4 @@
-"""Whether a manifest has room for a split and its keys, and the manifest with them."""
+"""The check that a manifest has room for a split and its keys, and the manifest with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an erasure has still to do, written down before the rows go.
+"""The record of a pending erasure, written before the rows go.
 
 An erasure is one new manifest, and then the end of the old key and a try to open the old manifest.
 A crash in between leaves the rows out of the dataset and the old key alive. The record beside the
@@ -104,7 +104,8 @@ class UnfinishedErasure:
         """Return the record in place, or None.
 
         Raises:
-            IntegrityError: It is not by a trusted signer, was altered, or is no file.
+            IntegrityError: if the record is not by a trusted signer, was altered, or is no regular
+                file.
         """
         what, reason = f"the record {str(root / RECORD_NAME)!r} of an erasure", None
         try:
@@ -147,8 +148,8 @@ class UnfinishedErasure:
     def settle(cls, root: Path, keys: KeyProvider) -> None:
         """Remove the record of an erasure that did not happen. Hold the rotation lock.
 
-        Rotations do so before they rename shards: afterwards nobody could tell. A record that was
-        half written goes too: it is a copy of the manifest of then, of which none should stay.
+        Rotations do so before they rename shards: afterwards the record could not be judged. A
+        half-written record goes too: it is a copy of an old manifest, of which none should stay.
         """
         with contextlib.suppress(OSError):
             for path in root.glob(f".{RECORD_NAME}.*.tmp"):

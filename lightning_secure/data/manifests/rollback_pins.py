@@ -1,7 +1,7 @@
-"""What somebody keeps outside of the storage about a manifest, and whether one agrees with it.
+"""Pins against roll-backs: facts about a manifest, kept outside the storage, and their comparison.
 
-A manifest cannot show that it is the newest: whoever may write to the storage can put an older,
-complete state back, signed by the right key. Readers and writers compare it with what they know.
+A manifest cannot show that it is the newest: a writer to the storage can put an older, complete
+state back, signed by the right key. Readers and writers compare it with what they know.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Pins:
         manifest_digest: The only manifest that is accepted, as SHA-256 in hexadecimal.
 
     Raises:
-        ConfigError: One of them is neither that nor None.
+        ConfigError: if a pin is neither of its type nor None.
 
     A change is made of the manifest that is in place at that moment, so each is checked right where
     it is read for the change, under the lock or with the condition that goes with it. Pinned or
@@ -34,10 +34,14 @@ class Pins:
         self, min_generation: int | None = None, manifest_digest: str | None = None
     ) -> None:
         if not (min_generation is None or (type(min_generation) is int and min_generation >= 0)):
-            raise ConfigError("min_generation must be a whole number from 0. Nothing was changed.")
+            raise ConfigError(
+                f"min_generation must be a whole number of at least 0, not {min_generation!r}. "
+                "Nothing was changed."
+            )
         if not (manifest_digest is None or re.fullmatch("[0-9a-f]{64}", str(manifest_digest))):
             raise ConfigError(
-                "manifest_digest must be 64 hexadecimal digits in lower case. Nothing was changed."
+                "manifest_digest must be 64 hexadecimal digits in lower case, not "
+                f"{manifest_digest!r}. Nothing was changed."
             )
         self._least = min_generation or 0
         self._digest = manifest_digest
@@ -51,7 +55,8 @@ class Pins:
             where: The dataset's place, to be named in the error.
 
         Raises:
-            ManifestMismatchError: It is older, or another, or is not there although it must be.
+            ManifestMismatchError: if the manifest is older, is another, or is missing although
+                there must be one.
         """
         if manifest is None:
             if self._least > 0 or self._digest is not None:
@@ -78,8 +83,8 @@ def check_pins(
     """Compare a manifest with what was pinned outside of the storage.
 
     Raises:
-        ManifestMismatchError: It is older than ``min_generation``, or not the one with ``digest``.
-            The message ends with ``outcome``.
+        ManifestMismatchError: if the manifest is older than ``min_generation``, or not the one with
+            ``digest``. The message ends with ``outcome``.
     """
     if min_generation is not None and manifest.generation < min_generation:
         raise ManifestMismatchError(

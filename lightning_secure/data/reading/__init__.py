@@ -1,1 +1,1 @@
-"""From a shard on the disk to the rows of a batch."""
+"""Reading: a shard on the disk becomes the rows of a batch."""

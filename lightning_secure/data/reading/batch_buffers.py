@@ -1,4 +1,4 @@
-"""Memory that batches are assembled in, and that is used again once nobody looks at it."""
+"""Memory that batches are assembled in, used again once no reference to a batch is left."""
 
 from __future__ import annotations
 

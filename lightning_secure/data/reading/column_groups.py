@@ -36,7 +36,7 @@ class OpenGroups:
         names: The columns that are wanted, all of them in the split.
 
     Raises:
-        WrongKeyError: A needed partition was not sealed for this provider's key. The message
+        WrongKeyError: if a needed partition was not sealed for this provider's key. The message
             names the columns to leave out.
     """
 
@@ -71,7 +71,7 @@ class OpenGroups:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What the manifest says of the split; encrypted remarks, if its own columns are open."""
+        """The manifest's remarks on the split; encrypted ones, if its own columns are open."""
         keys = {group.partition: key for group, _, key in self._groups}
         return open_attributes(self._attributes, keys.get(self._all[0].partition))
 
@@ -121,7 +121,7 @@ class GroupedReader:
         readers: One a group, in the order of :attr:`OpenGroups.schemas`.
 
     Raises:
-        ShardCorruptedError: Their segments do not hold the same rows.
+        ShardCorruptedError: if the shards' segments do not hold the same rows.
     """
 
     def __init__(self, readers: Sequence[ShardReader]) -> None:
@@ -142,7 +142,7 @@ class GroupedReader:
         """Return the columns of one segment's rows.
 
         Raises:
-            ShardCorruptedError: A segment was altered since its shard was opened.
+            ShardCorruptedError: if a segment was altered since its shard was opened.
         """
         columns: dict[str, ColumnData] = {}
         for reader in self.readers:

@@ -58,12 +58,12 @@ class EncryptedShardDataset(Dataset[Any]):
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
-        ManifestMismatchError: There is no manifest, it is not signed by a trusted key, or it is
+        ManifestMismatchError: if there is no manifest, it is not signed by a trusted key, or it is
             not what was pinned.
-        WrongKeyError: The split, or a wanted column, was sealed for another key. The message says
-            which ``columns`` can be read.
-        ConfigError: There is no such split or column, or the URL is not accepted.
-        StorageError: A remote storage did not answer, or refused.
+        WrongKeyError: if the split, or a wanted column, was sealed for another key. The message
+            says which ``columns`` can be read.
+        ConfigError: if there is no such split or column, or the URL is not accepted.
+        StorageError: if a remote storage did not answer, or refused.
 
     A row is returned only after the segment it lies in was authenticated. A storage administrator
     can put an older, complete state of the dataset in place of the current one; only
@@ -149,26 +149,26 @@ class EncryptedShardDataset(Dataset[Any]):
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """What the sealer said of the rows, decrypted where it stands encrypted in the manifest.
+        """The sealer's remarks on the rows, decrypted where the manifest holds them encrypted.
 
         For example ``classes.label``, the names of an image folder's classes as a JSON list.
         Encrypted remarks are absent if none of the columns under the split's own key is read.
 
         Raises:
-            IntegrityError: One was altered, or its key was exchanged by a version of this package
-                that did not know of it.
+            IntegrityError: if an attribute was altered, or its key was exchanged by a version of
+                this package that did not know of it.
         """
         return self._groups.attributes
 
     @property
     def anonymization_report(self) -> AnonymizationReport | None:
-        """What was found and done when the split was sealed; None if there was no plan.
+        """The anonymisation report of the split's sealing; None if there was no plan.
 
         Its digest stands in the clear in the signed manifest, as the attribute
         ``anonymization.report.sha256``, and the report itself encrypted, for readers of the split.
 
         Raises:
-            IntegrityError: One was altered.
+            IntegrityError: if an attribute was altered.
         """
         return AnonymizationReport.of(self.attributes)
 
@@ -212,9 +212,9 @@ class EncryptedShardDataset(Dataset[Any]):
         """Return one sample.
 
         Raises:
-            ConfigError: ``index`` is no whole number.
-            IndexError: There is no such row.
-            ShardCorruptedError: The row's shard or segment was altered.
+            ConfigError: if ``index`` is no whole number.
+            IndexError: if there is no such row.
+            ShardCorruptedError: if the row's shard or segment was altered.
         """
         shard, segment, row = (int(part[0]) for part in self._shards.locate(self._rows([index])))
         columns = self._segment(shard, segment)
@@ -236,8 +236,8 @@ class EncryptedShardDataset(Dataset[Any]):
             The samples in the order of ``indices``.
 
         Raises:
-            IndexError: There is no such row.
-            ShardCorruptedError: A shard or segment was altered. No sample is returned.
+            IndexError: if there is no such row.
+            ShardCorruptedError: if a shard or segment was altered. No sample is returned.
         """
         numbers = self._rows(indices)
         result = Rows(self._filler.columns, len(numbers), self._buffers)
@@ -291,7 +291,7 @@ class EncryptedShardDataset(Dataset[Any]):
             # Not by numpy, which would take 1.9 and True for row 1.
             found = [None if rows.dtype.kind == "b" else whole_number(index) for index in indices]
             if None in found:
-                raise ConfigError("rows are chosen by whole numbers. Nothing was read.")
+                raise ConfigError("row indices must be whole numbers. Nothing was read.")
             rows = np.asarray(found, dtype=object)
         # Before it becomes int64, which would take 2**64 - 1 for the last row.
         if rows.size and not (rows.min() >= -len(self) and rows.max() < len(self)):

@@ -1,4 +1,4 @@
-"""From a decrypted segment to rows in their places."""
+"""Decoding of a decrypted segment into rows of a batch."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Filler:
                 makes way for the next rows.
 
         Raises:
-            ShardCorruptedError: The segment was altered, in one of the groups. What is in ``rows``
-                must not be used.
+            ShardCorruptedError: if the segment was altered, in one of the groups. What is in
+                ``rows`` must not be used.
         """
         if isinstance(reader, GroupedReader):
             for part, one in zip(self._parts, reader.readers, strict=True):
@@ -115,7 +115,7 @@ class Filler:
             sources: Each row's number in its segment.
 
         Raises:
-            ShardCorruptedError: A segment was altered. What is in ``rows`` must not be used.
+            ShardCorruptedError: if a segment was altered. What is in ``rows`` must not be used.
         """
         if isinstance(reader, GroupedReader):
             for part, one in zip(self._parts, reader.readers, strict=True):

@@ -63,7 +63,7 @@ class ShardSet:
         """Return each row's shard, its segment there, and its number in the segment.
 
         Raises:
-            ShardCorruptedError: A shard that one of them lies in is not the one that was sealed.
+            ShardCorruptedError: if a shard that one of them lies in is not the one that was sealed.
         """
         shard = np.searchsorted(self._ends, rows, side="right")
         if not self._per_segment[shard].all():
@@ -83,7 +83,7 @@ class ShardSet:
         """Return an open shard.
 
         Raises:
-            ShardCorruptedError: It is not the one that was sealed.
+            ShardCorruptedError: if the shard is not the one that was sealed.
         """
         with self._lock:
             if shard in self._readers:

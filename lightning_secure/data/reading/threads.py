@@ -1,4 +1,4 @@
-"""How many threads decrypt."""
+"""The number of threads that decrypt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def threads_to_use(asked: int | None) -> int:
     """Return ``asked``; by default as many as this process may use cores, and no more than 8.
 
     Raises:
-        ConfigError: Less than one was asked for.
+        ConfigError: if fewer than one was asked for.
     """
     if asked is None:
         return min(_MOST, len(os.sched_getaffinity(0)))
     if asked < 1:
-        raise ConfigError(f"threads={asked} is not positive: somebody must decrypt.")
+        raise ConfigError(f"`threads` must be at least 1, got {asked}.")
     return asked

@@ -1,1 +1,1 @@
-"""One shard: sealed, opened, verified."""
+"""Shards: sealed, opened, verified."""

@@ -1,4 +1,4 @@
-"""One shard file: sealing it whole, and reading any segment of it."""
+"""A shard file: sealing it whole, and reading any segment of it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def seal_shard(
         uuid: 16 random bytes that nothing else is named by; drawn by default.
 
     Raises:
-        DataError: A row needs 64 MiB or more, or the rows need more than 2**20 segments.
+        DataError: if a row needs 64 MiB or more, or the rows need more than 2**20 segments.
 
     The file appears whole or not at all, and is worthless until a signed manifest names it.
     """
@@ -121,7 +121,7 @@ def reseal_shard(
         partition: Protects the new data key.
 
     Raises:
-        ShardCorruptedError: A segment of the old shard was altered.
+        ShardCorruptedError: if a segment of the old shard was altered.
 
     One segment at a time is in memory.
     """
@@ -199,9 +199,9 @@ class ShardReader:
         dataset_id: From the manifest.
 
     Raises:
-        ShardCorruptedError: The file is missing, another one stands in its place, or any part of
+        ShardCorruptedError: if the file is missing, another one stands in its place, or any part of
             it is not what the manifest's signer saw.
-        StorageError: The storage did not answer, or refused.
+        StorageError: if the storage did not answer, or refused.
 
     Opening reads the header and the tag of every segment and compares their Merkle root with the
     manifest. Decryption then checks each segment against its tag, and that tag against those.
@@ -298,8 +298,8 @@ class ShardReader:
                 memory and is valid until that is used again.
 
         Raises:
-            ShardCorruptedError: The segment was altered since the shard was opened.
-            StorageError: The storage did not answer, or refused.
+            ShardCorruptedError: if the segment was altered since the shard was opened.
+            StorageError: if the storage did not answer, or refused.
         """
         return self._retrying(self._decrypt, (index,), scratch, out)
 
@@ -337,9 +337,9 @@ class ShardReader:
         """Return the columns of one segment's rows.
 
         Raises:
-            ShardCorruptedError: The segment was altered since the shard was opened, or does not
+            ShardCorruptedError: if the segment was altered since the shard was opened, or does not
                 hold what its schema says.
-            StorageError: The storage did not answer, or refused.
+            StorageError: if the storage did not answer, or refused.
         """
         # Memory of its own: the columns are views of it.
         plaintext = bytearray(self.decrypt(index, Scratch()))

@@ -1,4 +1,4 @@
-"""Whether a shard file is the one that a manifest names, as far as that shows without its key."""
+"""Verification of a shard file against a manifest, as far as that goes without its key."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def verify_shard(storage: Storage, entry: ShardEntry) -> None:
     """Compare size, header and every segment's tag of a shard with its entry in a manifest.
 
     Raises:
-        FileNotFoundError: It is not there.
-        OSError: It cannot be opened.
-        ShardCorruptedError: It is another one, or was altered, cut or extended.
-        StorageError: The storage did not answer, or refused.
+        FileNotFoundError: if the shard's file is missing.
+        OSError: if the shard's file cannot be opened.
+        ShardCorruptedError: if the shard is another one, or was altered, cut or extended.
+        StorageError: if the storage did not answer, or refused.
 
     Ciphertext that does not belong to its tag is not seen: only a key shows that.
     """

@@ -1,4 +1,4 @@
-"""What can be sealed: one kind of source a file, and how to tell which one something is."""
+"""Sources of rows to seal, a file for each kind, and the choice of the kind for an argument."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def open_source(source: Any, **options: Any) -> Source:
             ``size`` for pictures, ``names`` for a torch Dataset.
 
     Raises:
-        ConfigError: It is nothing of these, or has no such option.
-        MissingExtraError: A package that it needs is not installed.
-        DataError: It cannot be read.
+        ConfigError: if the source is of none of these types, or has no such option.
+        MissingExtraError: if a package that it needs is not installed.
+        DataError: if the source cannot be read.
     """
     opener = _opener(source)
     allowed = set(getattr(opener, "options", ()))
@@ -68,7 +68,7 @@ def _opener(source: Any) -> _Opener:
         return _Opener(lambda value: ArraySource({"x": value}))
     if isinstance(source, Mapping):
         return _Opener(ArraySource)
-    # Only somebody who imported them can have made one.
+    # Only a caller who imported them can have made one.
     if (pandas := sys.modules.get("pandas")) and isinstance(source, pandas.DataFrame):
         from lightning_secure.data.sources.tables import pandas_source
 

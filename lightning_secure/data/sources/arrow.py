@@ -1,4 +1,4 @@
-"""From a batch of an Arrow table to the columns that are sealed. Nothing is guessed.
+"""Conversion of a batch of an Arrow table to the columns that are sealed. Nothing is guessed.
 
 A null is refused, or treated by a declared rule; it never turns into a NaN. What a type becomes:
 
@@ -58,7 +58,7 @@ class Stack:
         dtype: Element type of the vector.
 
     Raises:
-        ConfigError: There is no column, one is named twice, or the type cannot be stored.
+        ConfigError: if there is no column, one is named twice, or the type cannot be stored.
     """
 
     columns: tuple[str, ...]
@@ -66,7 +66,9 @@ class Stack:
 
     def __post_init__(self) -> None:
         if not self.columns or len(set(self.columns)) != len(self.columns):
-            raise ConfigError("a Stack needs columns, each of them once.")
+            raise ConfigError(
+                f"Stack(columns=) must name at least one column, and each once, not {self.columns}."
+            )
         if self.dtype not in DTYPES or self.dtype == "bfloat16":
             raise ConfigError(f"Stack(dtype={self.dtype!r}) is not a type that can be stored.")
 
@@ -101,8 +103,8 @@ def require_rules(types: Mapping[str, str], nulls: Mapping[str, NullRule]) -> No
     for name, rule in nulls.items():
         if rule != "drop" and not isinstance(rule, Fill):
             raise ConfigError(
-                f"the rule for nulls of {name!r} is a {type(rule).__name__}, and neither 'drop' "
-                "nor Fill(value)."
+                f"nulls: the rule for column {name!r} must be 'drop' or Fill(value), not a "
+                f"{type(rule).__name__}."
             )
 
 
@@ -125,7 +127,7 @@ def convert_batch(
             that is not named is refused. None: all become numbers.
 
     Raises:
-        DataError: A column is absent or of a type that cannot be stored, or there is a null or a
+        DataError: if a column is absent or of a type that cannot be stored, or there is a null or a
             value that does not fit.
     """
     pa = extra("pyarrow", "tables", what="a table")
@@ -201,8 +203,8 @@ def _dates(name: str, array: pa.Array, dates: Mapping[str, bool] | None) -> Any:
     pa = extra("pyarrow", "tables", what="a table")
     if dates is not None and name not in dates:
         raise DataError(
-            f"column {name!r} holds dates, which point at people, and the anonymisation plan does "
-            f"not say what to do with it; use Keep() if it may be sealed as it is. {_LEFT}"
+            f"column {name!r} holds dates, which can identify people, and the anonymisation plan "
+            f"does not name it; use Keep() if it may be sealed as it is. {_LEFT}"
         )
     if dates is not None and dates[name]:
         # Coarser than a microsecond is what every operator makes of a date.
@@ -241,7 +243,7 @@ def _scalar(name: str, rule: Fill, wanted: pa.DataType) -> pa.Scalar[Any]:
         return pa.scalar(rule.value, type=wanted)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"the rule for nulls fills column {name!r} with no {wanted}. {_LEFT}")
+    raise ConfigError(f"nulls: the Fill value for column {name!r} is not a {wanted}. {_LEFT}")
 
 
 def _without_nulls(name: str, array: pa.Array) -> pa.Array:

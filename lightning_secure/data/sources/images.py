@@ -41,8 +41,8 @@ class ImageFolderSource(Source):
         size: Height and width to which decoded pictures are resized; without it all must have one.
 
     Raises:
-        ConfigError: The folder has no class folders or no pictures, or other files among them.
-        MissingExtraError: Pillow is not installed.
+        ConfigError: if the folder has no class folders or no pictures, or other files among them.
+        MissingExtraError: if Pillow is not installed.
 
     Guarantees:
         No EXIF (so no place, time or device), XMP, IPTC, comment, thumbnail, colour profile or
@@ -83,7 +83,7 @@ class ImageFolderSource(Source):
 
     @property
     def rows(self) -> int:
-        """How many pictures there are."""
+        """The number of pictures."""
         return len(self._files)
 
     @property

@@ -31,7 +31,7 @@ class ArraySource(Source):
         columns: Arrays or tensors of shape ``(rows, *shape)``, or sequences, by name.
 
     Raises:
-        DataError: There is no column, or they differ in length.
+        DataError: if there is no column, or columns differ in length.
     """
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class ArraySource(Source):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return self._rows
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -74,7 +74,7 @@ class RowSource(Source):
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if the rows have a length."""
+        """The number of rows, if they have a length."""
         return len(self._iterable) if isinstance(self._iterable, Sized) else None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -100,7 +100,7 @@ class DatasetSource(Source):
             ``("x",)``.
 
     Raises:
-        DataError: A sample has not as many parts as there are names.
+        DataError: if a sample has not as many parts as there are names.
     """
 
     def __init__(self, dataset: Any, *, names: Sequence[str] | None = None) -> None:

@@ -49,11 +49,11 @@ def strip_metadata(data: bytes, *, orientation: int = 1) -> bytes:
             JPEG gets a fresh EXIF part with this number and nothing else, so that it is still
             shown the right way up.
 
-    What somebody has hidden in the coded pixels themselves stays: in their lowest bits, in tables
-    and palette entries that no pixel needs, behind the last block of a JPEG's scan.
+    Data hidden in the coded pixels themselves stays: in their lowest bits, in tables and palette
+    entries that no pixel needs, behind the last block of a JPEG's scan.
 
     Raises:
-        DataError: It is neither, or damaged.
+        DataError: if the picture is of neither format, or damaged.
 
     Source:
         ITU-T T.81, annex B; PNG, third edition, section 5.

@@ -1,4 +1,4 @@
-"""What can be sealed: rows that come in batches, always the same and in the same order."""
+"""A source of rows to seal: batches that are always the same, in the same order."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Source(ABC):
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if that is known beforehand."""
+        """The number of rows, if it is known beforehand."""
         return None
 
     @property
     def remarks(self) -> Mapping[str, str]:
-        """What was done to the rows, for the signed manifest; known once they were read."""
+        """Remarks on the rows for the signed manifest, known once they were read."""
         return {}
 
     @abstractmethod
@@ -47,7 +47,7 @@ class Source(ABC):
         """Yield columns of about ``BATCH_BYTES``, from row ``start`` on.
 
         Raises:
-            DataError: A row cannot be sealed. The message names column and row, and no value.
+            DataError: if a row cannot be sealed. The message names column and row, and no value.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ def gathered(rows: Iterable[Mapping[str, Any]], *, first_row: int) -> Iterator[B
     """Yield columns of many rows each, out of rows one by one.
 
     Raises:
-        DataError: A row is no mapping, or has other columns than the one before it.
+        DataError: if a row is no mapping, or has other columns than the one before it.
     """
     names: tuple[str, ...] = ()
     batch: Batch = {}
@@ -103,7 +103,7 @@ class Checksum:
     """A fast sum of many byte strings, to see that a source is the one it was.
 
     It is there against mistakes, at the speed of memory where SHA-256 would take longer than the
-    encryption: whoever may choose the source can have sealed what they like, so nobody gains by
+    encryption. The caller who chooses the source can seal any rows, and so gains nothing by
     two sources with one sum. Manifest and journal hold a keyed digest of it and never itself.
 
     Source:
@@ -161,7 +161,7 @@ def extra(module: str, name: str, *, what: str) -> ModuleType:
         what: What needs it, for the error.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: if the package is not installed.
     """
     import importlib
 

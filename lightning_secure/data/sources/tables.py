@@ -48,11 +48,11 @@ class TableSource(Source):
         columns: The columns to take, in order; all by default.
         types: Types by column, where the table's own are not meant.
         stack: Columns of numbers that become one, by its name.
-        nulls: What happens to nulls, by column; those of other columns are refused.
+        nulls: The rule for nulls, by column; those of other columns are refused.
 
     Raises:
-        ConfigError: Names contradict each other or the table.
-        MissingExtraError: pyarrow is not installed.
+        ConfigError: if names contradict each other or the table.
+        MissingExtraError: if pyarrow is not installed.
     """
 
     def __init__(
@@ -96,12 +96,16 @@ class TableSource(Source):
             )
         stacked = [name for group in self._stack.values() for name in group.columns]
         left = [name for name in self._types if name not in stacked]
-        if len(set(stacked)) != len(stacked) or set(self._stack) & set(left):
-            raise ConfigError("a stacked column is named twice, or its name is taken.")
+        if twice := {name for name in stacked if stacked.count(name) > 1}:
+            raise ConfigError(f"columns {sorted(twice)} stand twice in the stacks; name each once.")
+        if taken := set(self._stack) & set(left):
+            raise ConfigError(
+                f"stacks {sorted(taken)} have names of other columns; choose other names."
+            )
 
     @property
     def rows(self) -> int | None:
-        """How many there are, if that is known before they are read."""
+        """The number of rows, if it is known before they are read."""
         return self._rows
 
     @property
@@ -234,7 +238,7 @@ def pandas_source(frame: Any, **options: Any) -> TableSource:
     """Return the source of a pandas DataFrame; its NaN are nulls, as pandas means them.
 
     Raises:
-        DataError: Its index has a name, or a column mixes types.
+        DataError: if the index has a name, or a column mixes types.
     """
     pa = extra("pyarrow", "tables", what="a DataFrame")
     if any(name is not None for name in frame.index.names):
@@ -259,7 +263,7 @@ def parquet_source(path: Path, **options: Any) -> TableSource:
     One row group is in memory at a time.
 
     Raises:
-        DataError: There is no file, one is damaged, or they differ in their columns.
+        DataError: if there is no file, one is damaged, or they differ in their columns.
     """
     pa = extra("pyarrow", "tables", what="Parquet")
     pq = extra("pyarrow.parquet", "tables", what="Parquet")
@@ -307,7 +311,7 @@ def csv_source(path: Path, **options: Any) -> TableSource:
     with leading zeros. An empty field is a null, except in columns of text.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: if the file cannot be read.
     """
     pa = extra("pyarrow", "tables", what="CSV")
     csv = extra("pyarrow.csv", "tables", what="CSV")

@@ -1,4 +1,4 @@
-"""Where the bytes of a dataset lie, and how they are read: at an offset, into a buffer."""
+"""Storages of a dataset's bytes, read at an offset into a buffer."""
 
 from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.local_files import LocalFile, LocalStorage

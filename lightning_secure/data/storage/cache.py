@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _ENTRY: Final = ".shard"
 _PART: Final = ".part"
 _LOCK: Final = ".lock"
-#: Copies that vanish or are no files each time they are looked at are somebody's mischief.
+#: Tries before copies that vanish, or are no files, count as another process's interference.
 _TRIES: Final = 8
 _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -44,7 +44,7 @@ class CiphertextCache:
             until it is closed; a shard larger than all is read through.
 
     Raises:
-        ConfigError: ``max_bytes`` is not positive, or the folder cannot be made.
+        ConfigError: if ``max_bytes`` is not positive, or the folder cannot be made.
 
     Guarantees:
         Only bytes that the storage holds are written: ciphertext, under the name of the shard's
@@ -82,8 +82,8 @@ class CiphertextCache:
             step: How much to copy at a time, in bytes.
 
         Raises:
-            OSError: The shard cannot be opened where it lies.
-            StorageError: The storage did not answer, or refused.
+            OSError: if the shard cannot be opened where it lies.
+            StorageError: if the storage did not answer, or refused.
         """
         path = self.folder / (_key(entry) + _ENTRY)
         source: StoredFile | None = None
@@ -112,7 +112,7 @@ class CiphertextCache:
         part = path.with_suffix(_PART)
         with _lent(part) as fd:
             if not _is(part, fd):
-                return True  # whoever held the lock before has finished, or has given up
+                return True  # the lock's last holder has finished, or has given up
             done = False
             try:
                 if path.exists():
@@ -248,7 +248,7 @@ def _open_entry(path: Path, size: int) -> int | None:
                 os.utime(fd)
             return fd
         os.close(fd)
-    with _cache_errors():  # a link, a pipe or a cut file that somebody put there
+    with _cache_errors():  # a link, a pipe or a cut file that another process put there
         path.unlink(missing_ok=True)
     return None
 
@@ -268,7 +268,7 @@ def _lent(part: Path) -> Iterator[int]:
 
 
 def _remove_if_dead(part: Path) -> bool:
-    """Remove a download that nobody holds the lock of."""
+    """Remove a download whose lock no process holds."""
     fd = os.open(part, os.O_RDWR | _OPEN)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

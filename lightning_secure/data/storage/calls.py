@@ -1,4 +1,4 @@
-"""One call of an fsspec file system, and what its failure means."""
+"""A call of an fsspec file system, and the meaning of its failure."""
 
 from __future__ import annotations
 

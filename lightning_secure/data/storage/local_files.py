@@ -42,7 +42,7 @@ class LocalFile:
         path: The file.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file.
+        OSError: if the file cannot be opened, or is not a regular file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From what a user calls the root of a dataset to the storage that reads it."""
+"""Opening of a dataset's root: a path, a URL or a storage."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def open_storage(
         cache: For a URL, where downloaded shards are kept, encrypted as they are.
 
     Raises:
-        ConfigError: The URL is not accepted, or an option was given that the root has no use for.
-        MissingExtraError: The protocol needs a package that is not installed.
+        ConfigError: if the URL is not accepted, or an option was given that the root has no use
+            for.
+        MissingExtraError: if the protocol needs a package that is not installed.
     """
     path = local_root(root)
     if path is None and not isinstance(root, str | os.PathLike):
@@ -44,7 +45,8 @@ def open_storage(
         storage = LocalStorage(path)
     if storage_options is not None or cache is not None:
         raise ConfigError(
-            f"storage_options= and cache= belong to a URL, and {str(storage)!r} is none."
+            f"storage_options= and cache= need a URL as text, and {str(storage)!r} is not one. "
+            "Leave them out, or give them to RemoteStorage."
         )
     return storage
 
@@ -53,7 +55,7 @@ def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
     """Return the folder of this machine that ``root`` means, or None if it means another place.
 
     Raises:
-        ConfigError: It is no place at all.
+        ConfigError: if ``root`` names no place.
     """
     if isinstance(root, LocalStorage):
         return Path(str(root))
@@ -70,8 +72,9 @@ def folder_of(root: str | os.PathLike[str] | Storage) -> Path:
     """Return the folder of a dataset that can be changed where it lies.
 
     Raises:
-        ConfigError: It is no folder of this machine. Changing keys takes locks and the removal of
-            files that others may be reading, which an object store does not offer.
+        ConfigError: if the dataset is not in a folder of this machine. Changing keys takes locks
+            and the removal of files that others may be reading, which an object store does not
+            offer.
     """
     path = local_root(root)
     if path is None:

@@ -1,4 +1,4 @@
-"""One object of a remote storage, read by ranges."""
+"""An object of a remote storage, read by ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_WINDOW: Final = 64 * 1024
 
 
 class RangeSource(Protocol):
-    """What serves ranges of objects."""
+    """A server of ranges of objects."""
 
     range_bytes: int
 
@@ -65,7 +65,7 @@ class RemoteFile:
         Of an object that was removed meanwhile there are none.
 
         Raises:
-            StorageError: The storage did not answer, or refused.
+            StorageError: if the storage did not answer, or refused.
         """
         with memoryview(out).cast("B") as view:
             length = min(len(view), self._size - offset)

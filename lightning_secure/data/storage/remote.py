@@ -57,11 +57,11 @@ class RemoteStorage:
         timeout: How long one request of up to ``range_bytes`` may take, in seconds, where fsspec's
             file system is asynchronous, as those of S3 and HTTP are.
         insecure_allow_http: Whether the storage may be spoken to without TLS, or without checking
-            its certificate. Anybody on the line can then take the credentials.
+            its certificate. An attacker on the network can then take the credentials.
 
     Raises:
-        ConfigError: The URL is not accepted, or a number is not positive.
-        MissingExtraError: The protocol needs a package that is not installed.
+        ConfigError: if the URL is not accepted, or a number is not positive.
+        MissingExtraError: if the protocol needs a package that is not installed.
 
     Guarantees:
         Nothing that it returns is trusted: a shard's bytes are checked against the signed manifest
@@ -128,8 +128,8 @@ class RemoteStorage:
         """Open a shard, by way of the cache if there is one.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            StorageError: The storage did not answer, or refused.
+            FileNotFoundError: if there is no such object.
+            StorageError: if the storage did not answer, or refused.
         """
         if self._cache is None:
             return self._origin(entry)
@@ -142,8 +142,8 @@ class RemoteStorage:
         """Return a whole small object, never from the cache.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            StorageError: The storage did not answer, or refused.
+            FileNotFoundError: if there is no such object.
+            StorageError: if the storage did not answer, or refused.
         """
         if self.size(name) > _MANIFEST_LIMIT:
             raise StorageError(f"{name!r} at {self._url!r} is larger than a manifest can be.")
@@ -165,8 +165,9 @@ class RemoteStorage:
         """Return the bytes from ``start`` up to ``end``; fewer if the storage sends no more.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            StorageError: The storage did not answer, refused, or sent more than it was asked for.
+            FileNotFoundError: if there is no such object.
+            StorageError: if the storage did not answer, refused, or sent more than it was asked
+                for.
         """
         data: bytes = b""
         for _ in range(self._attempts):
@@ -210,18 +211,18 @@ class RemoteStorage:
             size: Length in bytes that the object must have then.
 
         Raises:
-            StorageError: The storage did not answer, refused, or holds something else.
+            StorageError: if the storage did not answer, refused, or holds something else.
         """
         self._ask("put_file", name, local=path)
         if self.size(name) != size:
             raise StorageError(f"{name!r} did not arrive whole at {self._url!r}.")
 
     def put(self, name: str, data: bytes, *, replacing: str | None) -> bool:
-        """Write a small object if nobody else wrote it meanwhile.
+        """Write a small object unless another writer changed it meanwhile.
 
         Args:
             name: Path below the root.
-            data: What to write.
+            data: The bytes to write.
             replacing: The ETag that the object had when it was read; None if there was none.
 
         Returns:
@@ -229,7 +230,8 @@ class RemoteStorage:
             :attr:`conditional` holds can that be seen without a gap.
 
         Raises:
-            StorageError: The storage did not answer, or refused. It may hold the object or not.
+            StorageError: if the storage did not answer, or refused. The object may then be stored
+                or not.
         """
         options: dict[str, Any] = {"value": data}
         if replacing is None:

@@ -1,4 +1,4 @@
-"""What a dataset asks of the place where it lies."""
+"""The interface of a dataset's storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Storage", "StoredFile"]
 
 
 class StoredFile(Protocol):
-    """One file, open for reading from several threads at once."""
+    """A file that is open for reading from several threads at once."""
 
     @property
     def size(self) -> int:
@@ -22,7 +22,7 @@ class StoredFile(Protocol):
         """Fill ``out`` from ``offset`` and return how many bytes there were; fewer at the end.
 
         Raises:
-            StorageError: The place did not answer.
+            StorageError: if the place did not answer.
         """
 
     def distrust(self) -> bool:
@@ -46,14 +46,14 @@ class Storage(Protocol):
         """Open a shard that a verified manifest names.
 
         Raises:
-            OSError: It is not there or cannot be opened.
-            StorageError: The place did not answer.
+            OSError: if the shard is missing or cannot be opened.
+            StorageError: if the place did not answer.
         """
 
     def read(self, name: str) -> bytes:
         """Return a whole small file by its path below the root, never from a copy.
 
         Raises:
-            OSError: It is not there or cannot be read.
-            StorageError: The place did not answer.
+            OSError: if the file is missing or cannot be read.
+            StorageError: if the place did not answer.
         """

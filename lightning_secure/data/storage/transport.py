@@ -1,4 +1,4 @@
-"""Nothing but TLS: what is looked at before a storage is asked for anything, and while it is.
+"""TLS only: checks before a storage is asked for anything, and while it is.
 
 Shards are ciphertext, so a listener on the line reads no row. What TLS protects are the credentials
 of the storage, and which rows are read when.
@@ -64,15 +64,15 @@ def check_url(url: str, *, insecure_allow_http: bool) -> str:
     """Return the protocol of an fsspec URL.
 
     Raises:
-        ConfigError: It holds credentials, chains protocols, or does not speak TLS. The message
-            does not repeat the URL.
+        ConfigError: if the URL holds credentials, chains protocols, or does not speak TLS. The
+            message does not repeat the URL.
     """
     protocol, _, rest = url.partition("://")
     protocol = protocol.lower()
     if "::" in url:
         raise ConfigError(
-            "a chained URL such as simplecache::s3://... is not accepted: its copies would be "
-            "checked by nobody. Pass cache=CiphertextCache(...). Nothing was opened."
+            "a chained URL such as simplecache::s3://... is not accepted: its copies would not be "
+            "checked. Pass cache=CiphertextCache(...). Nothing was opened."
         )
     if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
         raise ConfigError(
@@ -149,7 +149,7 @@ def watch_client(filesystem: Any) -> None:
     Options, environment and profiles all end here.
 
     Raises:
-        ConfigError: The client does not speak TLS, or does not check certificates.
+        ConfigError: if the client does not speak TLS, or does not check certificates.
     """
     filesystem.connect()
     client = filesystem.s3

@@ -1,1 +1,1 @@
-"""From a source's rows to sealed shards and a committed split."""
+"""Writing: a source's rows become sealed shards and a committed split."""

@@ -1,4 +1,4 @@
-"""How writers end: what several have sealed appears together, in one generation."""
+"""The end of writers: the splits of several appear together, in one generation."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def close_together(writers: Sequence[ClosingWriter]) -> Manifest:
         The manifest that is in place now, behind the URL if there is one.
 
     Raises:
-        ConfigError: A split exists by now and may not be replaced.
-        ManifestMismatchError: The manifest in place is not what was pinned.
-        StorageError: A remote storage did not answer, or refused.
+        ConfigError: if a split exists by now and may not be replaced.
+        ManifestMismatchError: if the manifest in place is not what was pinned.
+        StorageError: if a remote storage did not answer, or refused.
 
     After an error no split of any of them is in the dataset that was not there before; what
     :meth:`EncryptedShardWriter.close` keeps to be resumed is kept of each.

@@ -1,9 +1,9 @@
-"""How far a sealing got, so that one that was killed can go on.
+"""The progress of a sealing, kept so that a killed one can go on.
 
 Each line of the journal is a DSSE envelope, signed like a manifest but as a type of its own, and
-names the digest of the line before. Nothing is believed that the sealer did not sign: whoever may
-write to the storage can cut lines off, which costs time and no row, and nothing else. Of the source
-it holds a keyed digest only, so that nobody can test a guess of the plaintext against it.
+names the digest of the line before. Nothing is believed that the sealer did not sign: a writer to
+the storage can cut lines off, which costs time and no row, and nothing else. Of the source the
+journal holds a keyed digest only, so that no guess of the plaintext can be tested against it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _FIELDS: Final = {
 def source_mark(partition: PartitionKey, source_id: str) -> str:
     """Return what stands for a source in journal and manifest: HMAC-SHA256, in hexadecimal.
 
-    Its key is derived from the split's random partition key, so the mark says nothing to whoever
-    cannot read the rows anyway.
+    Its key is derived from the split's random partition key, so the mark tells nothing to those
+    who cannot read the rows anyway.
     """
     key = partition.subkey("sealing-source").derive(info=b"lsec/v1/source-mark")
     return hmac.digest(key, source_id.encode(), hashlib.sha256).hex()
@@ -58,7 +58,7 @@ def source_mark(partition: PartitionKey, source_id: str) -> str:
 
 @dataclass(kw_only=True)
 class Progress:
-    """What a journal says.
+    """The content of a journal.
 
     Attributes:
         dataset_id: 16 bytes.
@@ -110,7 +110,7 @@ class ProgressLog:
         keys: Signs what is written; nothing that another signed is believed.
 
     Raises:
-        ConfigError: Another sealing of this split is at work, or the file cannot be opened.
+        ConfigError: if another sealing of this split is at work, or the file cannot be opened.
 
     A line that could not be written whole, for example to a full disk, is cut off again, and no
     other follows it: what was written down before stays good to be resumed.
@@ -137,7 +137,7 @@ class ProgressLog:
         A last line without its end is what a crash leaves, and is cut off.
 
         Raises:
-            IntegrityError: A line was altered, left out, moved, or is not of this sealer.
+            IntegrityError: if a line was altered, left out, moved, or is not of this sealer.
         """
         progress: Progress | None = None
         self._seq, self._digest = 0, ""
@@ -270,7 +270,7 @@ def _open_locked(path: Path) -> int:
                 f"split {path.parent.name!r} of {str(path.parent.parent)!r} is being sealed by "
                 "another process or writer. Nothing was done."
             ) from None
-        # Whoever held the lock before may have removed the file between our opening and locking.
+        # The lock's last holder may have removed the file between our opening and locking.
         if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
             return fd
         os.close(fd)

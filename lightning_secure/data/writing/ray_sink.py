@@ -59,24 +59,25 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         keys: Guards the split's key, and signs the manifest. It travels to the workers as
             configuration, never as a key: each unwraps the split's key for itself, so the provider
             must be able to unwrap there.
-        segment_bytes: See :class:`EncryptedShardWriter`.
-        shard_bytes: See there; each worker holds one shard in memory.
-        schema: See there. Without it each task reads the columns off its first rows, and all must
-            agree.
-        anonymize: See there; applied on the workers, before a row is encrypted.
-        allow_nonfinite: See there.
-        replace: See there.
-        min_generation: See there; the driver checks, at the start and under the lock at the end.
-        manifest_digest: See there.
-        columns: See :class:`~lightning_secure.data.sources.tables.TableSource`.
-        types: See there.
-        stack: See there.
-        nulls: See there.
+        segment_bytes: Plaintext length of a segment, in bytes; each read of a row reads one.
+        shard_bytes: Plaintext length of a shard, in bytes; each worker holds one in memory.
+        schema: The columns. By default each task reads them off its first rows, and all must agree.
+        anonymize: The plan for identifying columns, applied on the workers before a row is
+            encrypted.
+        allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
+        replace: Whether an existing split of this name may be replaced.
+        min_generation: The oldest generation of the dataset that is built on; the driver checks,
+            at the start and under the lock at the end.
+        manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
+        columns: The columns to take, in order; all by default.
+        types: Types by column, where the dataset's own are not meant.
+        stack: Columns of numbers that become one, by its name.
+        nulls: The rule for nulls, by column; those of other columns are refused.
 
     Raises:
-        ConfigError: An argument is wrong, the split exists, or the folder cannot be written.
-        MissingExtraError: Ray is not installed.
-        IntegrityError: The folder holds a manifest that is not this provider's, or not what was
+        ConfigError: if an argument is wrong, the split exists, or the folder cannot be written.
+        MissingExtraError: if Ray is not installed.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or not what was
             pinned.
 
     Guarantees:
@@ -170,8 +171,8 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         """Open every shard, and sign one manifest for all; called by Ray on the driver.
 
         Raises:
-            DataError: There are no rows, or tasks disagree about the columns.
-            IntegrityError: A shard is not there, or rows are missing or doubled.
+            DataError: if there are no rows, or tasks disagree about the columns.
+            IntegrityError: if a shard is not there, or rows are missing or doubled.
         """
         parts = sorted(write_result.write_returns, key=lambda part: int(part["task"]))
         dropped = sum(int(part["dropped"]) for part in parts)

@@ -1,4 +1,4 @@
-"""What a sealing begins from: nothing, or the shards that one before it finished."""
+"""The start of a sealing: from nothing, or from the shards that an earlier one finished."""
 
 from __future__ import annotations
 
@@ -87,10 +87,11 @@ class SealingState:
                 and may not be replaced.
 
         Raises:
-            ConfigError: The split exists, is being sealed by another writer, or the earlier sealing
-                had another source or other settings.
-            KeyAccessError: This provider cannot unwrap what it wrapped; it may seal and not read.
-            IntegrityError: The journal or a shard is not what the earlier sealing left.
+            ConfigError: if the split exists, is being sealed by another writer, or the earlier
+                sealing had another source or other settings.
+            KeyAccessError: if this provider cannot unwrap what it wrapped: one that seals and does
+                not read.
+            IntegrityError: if the journal or a shard is not what the earlier sealing left.
         """
         identity = canonical_json([source_id, dict(settings)]).decode()
         journal = ProgressLog(folder, keys)

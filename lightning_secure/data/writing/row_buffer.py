@@ -32,10 +32,10 @@ class PendingRows:
 
     Args:
         layout: Of the split.
-        keys: What pseudonyms are made with.
+        keys: The source of the keys of pseudonyms.
         schema: The columns, if they are known before the first row.
         shard_bytes: Plaintext in a portion, in bytes.
-        anonymize: What happens to identifying columns.
+        anonymize: The plan for identifying columns.
         allow_nonfinite: Whether NaN and infinities pass.
 
     Attributes:
@@ -68,18 +68,18 @@ class PendingRows:
 
     @property
     def report(self) -> AnonymizationReport | None:
-        """What the plan found and did so far; None without a plan."""
+        """The plan's report so far; None without a plan."""
         return None if self._tally is None else self._tally.report(unseen=self.unseen)
 
     @property
     def described(self) -> dict[str, str]:
-        """What is done to columns, for the manifest."""
+        """The operators on columns, for the manifest."""
         plan = self._plan.describe() if self._plan is not None else {}
         return {f"anonymize.{name}": text for name, text in plan.items()}
 
     @property
     def remarks(self) -> dict[str, str]:
-        """What was done to columns, and the report, for the manifest."""
+        """The operators on columns, and the report, for the manifest."""
         report = self.report
         return self.described | (report.attributes if report is not None else {})
 
@@ -87,7 +87,7 @@ class PendingRows:
         """Look again at the next of the rows that were sealed before.
 
         Raises:
-            DataError: They are not what was sealed, or more than that.
+            DataError: if the rows are not what was sealed, or are more than that.
         """
         rows = count_rows(columns)
         if rows > self.unseen:
@@ -157,7 +157,7 @@ class PendingRows:
             first_row: Number of the first one in the split, for errors.
 
         Raises:
-            DataError: A column is missing or unknown, or a value does not fit. No row was taken.
+            DataError: if a column is missing or unknown, or a value does not fit. No row was taken.
         """
         rows = count_rows(columns)
         if rows == 0:

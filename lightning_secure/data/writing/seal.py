@@ -1,4 +1,4 @@
-"""One call from a source of rows to sealed splits."""
+"""The call that turns a source of rows into sealed splits."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sealed:
-    """What came of a sealing.
+    """The outcome of a sealing.
 
     Attributes:
         rows: Rows in each split.
         resumed: How many of these an interrupted sealing had sealed before.
         generation: Of the manifest that is in place with them, to be pinned.
         manifest_digest: Of the same.
-        reports: What the anonymisation plan found and did, by split; a split that was found
+        reports: The reports of the anonymisation plan, by split; a split that was found
             complete has its report in its attributes only.
     """
 
@@ -80,25 +80,26 @@ def seal(
     """Seal all rows of a source.
 
     Args:
-        source: See :func:`~lightning_secure.data.sources.open_source`.
+        source: Columns, rows, a table, a torch Dataset or a path, as
+            :func:`~lightning_secure.data.sources.open_source` takes them.
         root: The dataset's folder, made if it does not exist, an fsspec URL such as
             ``s3://bucket/dataset``, or a :class:`RemoteStorage`.
         keys: Guards the splits' keys, and signs the manifest.
         split: Name of the split, or a rule that says for each row to which one it goes.
-        segment_bytes: See :class:`EncryptedShardWriter`, as for the other arguments of its.
-        shard_bytes: See there. About ``threads + 2`` shards are in memory, and one more for each
-            further split.
-        schema: See there.
-        anonymize: See there.
-        allow_nonfinite: See there.
-        replace: See there.
+        segment_bytes: Plaintext length of a segment, in bytes; each read of a row reads one.
+        shard_bytes: Plaintext length of a shard, in bytes. About ``threads + 2`` shards are in
+            memory, and one more for each further split.
+        schema: The columns. By default they are read off the first row.
+        anonymize: The plan for identifying columns, applied before a row is encrypted.
+        allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
+        replace: Whether existing splits of these names may be replaced.
         threads: How many shards are encrypted and written side by side.
         resume: Go on where a call with the same arguments, that was killed or interrupted, got to.
         source_id: Names the state of the source where it cannot be told from the source itself,
             which is so for iterators and torch datasets; without it these cannot be resumed.
         progress: Called after each batch with the rows taken so far, and of how many.
-        min_generation: See :class:`EncryptedShardWriter`.
-        manifest_digest: See there.
+        min_generation: The oldest generation of the dataset that is built on.
+        manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the splits are sealed in before they are sent. It is kept,
             and a sealing to a URL can be resumed from it only; a temporary one, the default, is
@@ -106,13 +107,13 @@ def seal(
         options: Of the source, see :func:`~lightning_secure.data.sources.open_source`.
 
     Raises:
-        ConfigError: An argument is wrong, a split exists, or what would be resumed had another
+        ConfigError: if an argument is wrong, a split exists, or what would be resumed had another
             source or other arguments.
-        DataError: A row cannot be sealed, or a split got no rows.
-        IntegrityError: The folder or what would be resumed was altered, or the manifest in place
+        DataError: if a row cannot be sealed, or a split got no rows.
+        IntegrityError: if the folder or what would be resumed was altered, or the manifest in place
             is not what was pinned.
-        MissingExtraError: The source, or the URL, needs a package that is not installed.
-        StorageError: A remote storage did not answer, or refused.
+        MissingExtraError: if the source, or the URL, needs a package that is not installed.
+        StorageError: if a remote storage did not answer, or refused.
 
     Guarantees:
         Rows keep their order within a split. A split is in the manifest with all of its rows, or

@@ -27,7 +27,7 @@ class ShardPool:
             it.
 
     Raises:
-        ConfigError: ``threads`` is not positive.
+        ConfigError: if ``threads`` is not positive.
 
     Guarantees:
         At most ``threads`` shards are held here: handing in one more waits for one to be done.
@@ -90,7 +90,7 @@ class ShardQueue:
 
     @property
     def begun(self) -> int:
-        """How many shards were handed in, which is the number of the next one."""
+        """The number of shards handed in, which is the number of the next one."""
         return len(self.entries) + len(self._running)
 
     def add(self, task: Callable[[], ShardEntry]) -> None:
@@ -106,7 +106,7 @@ class ShardQueue:
         return tuple(self.entries)
 
     def stop(self) -> list[ShardEntry]:
-        """Wait for what runs, begin nothing more, and return the shards that nobody was told of.
+        """Wait for running work, begin nothing more, and return the shards not yet reported.
 
         Those that are done together with all before them are taken as always.
         """

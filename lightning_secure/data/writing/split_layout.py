@@ -1,4 +1,4 @@
-"""How a split is divided into shards: by the keys of columns, and by the subjects of rows."""
+"""Division of a split into shards: by the keys of columns, and by the subjects of rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SplitLayout:
         subject_column: The column that says whose a row is, or None.
 
     Raises:
-        ConfigError: A name is not one that a partition may have.
+        ConfigError: if a name is not one that a partition may have.
 
     Segment ``i`` of the shards of every group of columns holds the same rows.
     """
@@ -51,7 +51,7 @@ class SplitLayout:
         #: The partitions, the split's own first.
         self.partitions = tuple(dict.fromkeys([split, *self._partition_of.values()]))
         self._keys: dict[str, PartitionKey] = {}
-        #: Each partition's key, wrapped for whoever seals.
+        #: Each partition's key, wrapped for the sealer.
         self.wrapped: dict[str, tuple[WrappedKey, ...]] = {}
         self._pseudonyms: SubjectPseudonyms | None = None
         self._subject_key: bytes | None = None
@@ -88,7 +88,7 @@ class SplitLayout:
         """Return the pseudonym of each row's subject, or nothing if none are asked for.
 
         Raises:
-            DataError: The column is absent, or a value does not name a subject.
+            DataError: if the column is absent, or a value does not name a subject.
         """
         if self._pseudonyms is None or self._subject_column is None:
             return []
@@ -98,12 +98,12 @@ class SplitLayout:
         """Return the columns of each partition, in the order of :attr:`partitions`.
 
         Raises:
-            DataError: A column under a key of its own is absent, or no other column is left.
+            DataError: if a column under a key of its own is absent, or no other column is left.
         """
         if missing := self._partition_of.keys() - set(schema.names):
             raise DataError(
                 f"column_keys names {sorted(missing)}, which the rows do not have: a renamed "
-                "column would be sealed under everybody's key. Nothing of this call was sealed."
+                "column would be sealed under the split's key. Nothing of this call was sealed."
             )
         columns: dict[str, list[Column]] = {name: [] for name in self.partitions}
         for column in schema.columns:
@@ -140,7 +140,8 @@ class SplitLayout:
             uuid: Names the shard, if there is one group only.
 
         Raises:
-            DataError: See :func:`~lightning_secure.data.shards.shard.seal_shard`.
+            DataError: if a row cannot be sealed, see
+                :func:`~lightning_secure.data.shards.shard.seal_shard`.
         """
         groups = self.groups(schema)
         per_segment = None

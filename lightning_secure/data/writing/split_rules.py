@@ -1,4 +1,4 @@
-"""Which row goes to which split: by a ratio and a seed, or by what a column says."""
+"""Assignment of rows to splits: by a ratio and a seed, or by a column's value."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class SplitByRatio(SplitRule):
         ratios: Share of each split; they add up to 1.
         seed: The same seed gives the same splits of the same source.
         group: A column, for example a patient's number. Rows that agree in it go to one split, so
-            that nobody is both trained and tested on.
+            that no patient is both trained and tested on.
 
     Raises:
-        ConfigError: The shares are not positive or do not add up to 1, or a name is no split's.
+        ConfigError: if the shares are not positive or do not add up to 1, or a name is no split's.
     """
 
     ratios: Mapping[str, float]
@@ -58,9 +58,13 @@ class SplitByRatio(SplitRule):
         shares = list(self.ratios.values())
         numbers = all(type(share) in (int, float) and share > 0 for share in shares)
         if not shares or not numbers or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-            raise ConfigError("the shares of the splits must be positive and add up to 1.")
+            raise ConfigError(
+                f"the ratios of the splits must be positive and add up to 1, not {shares}."
+            )
         if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError("the seed of a split must be a whole number, 0 or more.")
+            raise ConfigError(
+                f"the seed of a split must be a whole number, 0 or more, not {self.seed!r}."
+            )
         for name in self.ratios:
             _require_name(name)
 
@@ -106,7 +110,7 @@ class SplitByColumn(SplitRule):
         """Return positions by split.
 
         Raises:
-            DataError: The column is absent or a value is not the name of a split.
+            DataError: if the column is absent or a value is not the name of a split.
         """
         values = np.asarray(_column(columns, self.column), dtype=object)
         result = {}
@@ -120,8 +124,8 @@ class SplitByColumn(SplitRule):
             result[name] = np.flatnonzero(values == name)
         if len(result) > _MOST_SPLITS:
             raise DataError(
-                f"column {self.column!r} names more than {_MOST_SPLITS} splits; it is hardly the "
-                "one that was meant. Nothing of the splits was put into the dataset."
+                f"column {self.column!r} names more than {_MOST_SPLITS} splits; choose a column "
+                "with fewer values. Nothing of the splits was put into the dataset."
             )
         return result
 

@@ -36,15 +36,16 @@ class Spool:
         split: Name of the split.
         keys: Checks the storage's manifest.
         replace: Whether a split of this name may be replaced there.
-        resume: Whether it may be there because it was sealed to its end; then nobody asks for room.
-        pins: What the storage's manifest is compared with, now and when it is replaced.
+        resume: Whether it may be there because it was sealed to its end; then no room is needed.
+        pins: Pins of the storage's manifest, compared now and when it is replaced.
         folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
             storage will hold, encrypted.
 
     Raises:
-        ConfigError: The split exists there, or the folder holds another dataset than the storage.
-        IntegrityError: The storage's manifest is not this provider's, or not what was pinned.
-        StorageError: The storage did not answer, or refused.
+        ConfigError: if the split exists there, or the folder holds another dataset than the
+            storage.
+        IntegrityError: if the storage's manifest is not this provider's, or not what was pinned.
+        StorageError: if the storage did not answer, or refused.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ def open_spool(
     """Return the folder to seal a split in and, if that is not its place yet, the way there.
 
     Raises:
-        ConfigError: The URL is not accepted, something was given that a folder has no use for, or
-            as for :class:`Spool`.
+        ConfigError: if the URL is not accepted, something was given that a folder has no use for,
+            or as for :class:`Spool`.
     """
     storage = open_storage(root, storage_options=storage_options)
     if isinstance(storage, RemoteStorage):
@@ -156,8 +157,11 @@ def open_spool(
         )
         return spool.folder, spool
     path = local_root(storage)
-    if folder is not None or path is None:
+    if path is None:
         raise ConfigError(
-            "spool= belongs to a URL, and a storage of one's own can be read and not sealed to."
+            f"a {type(storage).__name__} can be read and not sealed to. Give a folder or a URL. "
+            "Nothing was sealed."
         )
+    if folder is not None:
+        raise ConfigError(f"spool= needs a URL, and {str(path)!r} is not one. Nothing was sealed.")
     return path, None

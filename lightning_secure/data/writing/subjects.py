@@ -41,7 +41,7 @@ class SubjectPseudonyms:
             subject: Its id, text or a whole number; 7 and ``"7"`` are different subjects.
 
         Raises:
-            DataError: It is neither.
+            DataError: if the subject's value is of neither type.
         """
         if isinstance(subject, str):
             message = b"s" + utf8(subject, what="a subject's id")
@@ -58,7 +58,7 @@ class SubjectPseudonyms:
         """Return the pseudonym of each row's subject.
 
         Raises:
-            DataError: There is no such column, or a value in it does not name a subject.
+            DataError: if there is no such column, or a value in it does not name a subject.
         """
         if name not in columns:
             raise DataError(

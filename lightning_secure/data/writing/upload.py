@@ -72,26 +72,26 @@ def upload_split(
         an answer that got lost, that is the one that was there.
 
     Raises:
-        ConfigError: There is no such split here, another one exists there, a key name of its
+        ConfigError: if there is no such split here, another one exists there, a key name of its
             belongs to another split there, or another dataset lies there.
-        ShardCorruptedError: A shard of this folder is not what its manifest was signed for. Nothing
-            was sent.
-        ManifestMismatchError: A manifest is not this provider's, or the one there is not what was
-            pinned. It was left as it is.
-        StorageError: The storage did not answer, refused, or others changed the manifest each
+        ShardCorruptedError: if a shard of this folder is not what its manifest was signed for.
+            Nothing was sent.
+        ManifestMismatchError: if a manifest is not this provider's, or the one there is not what
+            was pinned. The manifest there was left as it is.
+        StorageError: if the storage did not answer, refused, or others changed the manifest each
             time. What was sent is in no manifest, unless the last answer got lost.
 
     The pins are of what lies there; the folder here is taken as it is, so look at its generation
-    first where somebody else may write to it. All groups of columns go together, with the keys of
+    first where other users may write to it. All groups of columns go together, with the keys of
     their partitions as they are wrapped here.
     Before anything is sent, size, header and all tags of each shard are compared with the manifest;
-    ciphertext that was damaged under an intact tag shows to whoever has the key. A shard that is
+    ciphertext that was damaged under an intact tag shows when a reader decrypts. A shard that is
     there already, and passes the same comparison, is left as it is: it is read instead of written.
     Each other is sent whole, and the manifest after them, so a reader sees the split as it was or
     as it is. The manifest is replaced only if it is still the one that was read; where the storage
     offers no such condition, or ignores it, two writers at once can lose one's split, see
-    :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and nobody
-    reads; on S3 also parts of an upload, which a life-cycle rule removes.
+    :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and no reader
+    opens; on S3 also parts of an upload, which a life-cycle rule removes.
     """
     storage = open_storage(root, storage_options=storage_options)
     if not isinstance(storage, RemoteStorage):

@@ -44,7 +44,7 @@ class EncryptedShardWriter:
             its rows: small ones suit random access, large ones streaming.
         shard_bytes: Plaintext held in memory, and so the size of a shard, in bytes.
         schema: The columns. By default they are read off the first row.
-        anonymize: What happens to identifying columns before a row is encrypted.
+        anonymize: The plan for identifying columns, applied before a row is encrypted.
         allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
         column_keys: For columns that not every reader may see, the name of the key that they are
             sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their
@@ -67,26 +67,26 @@ class EncryptedShardWriter:
             nothing to go on from, the sealing begins.
         remarks: Goes into the signed manifest: where the rows come from, what was done to them.
             Those whose names begin with ``encrypted.`` are seen by readers of the split only.
-        min_generation: The oldest generation of the dataset that is built on. One that somebody
-            put an older state in place of is refused, when the sealing begins and again, under the
-            lock, when the split is put into the manifest.
+        min_generation: The oldest generation of the dataset that is built on. An older state, put
+            back in its place, is refused when the sealing begins and again, under the lock, when
+            the split is put into the manifest.
         manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
         storage_options: For a URL, see :class:`RemoteStorage`.
         spool: For a URL, the folder that the split is sealed in before it is sent, see
             :func:`upload_split`. It is kept; a temporary one, the default, is not.
 
     Raises:
-        ConfigError: An argument is wrong, the split exists, the folder cannot be written, or what
-            would be resumed was sealed from another source or with other arguments.
-        ManifestMismatchError: The manifest in place is not what was pinned.
-        KeyUnavailableError: The provider has no signing key, so it cannot seal.
-        IntegrityError: The folder holds a manifest that is not this provider's, or what would be
+        ConfigError: if an argument is wrong, the split exists, the folder cannot be written, or
+            what would be resumed was sealed from another source or with other arguments.
+        ManifestMismatchError: if the manifest in place is not what was pinned.
+        KeyUnavailableError: if the provider has no signing key, so it cannot seal.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or what would be
             resumed is not what this provider's holder left.
-        StorageError: A remote storage did not answer, or refused.
+        StorageError: if a remote storage did not answer, or refused.
 
     Use it as a context manager. The rows can be read once the block has ended without an error;
-    until then, and for good after an error or a crash, they are in no manifest and nobody reads
-    them. No plaintext is written at any time.
+    until then, and for good after an error or a crash, they are in no manifest and cannot be
+    read. No plaintext is written at any time.
 
         with EncryptedShardWriter("shards", split="train", keys=keys) as writer:
             for row in rows:
@@ -124,11 +124,14 @@ class EncryptedShardWriter:
                 f"split={split!r} is not a name of 1 to 64 letters, digits, '.', '_' and '-'."
             )
         if segment_bytes < 1 or shard_bytes < segment_bytes:
-            raise ConfigError("segment_bytes must be positive and shard_bytes no smaller.")
+            raise ConfigError(
+                f"segment_bytes must be positive, and is {segment_bytes}; shard_bytes must be at "
+                f"least that, and is {shard_bytes}."
+            )
         if resume and source_id is None:
             raise ConfigError(
-                "resume=True needs source_id=, which names the state of the source: without it "
-                "nobody can tell whether the remaining rows belong to those that are sealed."
+                "resume=True needs source_id=, which names the state of the source: without it the "
+                "remaining rows cannot be matched with those that are sealed."
             )
         self._layout = SplitLayout(split, column_keys or {}, subject_column)
         if source_id is not None and not self._layout.plain:
@@ -205,19 +208,19 @@ class EncryptedShardWriter:
 
     @property
     def report(self) -> AnonymizationReport | None:
-        """What ``anonymize`` found and did; None without it, or if the split was found complete."""
+        """The report of ``anonymize``; None without it, or if the split was found complete."""
         return None if self.complete else self._pending.report
 
     @property
     def unseen(self) -> int:
-        """How many of the rows that were sealed before are missing in :attr:`report`."""
+        """The number of rows sealed before that are missing in :attr:`report`."""
         return self._pending.unseen
 
     def recount(self, columns: Mapping[str, Any]) -> None:
         """Look again at the next :attr:`unseen` rows that are sealed already, for the report.
 
         Raises:
-            DataError: They do not fit the plan, or there are more than were sealed.
+            DataError: if the rows do not fit the plan, or are more than were sealed.
         """
         self._pending.recount(columns)
 
@@ -228,7 +231,7 @@ class EncryptedShardWriter:
             row: A value for each column: a number, text, bytes, an array or a tensor.
 
         Raises:
-            DataError: A column is missing or unknown, or a value does not fit. The row was not
+            DataError: if a column is missing or unknown, or a value does not fit. The row was not
                 taken; those before it were.
         """
         if not isinstance(row, Mapping):
@@ -243,7 +246,8 @@ class EncryptedShardWriter:
                 sequences.
 
         Raises:
-            DataError: As for :meth:`write`. None of the rows was taken.
+            DataError: if a column is missing or unknown, or a value does not fit. None of the rows
+                was taken.
         """
         self.take(columns, copy=True)
 
@@ -255,7 +259,8 @@ class EncryptedShardWriter:
             copy: Whether the memory may be used for something else after the call.
 
         Raises:
-            DataError: As for :meth:`write_batch`.
+            DataError: if a column is missing or unknown, or a value does not fit. None of the rows
+                was taken.
         """
         self._require_owner()
         if self._closed or self.complete:
@@ -271,13 +276,13 @@ class EncryptedShardWriter:
         kept to be resumed, unless the error lies in the rows.
 
         Raises:
-            DataError: There is no row. The dataset is as it was.
-            KeyUnavailableError: The key was destroyed meanwhile, or cannot be used now, so nobody
-                could read the split. The dataset is as it was: keep the source.
-            ConfigError: Another writer sealed the same split meanwhile. Its rows stand.
-            ManifestMismatchError: The manifest in place is not what was pinned, or an older one
-                than this writer has seen. It was left as it is.
-            StorageError: A remote storage did not answer, or refused, see :func:`upload_split`.
+            DataError: if there is no row. The dataset is as it was.
+            KeyUnavailableError: if the key was destroyed meanwhile, or cannot be used now, so that
+                the split could not be read. The dataset is as it was: keep the source.
+            ConfigError: if another writer sealed the same split meanwhile. Its rows stand.
+            ManifestMismatchError: if the manifest in place is not what was pinned, or is older than
+                one this writer has seen. The manifest was left as it is.
+            StorageError: if a remote storage did not answer, or refused, see :func:`upload_split`.
         """
         if not self._closed:
             close_together([self])

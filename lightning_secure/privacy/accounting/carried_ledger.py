@@ -1,4 +1,4 @@
-"""How a module carries the ledger of its weights, whichever strategy saves, loads or trains it."""
+"""The ledger that a module carries, whichever strategy saves, loads or trains it."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def declare_public_weights(module: Any) -> None:
         module: Carries the ledger of its weights.
 
     Raises:
-        LedgerError: It carries none.
+        LedgerError: if the module carries no ledger.
     """
     ledger = ledger_of(module)
     if ledger is None:

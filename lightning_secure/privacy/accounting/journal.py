@@ -1,6 +1,6 @@
 r"""A run's own count of its releases, on the disk before each of them.
 
-A checkpoint holds the account of the run as it was then. If the run went on, and somebody resumes
+A checkpoint holds the account of the run as it was then. If the run went on, and is then resumed
 from that checkpoint, what happened since has been released and is missing from the account. So one
 file a run, which all its branches share, holds how much was released in all.
 
@@ -60,8 +60,8 @@ class Journal:
     Args:
         path: The file.
         key: For its authentication codes, 32 bytes.
-        file: What was opened, unbuffered, positioned behind its last whole line.
-        totals: What that line says.
+        file: The opened file, unbuffered, positioned behind its last whole line.
+        totals: The totals in that line.
         mac: Of that line.
     """
 
@@ -92,12 +92,12 @@ class Journal:
         """Make sure that a release stands on the disk before it happens.
 
         Args:
-            release: What is about to be released.
-            at_most: So many more steps there will be in any case, for example because of the
+            release: The release that is about to happen.
+            at_most: Number of further steps at most, for example because of the
                 budget.
 
         Raises:
-            LedgerError: It could not be written. Nothing may be released.
+            LedgerError: if the release could not be written. Nothing may be released.
         """
         if os.getpid() != self._owner:
             raise LedgerError(
@@ -169,7 +169,7 @@ class Journal:
         """Begin the journal of a run.
 
         Raises:
-            LedgerError: There is one, or it cannot be written.
+            LedgerError: if the journal exists, or cannot be written.
         """
         failure, file = None, None
         try:
@@ -196,7 +196,7 @@ class Journal:
         """Open the journal of a run that is going on.
 
         Raises:
-            LedgerError: It is absent, was altered, or is in use.
+            LedgerError: if the journal is absent, was altered, or is in use.
         """
         failure: str | None = None
         file: io.FileIO | None = None
@@ -235,7 +235,7 @@ def read_totals(path: Path, *, key: bytes, run_id: str) -> Totals:
     """Return what the journal of a run says was released in all, without opening it.
 
     Raises:
-        LedgerError: It is absent or was altered.
+        LedgerError: if the journal is absent or was altered.
     """
     failure = ""
     try:
@@ -289,7 +289,7 @@ def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes,
     """Return what a journal says, its last code, and how many of its bytes are whole lines.
 
     Raises:
-        IntegrityError: It is not what this run wrote.
+        IntegrityError: if the journal is not what this run wrote.
     """
     end, mac = 0, bytes(32)
     first: dict[str, Any] | None = None

@@ -41,7 +41,7 @@ _AHEAD: Final = 1000
 
 @dataclass(kw_only=True)
 class Ledger:
-    """What was released so far, and under which public numbers.
+    """The account of all releases so far, and their public numbers.
 
     Attributes:
         delta: Probability with which the epsilon may fail to hold.
@@ -103,7 +103,7 @@ class Ledger:
 
     @property
     def step(self) -> Release:
-        """One step: its gradient, and the metrics of the same draw."""
+        """The release of one step: its gradient, and the metrics of the same draw."""
         noise = joint_noise(self.noise_multiplier, *self.beside)
         return Release(noise, self.public.sample_rate if self.mechanism == "poisson" else 1.0, 1)
 
@@ -130,15 +130,15 @@ class Ledger:
 
     @property
     def private(self) -> bool:
-        """Whether the epsilon means anything."""
+        """Whether the run is private, so that its epsilon has a meaning."""
         return not self.insecure
 
     def record(self) -> None:
         """Enter one step. Call it before its result is released.
 
         Raises:
-            BudgetExhaustedError: Steps are one release, and it has no further step.
-            LedgerError: The journal cannot be written. The step must not be released.
+            BudgetExhaustedError: if all steps are one release, and that has no further step.
+            LedgerError: if the journal cannot be written. The step must not be released.
         """
         if self.mechanism == "banded":
             if self._planned.take():
@@ -155,9 +155,9 @@ class Ledger:
                 rows took part. Call it before the result is released.
 
         Raises:
-            BudgetExhaustedError: It would exceed the budget.
-            LedgerError: The journal cannot be written or, after the fit, not be found. It must not
-                be released.
+            BudgetExhaustedError: if the release would exceed the budget.
+            LedgerError: if the journal cannot be written or, after the fit, not be found. The
+                release must not happen.
         """
         limited = self.private and self.budget is not None
         epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
@@ -292,7 +292,7 @@ class Ledger:
         """Read what :meth:`state_dict` wrote.
 
         Raises:
-            LedgerError: It is something else.
+            LedgerError: if the state is not a ledger's.
         """
         read: LedgerState | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):
@@ -310,7 +310,7 @@ class Ledger:
         """Read the account of a checkpoint; None if it has none.
 
         Raises:
-            LedgerError: It has one that cannot be read.
+            LedgerError: if the checkpoint has an account that cannot be read.
         """
         state = checkpoint.get(CHECKPOINT_KEY)
         if not isinstance(state, dict) or "privacy" not in state:
@@ -322,7 +322,7 @@ def require_account(checkpoint: Mapping[str, Any]) -> Ledger:
     """Return the account of a checkpoint that is to be trained further.
 
     Raises:
-        LedgerError: It has none, or one that cannot be read.
+        LedgerError: if the checkpoint has no account, or one that cannot be read.
     """
     ledger = Ledger.from_checkpoint(checkpoint)
     if ledger is None:
@@ -344,7 +344,7 @@ def attach_journal(ledger: Ledger, directory: Path) -> None:
             its journal of then, if that still exists.
 
     Raises:
-        LedgerError: The journal is in use, was altered, knows less than the checkpoint, or is
+        LedgerError: if the journal is in use, was altered, knows less than the checkpoint, or is
             absent although the run has one. The ledger is unchanged, and nothing may be trained.
     """
     ledger.close_journal()
@@ -399,7 +399,7 @@ def known_releases(ledger: Ledger, directory: Path) -> list[Release]:
     """Return what the journal of a ledger's run says was released in all, without opening it.
 
     Raises:
-        LedgerError: It is absent or was altered.
+        LedgerError: if the journal is absent or was altered.
     """
     path = journal_path(ledger, directory)
     totals = read_totals(path, key=ledger.journal_key(), run_id=ledger.run_id)
@@ -419,8 +419,8 @@ def restore_journal(ledger: Ledger, directory: Path, *, steps: int) -> Path:
         Where it lies.
 
     Raises:
-        ConfigError: ``steps`` is no such number.
-        LedgerError: There is a journal, or the checkpoint alone has more steps.
+        ConfigError: if ``steps`` is not a number of steps.
+        LedgerError: if there is a journal, or the checkpoint alone has more steps.
     """
     positive_int(steps=steps)
     more = steps - ledger.steps
@@ -463,4 +463,4 @@ class GuardsMetrics(Protocol):
 
     @property
     def published_metrics(self) -> Mapping[str, bool]:
-        """Those that pass, and whether they are of the rows, with noise that is in the account."""
+        """The metrics that pass, and whether each is of the rows, with charged noise."""

@@ -80,9 +80,9 @@ class LedgerState:
         """Read what :meth:`to_dict` wrote; None if it is something else.
 
         Raises:
-            TypeError: It is none.
-            KeyError: It is none.
-            ValueError: It is none.
+            TypeError: if the state is no ledger.
+            KeyError: if the state is no ledger.
+            ValueError: if the state is no ledger.
         """
         if state["version"] not in (1, _VERSION, _VERSION_OF_OTHERS):
             return None

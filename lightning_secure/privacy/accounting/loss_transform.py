@@ -78,7 +78,7 @@ _NEGLIGIBLE: Final = 60.0
 
 
 class Part(NamedTuple):
-    """One of the Gaussian pairs that a step is, drawn with probability ``share``.
+    """A Gaussian pair, one of those that a step is a mixture of, drawn with probability ``share``.
 
     Attributes:
         share: Probability, which is known to the attacker.

@@ -25,11 +25,11 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
     Args:
         accountant: ``opacus-rdp``, ``opacus-prv`` or ``opacus-gdp``. PRV is at most 0.01 above the
             true epsilon. GDP is an approximation and can lie below it.
-        releases: What was released. Nothing costs nothing.
+        releases: The releases; without any, epsilon is zero.
         delta: Between 0 and 1.
 
     Raises:
-        PrivacyError: Opacus cannot account for these releases.
+        PrivacyError: if Opacus cannot account for these releases.
     """
     from opacus.accountants import create_accountant
 
@@ -41,7 +41,7 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
     if accountant == "opacus-gdp" and len(history) > 1:
         raise PrivacyError(
             "Opacus' GDP accountant cannot add up steps of different noise or sampling rate, and "
-            f"there are {len(history)} kinds. Use another one; the account itself is whole."
+            f"there are {len(history)} kinds. Use another one; the ledger itself is intact."
         )
     epsilon = math.nan
     # That GDP can be too small, or that an RDP order is the last of its list, is said in our docs.
@@ -56,6 +56,6 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
     if math.isnan(epsilon) or epsilon < 0:
         raise PrivacyError(
             f"accountant {accountant!r} has no answer for these {len(history)} kinds of steps at "
-            f"delta {delta:g}. Use 'pld'; the account itself is whole."
+            f"delta {delta:g}. Use 'pld'; the ledger itself is intact."
         )
     return epsilon

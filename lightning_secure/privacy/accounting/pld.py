@@ -68,11 +68,11 @@ def require_accountant(name: str, *, bound: bool) -> None:
     """Refuse accountants that do not exist or, for a budget, that are no upper bound.
 
     Args:
-        name: One of :data:`ACCOUNTANTS`.
+        name: An accountant of :data:`ACCOUNTANTS`.
         bound: Whether a budget is to be kept by it.
 
     Raises:
-        ConfigError: It is not one of them, or cannot bound anything.
+        ConfigError: if the accountant does not exist, or is no upper bound where one is needed.
 
     >>> require_accountant("opacus-gdp", bound=True)
     Traceback (most recent call last):
@@ -83,8 +83,8 @@ def require_accountant(name: str, *, bound: bool) -> None:
     if bound and name not in BOUNDS:
         raise ConfigError(
             f"accountant {name!r} approximates epsilon and can lie below the true one, so no "
-            f"budget can be kept by it; use one of {', '.join(BOUNDS)}. It can be shown beside "
-            "them."
+            f"budget can be kept by it; use one of {', '.join(BOUNDS)}, and this accountant for "
+            "display only."
         )
 
 
@@ -92,8 +92,8 @@ def epsilon_by(accountant: str, releases: Sequence[Release], *, delta: float) ->
     """Return the epsilon of all releases together, by the accountant of that name.
 
     Raises:
-        ConfigError: There is no such accountant.
-        PrivacyError: It cannot account for these releases.
+        ConfigError: if there is no such accountant.
+        PrivacyError: if the accountant cannot account for these releases.
 
     >>> round(epsilon_by("opacus-rdp", [Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
     1.0355
@@ -115,7 +115,7 @@ def epsilon_pld(releases: Sequence[Release], *, delta: float) -> float:
     """Return the epsilon of all releases together, by privacy loss distributions.
 
     Args:
-        releases: What was released. Nothing costs nothing.
+        releases: The releases; without any, epsilon is zero.
         delta: Between 0 and 1. Below 1e-300, or with noise below 1e-50, epsilon is infinite.
 
     Guarantees:
@@ -232,9 +232,9 @@ def calibrate_noise(
         of the target, or jumps above it at a noise multiplier that is smaller by a millionth.
 
     Raises:
-        ConfigError: ``accountant`` is not one of them.
-        PrivacyError: What was released already leaves nothing, or the accountant cannot show so
-            small an epsilon at so small a delta, or shows it without any noise.
+        ConfigError: if ``accountant`` is unknown.
+        PrivacyError: if earlier releases have used up the budget, or if the accountant cannot show
+            so small an epsilon at so small a delta, or shows it without any noise.
     """
     require_accountant(accountant, bound=True)
     with announced(f"calibrating the noise of {steps} steps by {accountant}"):
@@ -273,7 +273,7 @@ def _calibrated(
             raise PrivacyError(
                 f"no amount of noise has been found that keeps {steps} steps within epsilon "
                 f"{target_epsilon:g} at delta {delta:g} by {accountant}: at so small a delta or "
-                "budget it bounds nothing. Choose a larger one. Nothing was trained."
+                "budget the accountant bounds nothing. Choose a larger one. Nothing was trained."
             )
         width *= 2
         low, at_low, high = high, at_high, high + width

@@ -1,4 +1,4 @@
-"""The numbers of a run that everybody may know."""
+"""The numbers of a run that are public."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["PublicNumbers"]
 
 @dataclass(frozen=True, kw_only=True)
 class PublicNumbers:
-    """What is fixed at the first fit and never derived from the data again.
+    """The numbers that are fixed at the first fit and never derived from the data again.
 
     Attributes:
         dataset_size: Number of rows.

@@ -1,4 +1,4 @@
-"""Which weights an account is about: what they were when it was complete, and what differs now."""
+"""Notes on the weights of an account: their digests when it was complete, and later changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Digests = dict[torch.dtype, frozenset[int]]
 
 @dataclass(frozen=True)
 class WeightNote:
-    """What one parameter or buffer was.
+    """The note on a parameter or buffer: its shape and digests.
 
     Attributes:
         shape: That of all of it, or of the part that this process held.

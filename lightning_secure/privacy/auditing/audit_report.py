@@ -1,4 +1,4 @@
-"""What an audit has found, beside what the account claims."""
+"""The result of an audit, beside the account's claim."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class AuditReport:
         """Raise if the claim is disproved.
 
         Raises:
-            PrivacyError: It is.
+            PrivacyError: if the claim is disproved.
         """
         if not self.holds:
             raise PrivacyError(self._finding())

@@ -1,4 +1,4 @@
-"""From how often an attack guesses right to a lower bound on epsilon.
+"""Lower bounds on epsilon from the rate at which an attack guesses right.
 
 Source:
     Jagielski et al. 2020, arXiv:2006.07709 (Clopper-Pearson); Nasr et al. 2023, arXiv:2302.07956

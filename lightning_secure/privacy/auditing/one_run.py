@@ -45,7 +45,7 @@ class OneRunAudit:
     Args:
         canaries: Rows made for the purpose, in the form of the dataset's own; hundreds of them, of
             which the model will learn as much as possible: inputs like no other, wrong labels. They
-            must not be anybody's: reports say something about them.
+            must not be a real person's: reports say something about them.
         included: Which of them are, if another process of the same run has tossed the coins. By
             default the operating system tosses them.
 
@@ -60,7 +60,7 @@ class OneRunAudit:
     not: ``DPConfig(public_dataset_size=audit.public_size(rows))``.
 
     Raises:
-        ConfigError: There are no canaries, or as many coins as canaries there are not.
+        ConfigError: if there are no canaries, or the number of coins is not that of the canaries.
     """
 
     def __init__(self, canaries: IndexedRows, *, included: Sequence[bool] | None = None) -> None:
@@ -79,7 +79,7 @@ class OneRunAudit:
 
     @property
     def included(self) -> list[bool]:
-        """Which canaries are among the rows; keep it to resume the run in another process."""
+        """The canaries that are among the rows; keep it to resume the run in another process."""
         return list(map(bool, self._included))
 
     def among(self, rows: IndexedRows) -> Dataset[Any]:
@@ -133,7 +133,7 @@ class OneRunAudit:
         The best of several numbers of guesses is reported, each held to its share of the error.
 
         Raises:
-            ConfigError: A number is out of range, or not every canary has a score.
+            ConfigError: if a number is out of range, or not every canary has a score.
         """
         open_unit_interval(delta=delta, confidence=confidence)
         count = len(self._canaries)

@@ -44,7 +44,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class AttackedRun(Protocol):
-    """Something that trains on those canaries that are included, and lets itself be watched."""
+    """A training on the included canaries that lets an attacker watch."""
 
     def __call__(self, included: Bools) -> Floats:
         """Train anew, and return a score for each canary, higher for those that seem included."""
@@ -67,7 +67,7 @@ class CanaryRun:
         ledger: The account of the last run.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ def canary_audit(
     independent trials, as they are where noise and clipping are right.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
 
     >>> run = CanaryRun(20_000, noise_multiplier=1.0, delta=1e-5, insecure_seed=1)
     >>> settings = {"canaries": 20_000, "claimed": run.epsilon, "delta": 1e-5}

@@ -1,4 +1,4 @@
-"""What a checkpoint would hold, and that trial runs do not change it."""
+"""The content of a checkpoint, and the check that trial runs do not change it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def held(
     """Return all that a checkpoint would hold, and buffers that none does.
 
     Args:
-        model: Of which its weights and buffers are.
+        model: The model whose weights and buffers it holds.
         checkpoint: Returns what a checkpoint would hold if it were written now.
         outcome: Ends the error.
 

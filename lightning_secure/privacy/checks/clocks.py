@@ -1,4 +1,4 @@
-"""Which changes of a checkpoint's content are a clock's, and not the rows'.
+"""Clocks in a checkpoint's content: changes that time makes, and not the rows.
 
 What a training step changes in a checkpoint is taken to come from the rows. What changes just so
 between two checkpoints with no training step in between is a clock or a counter of checkpoints, as
@@ -46,7 +46,7 @@ _MOVING: Final = re.compile(f"({_ID}|{_DATE}|{_TIME}|{_NUMBER})")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint would hold at some time.
+    """The content that a checkpoint would hold at some time.
 
     Attributes:
         content: A copy.
@@ -104,7 +104,7 @@ def first_change(before: Snapshot, after: Snapshot, take: Callable[[], Snapshot]
 
 
 class _Moves:
-    """How far clocks have moved between three snapshots, the last two without a training step."""
+    """The moves of clocks between three snapshots, the last two without a training step."""
 
     def __init__(self, before: Snapshot, after: Snapshot, later: Snapshot) -> None:
         pairs = ((before, after), (after, later))
@@ -169,7 +169,7 @@ class _Moves:
         )
 
     def _lists(self, old: list[Any], new: list[Any], later: list[Any]) -> bool:
-        """Something is appended for each checkpoint, such as its time."""
+        """Return whether an entry is appended for each checkpoint, such as its time."""
         more = len(new) - len(old)
         if not 0 < more == len(later) - len(new) <= len(old):
             return False

@@ -61,7 +61,7 @@ def require_rows_kept_apart(
         seed: Makes the trial runs repeatable, for tests.
 
     Raises:
-        UnsupportedModelError: One row's gradient depends on which rows it was collated with.
+        UnsupportedModelError: if one row's gradient depends on which rows it was collated with.
 
     Where rows are padded, each is also collated with copies of itself, and so to its own length.
     That is compared with dropout off, whose masks would be others; where dataset, collate function

@@ -1,4 +1,4 @@
-"""What lies between the means over the rows and the loss, read off the autograd graph.
+"""The autograd graph between the means over the rows and the loss.
 
 A loss ``f(mean of the rows' losses)`` gives each row the gradient of its own loss times ``f'`` of
 what all rows came to. Only a linear ``f`` has a constant there. Trial runs see another ``f`` only
@@ -129,11 +129,11 @@ def require_linear(fault: str | None, *, outcome: str) -> None:
     """Make sure that the loss is linear in the rows' means.
 
     Args:
-        fault: What is not linear in its graph.
-        outcome: What became of the step.
+        fault: The operation of its graph that is not linear.
+        outcome: The outcome for the step, as the error says it.
 
     Raises:
-        UnsupportedModelError: There is such a thing.
+        UnsupportedModelError: if there is such a thing.
     """
     if fault is not None:
         raise UnsupportedModelError(

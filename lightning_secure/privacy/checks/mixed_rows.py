@@ -34,7 +34,8 @@ def require_unmoved(run: Run, changed: Run, kept: int, *, outcome: str = NO_STEP
         outcome: What a refusal says of the step.
 
     Raises:
-        UnsupportedModelError: It does, or the passes go through other layers.
+        UnsupportedModelError: if the row's gradient follows the others, or the passes go through
+            other layers.
     """
     require_same_layers(run, changed)
     layer = differing(run, changed, kept, tolerance=_TOLERANCE)
@@ -60,7 +61,7 @@ def require_unmoved_by_strangers(run: Run, changed: Run, kept: int, *, outcome: 
     """Make sure of the same where the other rows may have another length, so that layers differ.
 
     Raises:
-        UnsupportedModelError: The kept row's gradient does follow the others.
+        UnsupportedModelError: if the kept row's gradient does follow the others.
     """
     if same_layers(run, changed):
         if not (run.drew and _shapes(run) != _shapes(changed)):

@@ -84,9 +84,9 @@ def preflight(
         seed: Makes the trial runs repeatable, for tests.
 
     Raises:
-        UnsupportedModelError: One row's gradient depends on another row or on their number, a
-            gradient goes past its layer, or something that checkpoints hold changes with the
-            training step. The message names the layer, parameter or state at fault.
+        UnsupportedModelError: if one row's gradient depends on another row or on their number, a
+            gradient goes past its layer, or a state that checkpoints hold changes with the training
+            step. The message names the layer, parameter or state at fault.
     """
     if not leaves(batch, size):
         raise UnsupportedModelError(
@@ -129,7 +129,7 @@ def _independent(trial: Trial, batch: Any, size: int, jitter: int, seeds: Seeds)
         Whether the others' gradients did move, without which nothing was seen.
 
     Raises:
-        UnsupportedModelError: The kept one's did, or the loss is not a mean.
+        UnsupportedModelError: if the kept row's gradient changed, or the loss is not a mean.
     """
     seen = False
     generator = torch.Generator().manual_seed(jitter)
@@ -299,7 +299,7 @@ def _by_size(
 
 
 def _require_mean_on_average(trial: Trial, batch: Any) -> None:
-    """Where the step draws random numbers besides dropout, a factor of rows still stands out."""
+    """Refuse a factor of rows that stands out although the step draws random numbers."""
     sizes = {
         rows: sum(
             float(_few(trial, batch, rows, seed=seed).squares()[:, 0].sum())

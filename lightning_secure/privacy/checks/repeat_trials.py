@@ -1,4 +1,4 @@
-"""When trial rows run again: in steps 2, 4, 8, ..., and where a step is not like those before."""
+"""The schedule of repeated trial rows: in steps 2, 4, 8, ..., and in steps unlike those before."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Repeats:
             What is to be handed to :meth:`note` afterwards; None where one row is alone.
 
         Raises:
-            UnsupportedModelError: It is not linear in the means over the rows.
+            UnsupportedModelError: if the loss is not linear in the means over the rows.
         """
         if rows < 2:
             return None

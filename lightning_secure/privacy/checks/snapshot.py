@@ -1,4 +1,4 @@
-"""What trial runs leave behind: putting it back, and telling what a checkpoint would hold of it."""
+"""Snapshots around trial runs: restoring the state, and comparing what a checkpoint would hold."""
 
 from __future__ import annotations
 

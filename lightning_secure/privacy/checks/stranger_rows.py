@@ -45,7 +45,7 @@ def require_strangers_apart(trial: Trial, batch: Any, size: int, *, seeds: Seeds
         seeds: By which a row is chosen, and passes that draw random numbers are seeded.
 
     Raises:
-        UnsupportedModelError: It does.
+        UnsupportedModelError: if the kept row's gradient moves.
 
     A pass that fails, or has a loss or a gradient that is not finite, decides nothing: strangers
     may be what the model was never made for.
@@ -88,7 +88,7 @@ def try_again(
             states only places and versions are compared.
 
     Raises:
-        UnsupportedModelError: One row's gradient depends on another row, or something that
+        UnsupportedModelError: if one row's gradient depends on another row, or a state that
             checkpoints hold changes with the training step.
 
     Where there is no memory for it, nothing is tried.

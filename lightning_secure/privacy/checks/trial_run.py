@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial run needs.
+    """The parts that a trial run needs.
 
     Attributes:
         engine: Attached to the model.
@@ -92,8 +92,8 @@ class Trial:
             seed: The same one has dropout and augmentations do the same.
 
         Raises:
-            UnsupportedModelError: There is no gradient, or one that is not finite, or the model is
-                compiled in a way that leaves no place to record.
+            UnsupportedModelError: if there is no gradient, or one that is not finite, or the model
+                is compiled in a way that leaves no place to record.
         """
         seed_all(seed)
         states = random_states()
@@ -195,7 +195,7 @@ def require_same_layers(one: Run, other: Run) -> None:
     """Make sure that two passes of other rows can be compared layer by layer.
 
     Raises:
-        UnsupportedModelError: They cannot.
+        UnsupportedModelError: if the two passes cannot be compared.
     """
     if not same_layers(one, other):
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""From a model to noised gradients."""
+"""The gradient engine: per-sample clipping, sums and noise for one model."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class GradientEngine:
 
     Attributes:
         units: The trainable layers.
-        parameters: Those that they compute with, each once.
+        parameters: Parameters that they compute with, each once.
         homes: For each of them, the one that gets its gradient.
         means: Exchanges means of counted targets, which would mix rows, while it records.
 
     Raises:
-        UnsupportedModelError: See :func:`find_units`, and if nothing is trainable or ``clipping``
-            does not fit the layers.
+        UnsupportedModelError: if nothing is trainable, ``clipping`` does not fit the layers, or for
+            the reasons of :func:`find_units`.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class GradientEngine:
             parameters: By name; for example those of an optimizer.
 
         Raises:
-            UnsupportedModelError: One is trainable and none of the engine's layers accounts for
-                it: it was added or unfrozen later, or belongs to no layer of the model.
+            UnsupportedModelError: if a trainable parameter is accounted for by none of the engine's
+                layers: it was added or unfrozen later, or belongs to no layer of the model.
         """
         for name, parameter in parameters:
             if parameter.requires_grad and id(parameter) not in self._covered:
@@ -146,7 +146,7 @@ class GradientEngine:
             rows: How many.
 
         Raises:
-            UnsupportedModelError: The loss is a float16 or a bfloat16.
+            UnsupportedModelError: if the loss is a float16 or a bfloat16.
         """
         if loss.dtype in (torch.float16, torch.bfloat16):
             raise UnsupportedModelError(
@@ -165,7 +165,8 @@ class GradientEngine:
         """Return and forget the records of the last block.
 
         Raises:
-            UnsupportedModelError: There are none, or a layer's first dimension is not the batch.
+            UnsupportedModelError: if nothing was recorded, or a layer's first dimension is not the
+                batch.
         """
         records = self._recorder.take(batch, factor=self._factor)
         if not records:

@@ -52,7 +52,7 @@ def clip_factor(norms: Tensor, *, max_grad_norm: float) -> Tensor:
         left out, whatever made it overflow.
 
     Raises:
-        ConfigError: ``max_grad_norm`` is not positive.
+        ConfigError: if ``max_grad_norm`` is not positive.
 
     Guarantees:
         ``factor[i] * norms[i] <= max_grad_norm`` for every finite norm, up to rounding.

@@ -109,10 +109,10 @@ class Recorder:
         Args:
             batch: Rows of the chunk. The loss is taken to be their mean, so the gradient of one
                 sample's own loss is so many times what reached the layer.
-            factor: What the loss was multiplied by before it went backward.
+            factor: The factor of the loss before the backward pass.
 
         Raises:
-            UnsupportedModelError: A layer's first dimension is not the batch, so its gradients
+            UnsupportedModelError: if a layer's first dimension is not the batch, so its gradients
                 cannot be told apart by sample.
         """
         records, self._pending = self._pending, []
@@ -270,7 +270,7 @@ def add_clipped_sums(
 
     Args:
         sums: Running sums by parameter, float32; missing ones are begun.
-        records: Those of one chunk.
+        records: Records of one chunk.
         max_grad_norm: Clipping bound.
         layers: Which layers are clipped together, to their shares of it; by default all.
 

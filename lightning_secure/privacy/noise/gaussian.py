@@ -1,4 +1,4 @@
-"""Where the noise is added."""
+"""Gaussian noise for sums of gradients and other releases."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class GaussianNoise:
     generator is torch's Philox with a seed of 63 bits, which is no cryptographic one.
 
     Raises:
-        ConfigError: ``secure`` with a seed.
+        ConfigError: if ``secure`` is given with a seed.
     """
 
     def __init__(self, seed: int | None = None, *, secure: bool = False) -> None:
         if secure and seed is not None:
             raise ConfigError(
-                "secure_noise contradicts insecure_seed: noise from a seed can be subtracted by "
-                "whoever knows it."
+                "secure_noise contradicts insecure_seed: noise from a known seed can be "
+                "subtracted. Leave one of them out."
             )
         self._seed = seed
         self._secure = secure

@@ -34,14 +34,15 @@ def with_count(
     same draw.
 
     Raises:
-        ConfigError: One has the count's name, or cannot be had with this way of clipping.
+        ConfigError: if a metric has the count's name, or the count cannot be had with this way of
+            clipping.
     """
     if isinstance(rule, PerLayerClipping) and any(
         isinstance(metric, ClippedFraction) for metric in released.values()
     ):
         raise ConfigError(
-            "ClippedFraction counts rows that are clipped as a whole, and by layers they are "
-            "clipped in some layers and not in others. Use GradientNorm, or flat clipping."
+            "ClippedFraction counts rows whose whole gradient is clipped, and per-layer clipping "
+            "clips each layer by itself. Use GradientNorm, or flat clipping."
         )
     if not isinstance(rule, AdaptiveClipping):
         return dict(released)

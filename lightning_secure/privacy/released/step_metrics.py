@@ -135,7 +135,7 @@ class RowMean(ReleasedMetric):
         """Return the entry.
 
         Raises:
-            UnsupportedModelError: It is not there, or not one number a row.
+            UnsupportedModelError: if the entry is missing, or not one number a row.
         """
         return entry_of(output, self.entry, len(norms))
 
@@ -144,7 +144,7 @@ def entry_of(output: Any, entry: str, rows: int) -> Tensor:
     """Return an entry of a training step's dict, shape ``(rows,)``.
 
     Raises:
-        UnsupportedModelError: It is not there, or not one number a row.
+        UnsupportedModelError: if the entry is missing, or not one number a row.
     """
     found = output.get(entry) if isinstance(output, Mapping) else None
     if not isinstance(found, Tensor) or found.shape != (rows,):
@@ -164,7 +164,7 @@ class StepMetrics:
         max_grad_norm: The clipping norm.
 
     Raises:
-        ConfigError: Something is no such metric.
+        ConfigError: if an item is not a metric of this kind.
     """
 
     def __init__(self, metrics: Mapping[str, ReleasedMetric], *, max_grad_norm: float) -> None:
@@ -180,7 +180,7 @@ class StepMetrics:
 
     @property
     def noise_multipliers(self) -> tuple[float, ...]:
-        """Of each metric."""
+        """The noise multiplier of each metric."""
         return tuple(metric.noise_multiplier for metric in self.metrics.values())
 
     @property
@@ -205,7 +205,7 @@ class StepMetrics:
             norms: Of the rows' gradients before clipping, shape ``(rows,)``.
 
         Raises:
-            UnsupportedModelError: An entry is not there, or not one number a row.
+            UnsupportedModelError: if an entry is not there, or not one number a row.
         """
         if not self.metrics:
             return
@@ -271,7 +271,7 @@ def require_rows_apart(
         seed: Makes the trial runs repeatable, for tests.
 
     Raises:
-        UnsupportedModelError: A row's number changes when the others do, or with how many they
+        UnsupportedModelError: if a row's number changes when the others do, or with how many they
             are, or is not there.
     """
     if not entries:

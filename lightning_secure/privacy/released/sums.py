@@ -30,7 +30,7 @@ Bounds = tuple[float, float]
 
 
 class Chargeable(Protocol):
-    """What a release is charged to: a run's ledger, or a :class:`PrivacyAccount`."""
+    """An account that a release is charged to: a run's ledger, or a :class:`PrivacyAccount`."""
 
     def charge(self, release: Release) -> None:
         """Enter a release that is about to happen, or raise and have it not happen."""
@@ -38,7 +38,7 @@ class Chargeable(Protocol):
 
 @runtime_checkable
 class ChargesAccount(Protocol):
-    """A metric that needs somebody to pay for it; a private strategy pays for its module's."""
+    """A metric whose releases are charged to an account; a private strategy names its own."""
 
     def charge_to(self, account: Chargeable) -> None:
         """Charge this account, unless another one was chosen before."""
@@ -67,7 +67,7 @@ class PrivacyAccount:
         """Enter a release that is about to happen.
 
         Raises:
-            BudgetExhaustedError: It would exceed the budget.
+            BudgetExhaustedError: if the release would exceed the budget.
         """
         after = [*self.releases, release]
         if self.budget is not None and epsilon_by("pld", after, delta=self.delta) > self.budget:
@@ -86,7 +86,7 @@ def require_bounds(bounds: Sequence[float]) -> Bounds:
     """Return bounds that are two finite numbers, the lower one first.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: if the bounds are not two finite numbers, the lower one first.
     """
     if len(bounds) == 2 and all(math.isfinite(b) for b in bounds) and bounds[0] < bounds[1]:
         return float(bounds[0]), float(bounds[1])
@@ -111,17 +111,17 @@ def centred(values: Tensor, bounds: Bounds) -> Tensor:
 
 
 class PrivateSum:
-    """How the mean of some rows is released once.
+    """A single private release of the mean of some rows.
 
     Args:
         bounds: Between which values are moved.
         noise_multiplier: Standard deviation of the noise, in units of what one row can change.
         public_rows: Number of rows to divide by, if it is public. Otherwise the number is released
             as well, with the same noise multiplier, and both are charged.
-        known: Whether somebody may know the noise. It is charged as none.
+        known: Whether the noise may be known to others. It is charged as none.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: if a number is out of range.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class PrivateSum:
 
     @property
     def cost(self) -> Release:
-        """What a release is charged as."""
+        """The release that is charged."""
         parts = 1 if self.public_rows is not None else 2
         noise = 0.0 if self.known else joint_noise(*[self.noise_multiplier] * parts)
         return Release(noise, 1.0, 1)
@@ -153,7 +153,7 @@ class PrivateSum:
             values: One number a row, shape ``(rows,)``.
 
         Raises:
-            ConfigError: They have another shape.
+            ConfigError: if the tensors have another shape.
         """
         if values.ndim != 1:
             raise ConfigError(
@@ -170,17 +170,17 @@ class PrivateSum:
         Args:
             total: As :meth:`summed` returns it, over all rows and ranks; each row once.
             count: The same.
-            account: What pays.
+            account: The account that is charged.
             noise: Source of the noise. On several ranks, that of the first one counts.
 
         Raises:
-            BudgetExhaustedError: The account cannot pay. Nothing was released.
-            LedgerError: It cannot be charged. Nothing was released.
+            BudgetExhaustedError: if the account cannot pay. Nothing was released.
+            LedgerError: if the account cannot be charged. Nothing was released.
         """
         account.charge(self.cost)
         noised = noise.add_(torch.stack([total, count.to(total)]), std=self.noise_multiplier)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Noise of their own on each rank would be averaged away by whoever sees them all.
+            # Noise of their own on each rank could be averaged away by an observer of them all.
             torch.distributed.broadcast(noised, 0)
         rows = noised[1].clamp(1)
         if self.public_rows is not None:

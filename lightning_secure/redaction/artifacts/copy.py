@@ -1,4 +1,4 @@
-"""Redacting files before they are handed to somebody who keeps them."""
+"""Redacting files before they are handed to a store that keeps them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def copy_checked(
             may have differed only in what was taken out.
         redact: Is given the name of a file and its text, and returns the text redacted; or no name
             and a name to redact.
-        binary: What a file that is neither becomes. By default it is refused.
+        binary: The treatment of a file that is neither. By default it is refused.
 
     Returns:
         Where the copy is.
 
     Raises:
-        RedactionError: The file is neither, so it could not be checked.
+        RedactionError: if the file is of neither kind, so that it could not be checked.
     """
     data = source.read_bytes()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def copy_checked(
 def _free(target: Path) -> Path:
     """Return a path beside ``target`` that is free, also once a file there is encrypted.
 
-    What is encrypted is bound to its name, and cannot be given another one.
+    An encrypted file is bound to its name, and cannot be given another one.
     """
     name, number = target.name, 2
     while target.exists() or target.with_name(target.name + SUFFIX).exists():
@@ -96,7 +96,7 @@ def copy_tree_checked(
         passes: Is given a file's redacted path below the folder, and says whether it is copied.
 
     Raises:
-        RedactionError: A file could not be checked.
+        RedactionError: if a file could not be checked.
     """
     for source in sorted(root.rglob("*")):
         if source.is_file():

@@ -37,7 +37,7 @@ def encrypted(data: bytes, *, name: str, keys: KeyProvider) -> bytes:
         keys: Wraps the data key.
 
     Raises:
-        ConfigError: The key has more recipients than the header can hold.
+        ConfigError: if the key has more recipients than the header can hold.
     """
     key, number = DataKey.generate(), secrets.token_hex(16)
     wrapped = [one.to_json() for one in keys.wrap_all(key, context=_context(number))]
@@ -63,10 +63,10 @@ def open_artifact(path: str | os.PathLike[str], *, keys: KeyProvider) -> Iterato
         A seekable binary file. Each chunk is authenticated before it is handed out.
 
     Raises:
-        IntegrityError: The file was altered, cut off or renamed, or is not an encrypted one. A
+        IntegrityError: if the file was altered, cut off or renamed, or is not an encrypted one. A
             truncated file fails at once, a flipped bit when its chunk is read.
-        WrongKeyError: It was encrypted under another key.
-        FileNotFoundError: There is none.
+        WrongKeyError: if the file was encrypted under another key.
+        FileNotFoundError: if there is no such file.
 
     Guarantees:
         What is read is what some holder of the key tracked under this name. It does not show in
@@ -118,18 +118,18 @@ def decrypt_artifacts(
         target: A folder that does not exist yet, or is empty.
         keys: Release the keys.
         insecure_copy_others: Also copy the files that are not encrypted, as MLflow needs it to load
-            a model. Nothing authenticates them, and MLflow runs code that they name: whoever can
-            write to the artifact store could then run code here.
+            a model. Nothing authenticates them, and MLflow runs code that they name: a writer to
+            the artifact store could then run code here.
 
     Returns:
         The files that were written, which have their own names again.
 
     Raises:
-        IntegrityError: An encrypted file was altered, cut off or renamed. It was not written, and
-            those after it were not looked at.
-        WrongKeyError: One was encrypted under another key.
-        ConfigError: The target is not empty.
-        DataError: There is no encrypted file.
+        IntegrityError: if an encrypted file was altered, cut off or renamed. That file was not
+            written, and those after it were not looked at.
+        WrongKeyError: if a file was encrypted under another key.
+        ConfigError: if the target is not empty.
+        DataError: if there is no encrypted file.
     """
     root, folder = as_path(source, what="source"), as_path(target, what="target")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Whether a file is one that this package encrypted, as far as can be seen without its key."""
+"""Recognition of files that this package encrypted, as far as that goes without the key."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def is_sealed(data: bytes) -> bool:
     Args:
         data: The whole file.
 
-    Whoever wants to pass text off as one can still do so in part; what is looked for are files
-    that begin like one by chance or by mistake.
+    Text can still be passed off as one on purpose, in part; the check finds files that begin like
+    one by chance or by mistake.
     """
     if data.startswith(CHECKPOINT.magic):
         body = _stream_body(data, CHECKPOINT)

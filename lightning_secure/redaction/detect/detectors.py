@@ -1,4 +1,4 @@
-"""What looks like a secret or like personal data.
+"""Detectors of secrets and personal data.
 
 Secrets are known by their format (the regular expressions of detect-secrets, without its entropy
 guesses, and what issuers document) or by the name before them; personal data by its form and its
@@ -59,7 +59,8 @@ class SecretDetector:
         extra_rules: A file of further rules in the format of gitleaks.
 
     Raises:
-        ConfigError: The file cannot be read, or holds a rule that could take more than linear time.
+        ConfigError: if the file cannot be read, or holds a rule that could take more than linear
+            time.
 
     >>> [f.rule for f in SecretDetector().find("postgresql://jo:pw@db, AKIAIOSFODNN7EXAMPLE")]
     ['url-credentials', 'aws-access-key']

@@ -1,4 +1,4 @@
-"""What a detector is, and what it reports."""
+"""The interface of a detector, and its findings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Finding(NamedTuple):
     """A part of a text that should not be shown.
 
     Attributes:
-        rule: What was recognised.
+        rule: The name of the rule that matched.
         start: Where it begins, in characters.
         end: Where it ends.
     """

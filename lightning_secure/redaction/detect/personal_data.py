@@ -89,7 +89,7 @@ class _National(NamedTuple):
         form: Of the number.
         digits: How many it has at least.
         module: Of python-stdnum, which knows its check digits; without one the form is enough.
-        near: What must stand shortly before it, where its form and its check digit prove little.
+        near: Words that must stand shortly before it, where form and check digit prove little.
     """
 
     rule: str
@@ -180,11 +180,11 @@ class PersonalDataDetector:
     name, such as "BSN".
 
     Not found: names, places, addresses, dates of birth; a telephone number of bare digits that
-    neither begins with 0 nor has such a word before it. Left alone: loopback addresses, which are
-    nobody's.
+    neither begins with 0 nor has such a word before it. Left alone: loopback addresses, which
+    identify no person.
 
     Raises:
-        ConfigError: A region is not known.
+        ConfigError: if a region is not known.
 
     >>> text = "jo@clinic.example, +44 20 7946 0958, 4111 1111 1111 1111"
     >>> sorted(finding.rule for finding in PersonalDataDetector().find(text))
@@ -195,10 +195,10 @@ class PersonalDataDetector:
         if tuple(phone_regions) != PHONE_REGIONS:
             import phonenumbers  # late, for it is large
 
-            if not set(phone_regions) <= set(phonenumbers.SUPPORTED_REGIONS):
+            if unknown := set(phone_regions) - set(phonenumbers.SUPPORTED_REGIONS):
                 raise ConfigError(
-                    "phone_regions has an unknown country; they are two capital letters, such as "
-                    "'DE'. No telephone number would be found by it."
+                    f"phone_regions has unknown countries: {sorted(map(str, unknown))}. A country "
+                    "is two capital letters, such as 'DE'."
                 )
         self._regions = tuple(phone_regions)
 

@@ -1,4 +1,4 @@
-"""Which of many texts need to be looked at: one pass over all of them, and most need not.
+"""A prefilter over many texts: one pass finds the few that detectors must inspect.
 
 The detectors look at one text after another, and most of their time goes into texts in which there
 is nothing. Here RE2 goes once through all texts, joined, with expressions that match at least
@@ -37,7 +37,7 @@ DISGUISED: Final = 8
 _MARK: Final = "\x1e"
 _BETWEEN: Final = f"\n{_MARK}\n"
 
-#: So many bytes are gone through in less time than threads take to begin.
+#: Below this number of bytes, a scan takes less time than threads take to begin.
 _LARGE: Final = 2**17
 
 # Letters of a name may have anything between them but letters and digits (se_cret).

@@ -43,7 +43,7 @@ class RuleSet:
         rules: At least one.
 
     Raises:
-        ConfigError: An expression is not of RE2's syntax, or has no such group.
+        ConfigError: if an expression is not of RE2's syntax, or has no such group.
 
     Guarantees:
         The time is linear in the length of the text, whatever stands in it: RE2 does not backtrack.
@@ -133,7 +133,7 @@ def read_rules(source: str | Path) -> list[Rule]:
     with a ``path`` and no ``regex`` are passed over, for no file is looked at.
 
     Raises:
-        ConfigError: The file cannot be read, has no rules, asks for rules of another file
+        ConfigError: if the file cannot be read, has no rules, asks for rules of another file
             (``[extend]``), or a rule lacks what it needs.
     """
     failed, content = "", {}

@@ -50,11 +50,11 @@ class CanarySearch:
     """Looks for planted values.
 
     Args:
-        canaries: What to look for, by a label that may be shown: text, or raw bytes.
+        canaries: Texts or raw bytes to look for, by a label that may be shown.
 
     Raises:
-        ConfigError: There is none, one is so short that it would be found by chance, or one has no
-            UTF-8 form.
+        ConfigError: if there is no canary, one is so short that it would be found by chance, or one
+            has no UTF-8 form.
 
     Text is looked for in any case, as UTF-8, UTF-16, UTF-32 and Latin-1, composed and decomposed,
     in hexadecimal, in base64 (at each of its three alignments, in both alphabets, broken into lines
@@ -63,7 +63,7 @@ class CanarySearch:
     bzip2, xz, LZMA and zlib streams and zip archives are unpacked, wherever in a file and however
     deep they are.
 
-    What could not be unpacked to its end was not searched, and is reported as a hit whose label is
+    A stream that could not be unpacked to its end was not searched, and is a hit whose label is
     ``UNSEARCHED``: damaged, cut off and encrypted archives, formats that are not opened here (zstd,
     LZ4, 7z, RAR, Parquet, Arrow, ...), and what is no file at all (a pipe, a socket).
 
@@ -82,9 +82,7 @@ class CanarySearch:
 
     def __init__(self, canaries: Mapping[str, str | bytes]) -> None:
         if not canaries:
-            raise ConfigError(
-                "there is nothing to look for, so finding nothing would prove nothing."
-            )
+            raise ConfigError("`canaries` is empty: a search without canaries proves nothing.")
         if short := [label for label, value in canaries.items() if len(value) < _SHORTEST]:
             raise ConfigError(
                 f"canaries {sorted(short)} are shorter than {_SHORTEST} characters and would be "
@@ -110,7 +108,7 @@ class CanarySearch:
         An empty list means that everything was searched and nothing was found.
 
         Raises:
-            OSError: A file cannot be read: what was not searched was not found clean.
+            OSError: if a file cannot be read: what was not searched was not found clean.
         """
         hits: set[CanaryHit] = set()
         for root in map(Path, paths):

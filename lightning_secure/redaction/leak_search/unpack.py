@@ -64,7 +64,7 @@ _OPENERS: Final[dict[str, Callable[[], Any]]] = {
 
 
 class UnpackedPart(NamedTuple):
-    """Some bytes to search.
+    """A part of a file's bytes to search.
 
     Attributes:
         name: Of the file, and of what was opened in it, divided by ``!``.
@@ -78,7 +78,7 @@ class UnpackedPart(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """What came out of one stream or archive member, and where it stops; None: not to its end."""
+    """The content of a stream or archive member, and where it stops; None: not to its end."""
 
     name: str
     content: bytes
@@ -101,7 +101,7 @@ def unpacked(name: str, data: bytes) -> Iterator[UnpackedPart]:
 
 
 class _Allowance:
-    """How many bytes may still be unpacked."""
+    """The number of bytes that may still be unpacked."""
 
     def __init__(self) -> None:
         self.left = _MAX_BYTES

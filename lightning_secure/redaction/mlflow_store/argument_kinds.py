@@ -1,4 +1,4 @@
-"""What each method of MLflow's stores does, and what each of its arguments holds.
+"""Tables of the methods of MLflow's stores, and of the content of each of their arguments.
 
 A method or an argument that stands in none of these tables raises; ``tests/redaction`` goes through
 all that MLflow has. The tables name methods of ``AbstractStore`` and of the stores derived from it.
@@ -13,7 +13,7 @@ __all__ = ["ARGUMENTS", "ARTIFACTS", "CHECKED", "ENTITIES", "REFUSED", "Kind", "
 
 
 class Kind(Enum):
-    """What an argument holds."""
+    """The kind of content that an argument holds."""
 
     TEXT = "free text, containers and entities: redacted"
     ID = "made by MLflow: passed on if it looks like it, otherwise it must hold nothing"
@@ -70,8 +70,8 @@ CHECKED: Final = words(
     "get_default_workspace get_workspace list_workspaces resolve_artifact_root"
 )
 
-#: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: nobody has
-#: said yet what in them may be stored.
+#: Gateways with their keys, MCP servers, webhooks, queues for people, code of scorers: what may be
+#: stored of them is not classified.
 REFUSED: Final = words(
     "add_guardrail_to_endpoint add_items_to_review_queue archive_traces attach_model_to_endpoint "
     "create_budget_policy create_endpoint_binding create_gateway_endpoint "

@@ -21,7 +21,7 @@ __all__ = ["ArtifactPolicy", "guarded_repository_class"]
 
 
 class ArtifactPolicy:
-    """What happens to files.
+    """The treatment of files.
 
     Args:
         policy: Redacts their text and names; its rules say what becomes of the others.
@@ -117,7 +117,7 @@ class ArtifactPolicy:
 def guarded_repository_class(cls: type, policy: ArtifactPolicy) -> type:
     """Return a subclass of an artifact repository's class whose every upload is redacted.
 
-    Methods that nobody has classified are refused, uploads by parts and by streams among them.
+    Unclassified methods are refused, uploads by parts and by streams among them.
     """
 
     def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -11,7 +11,7 @@ from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 
 __all__ = ["DELIMITED", "by_columns"]
 
-#: By what such files end, and what may stand between their cells.
+#: Suffixes of such files, with the delimiters that may stand between their cells.
 DELIMITED: Final = {".csv": ",;\t|", ".tsv": "\t"}
 _NAMES: Final = KeyNameDetector()
 
@@ -21,7 +21,7 @@ def by_columns(text: str, *, between: str, redact: Callable[[str, str], str]) ->
 
     Args:
         text: The rows. The first one has the names.
-        between: What may stand between cells; whatever stands most often in the first line does.
+        between: Possible delimiters; the most frequent one of the first line is taken.
         redact: Is given a cell and the name of its column, and returns the cell redacted.
 
     >>> by_columns("who;password\njo;hunter2\n", between=",;", redact=lambda cell, name: "-")

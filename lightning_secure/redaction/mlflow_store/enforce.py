@@ -44,13 +44,13 @@ def enforce_mlflow_redaction(
     insecure_allow_binaries: bool = False,
     insecure_allow_http: bool = False,
 ) -> None:
-    """Redact everything that this process tracks with MLflow from here on, whoever tracks it.
+    """Redact everything that this process tracks with MLflow from here on, by any caller.
 
     Args:
         redactor: Takes things out in addition to the default one, and to those of earlier calls.
             Each one looks at every text for as long as the process lives, so make one and hand it
             to all loggers.
-        policy: What may be stored at all, besides that it is redacted. Of several policies in one
+        policy: The rules of what may be stored, besides redaction. Of several policies in one
             process the strictest counts, whichever came first; a call without one states nothing.
             Without any, all that is redacted may be stored, and binaries are refused.
         insecure_allow_binaries: The same as a policy with ``binaries="insecure_allow"``: artifacts
@@ -60,23 +60,23 @@ def enforce_mlflow_redaction(
             an unchecked certificate. Stores that exist already are not asked.
 
     Every tracking store, model registry store and artifact repository of the process is made a
-    redacting one: those that exist already, whoever holds them, and those that MLflow will make,
-    for every scheme. It holds for the logger, for ``mlflow.log_*`` and autologging, for every
+    redacting one: those that exist already, wherever they are held, and those that MLflow will
+    make, for every scheme. It holds for the logger, for ``mlflow.log_*`` and autologging, for every
     ``MlflowClient`` and for traces. It can be called as often as one likes, and cannot be undone:
-    a redactor is added, never replaced. Methods that nobody has classified raise
+    a redactor is added, never replaced. Unclassified methods raise
     :class:`RedactionError`. MLflow's telemetry and its export of traces over OTLP are switched off.
-    What is taken out or left out is announced as ``redaction``, with the sink, the rule and how
+    Each finding and each omission is announced as ``redaction``, with the sink, the rule and how
     often, so that :class:`~lightning_secure.AuditTrail` records it before the rest is sent.
 
     Guarantees:
-        What the redactors find does not reach a store, an artifact or a server's log. What they do
+        No finding of the redactors reaches a store, an artifact or a server's log. What they do
         not find (names, places, free text; a value split over two fields) is not taken out.
         Other processes are not covered: they begin with an address that starts with ``secure+``
         in ``MLFLOW_TRACKING_URI``, or call this themselves.
 
     Raises:
-        MissingExtraError: MLflow is not installed.
-        ConfigError: The environment asks for traces to be sent to a second place, or the policy
+        MissingExtraError: if MLflow is not installed.
+        ConfigError: if the environment asks for traces to be sent to a second place, or the policy
             encrypts under other keys than an earlier one.
     """
     global _enforced
@@ -128,7 +128,7 @@ def _take_over() -> None:
     artifacts = artifact_repositories()
     artifacts.__class__ = _redacting_artifact_registry(type(artifacts))
     forget_stores()
-    # Somebody may hold one that was made before.
+    # Other code may hold one that was made before.
     for value in gc.get_objects():
         kind = type(value)  # not isinstance(): that would ask the object, which may be a proxy
         if issubclass(kind, TrackingStore | ModelRegistryStore | WorkspaceStore):

@@ -33,8 +33,8 @@ def is_guarded(value: object) -> bool:
 def guarded(value: Any, kind: Callable[[type], type]) -> Any:
     """Return the same object, from now on of the class that ``kind`` makes of its own.
 
-    It stays an instance of what it was, which MLflow asks for in places; and whoever already holds
-    it holds a redacting one.
+    It stays an instance of what it was, which MLflow asks for in places; references that are held
+    already now lead to a redacting one.
     """
     if not is_guarded(value):
         value.__class__ = kind(type(value))
@@ -150,5 +150,5 @@ def _argument(policy: Policy, method: str, name: str, given: Mapping[str, Any]) 
         return policy.argument(value)
     raise RedactionError(
         f"argument {name!r} of {method} is not checked for secrets and personal data, because "
-        "nobody has said yet what is in it. Nothing was sent."
+        "its content is not classified. Nothing was sent."
     )

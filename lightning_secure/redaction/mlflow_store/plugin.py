@@ -1,8 +1,8 @@
 """MLflow's entry points: addresses that start with ``secure+``.
 
 MLflow loads this module while it is being imported itself, so it imports nothing of MLflow's.
-Whoever uses one such address has the whole process redact: runs name artifacts by addresses of
-their own, and the same store may be reached by its plain address.
+One such address makes the whole process redact: runs name artifacts by addresses of their own,
+and the same store may be reached by its plain address.
 """
 
 from __future__ import annotations

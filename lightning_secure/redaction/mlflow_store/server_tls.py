@@ -14,7 +14,7 @@ __all__ = ["PREFIX", "allow_http", "plain", "require_tls"]
 PREFIX: Final = "secure+"
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _ANY: Final = "*"
-#: Hosts that somebody said may be spoken to without TLS.
+#: Hosts for which the caller passed insecure_allow_http=True.
 _in_the_clear: Final[set[str | None]] = set()
 
 
@@ -32,8 +32,8 @@ def require_tls(uri: Any) -> None:
     """Refuse a server to which the line is open, or whose address holds credentials.
 
     Raises:
-        ConfigError: It is another host's and spoken to without TLS or with an unchecked
-            certificate, and nobody allowed it; or there is a name or a password in the address.
+        ConfigError: if the server is on another host and spoken to without TLS or with an unchecked
+            certificate, and this was not allowed; or if the address has a name or a password.
     """
     parts = urlsplit(str(plain(uri)))
     if parts.scheme not in ("http", "https"):
@@ -49,12 +49,12 @@ def require_tls(uri: Any) -> None:
     if parts.scheme == "http":
         raise ConfigError(
             f"the tracking server at {parts.hostname!r} would be spoken to without TLS, and "
-            "everybody on the way could read and change what is logged. Use https, or pass "
+            "attackers on the network could read and change what is logged. Use https, or pass "
             "insecure_allow_http=True. Nothing was sent."
         )
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
         raise ConfigError(
-            "MLFLOW_TRACKING_INSECURE_TLS lets anybody on the way pretend to be the tracking "
+            "MLFLOW_TRACKING_INSECURE_TLS lets attackers on the network pose as the tracking "
             f"server at {parts.hostname!r}. Name its authority in MLFLOW_TRACKING_SERVER_CERT_PATH "
             "instead, or pass insecure_allow_http=True. Nothing was sent."
         )

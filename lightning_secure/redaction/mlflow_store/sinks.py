@@ -59,7 +59,7 @@ FIELDS: Final = words(
     "categories description expectation feedback model_config model_type rationale records "
     "response_format root_causes template"
 )
-#: By what MLflow goes on: they stay, redacted.
+#: Names MLflow needs as identifiers: kept, redacted.
 NAMES: Final = words(
     "alias dst_name experiment_name models name new_name prompt_versions run_name workspace_name"
 )
@@ -82,7 +82,7 @@ _TEMPLATE: Final = "mlflow.prompt.text"
 
 
 class Unsent(NamedTuple):
-    """Nothing of a call is left to be stored.
+    """A call of which nothing is left to be stored.
 
     Attributes:
         answer: What MLflow is given in place of the store's.
@@ -116,7 +116,7 @@ def limited(rules: Rules, method: str, given: MutableMapping[str, Any]) -> Unsen
         None if the call may go on.
 
     Raises:
-        RedactionError: Nothing may be stored, and MLflow cannot go on without it.
+        RedactionError: if nothing may be stored, and MLflow cannot go on without it.
     """
     if _ABOUT.get(method) == "traces" and rules.drops("traces"):
         _left_out("traces")

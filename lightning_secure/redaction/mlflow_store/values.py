@@ -50,7 +50,7 @@ class Policy:
         redactors: The redactors.
 
     Attributes:
-        rules: What may be stored at all.
+        rules: The policy of what may be stored.
     """
 
     def __init__(self, *redactors: Redactor) -> None:
@@ -120,7 +120,8 @@ class Policy:
         """Return a filter with the texts in it redacted, by the names that they are compared with.
 
         Raises:
-            RedactionError: There is something to take out beside them.
+            RedactionError: if text in the filter outside of its quoted texts would have to be taken
+                out.
         """
         if self.text(text) == text:
             return text
@@ -205,7 +206,7 @@ class Policy:
         """Return an identifier or a place as it is.
 
         Raises:
-            RedactionError: There is something in it to take out.
+            RedactionError: if the identifier holds text that would have to be taken out.
         """
         items = items_of(value)
         for item in [value] if items is None else items:
@@ -213,8 +214,8 @@ class Policy:
                 continue
             if not self._is_clean(without_experiment(str(item))):
                 raise RedactionError(
-                    f"{what} holds a secret or personal data, and cannot be redacted, for it would "
-                    "mean something else. Nothing was sent."
+                    f"{what} holds a secret or personal data, and cannot be redacted, because it "
+                    "would then mean something else. Choose another one. Nothing was sent."
                 )
         return value
 
@@ -225,7 +226,7 @@ class Policy:
         """Return whatever a method is given, redacted; entities stay entities.
 
         Raises:
-            RedactionError: It is of a type that nobody has classified.
+            RedactionError: if its type is not classified.
         """
         if type(value) is list and known_clean(given := value[:], self.redactors):
             return given
@@ -267,7 +268,7 @@ class Policy:
         if kept is None or not type(value).__module__.startswith("mlflow.entities"):
             raise RedactionError(
                 f"an entity of type {type(value).__name__} cannot be checked for secrets and "
-                "personal data, because nobody has said yet what is in it. Nothing was sent."
+                "personal data, because its fields are not classified. Nothing was sent."
             )
         clean = copy.copy(value)
         name = str(getattr(value, "key", None) or getattr(value, "name", None) or "")

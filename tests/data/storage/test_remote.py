@@ -271,13 +271,13 @@ def test_a_redirect_of_https_is_not_followed(public, sealed, read):
 
 
 def test_options_for_a_folder_are_refused(tmp_path, keys):
-    with pytest.raises(ConfigError, match="belong to a URL"):
+    with pytest.raises(ConfigError, match="need a URL"):
         open_storage(tmp_path, storage_options={"key": "SECRET"})
-    with pytest.raises(ConfigError, match="belong to a URL"):
+    with pytest.raises(ConfigError, match="need a URL"):
         open_storage(
             RemoteStorage("memory://x"), cache=CiphertextCache(tmp_path / "c", max_bytes=1)
         )
-    with pytest.raises(ConfigError, match="belong to a URL"):
+    with pytest.raises(ConfigError, match="need a URL"):
         EncryptedDataModule(tmp_path, keys=keys, batch_size=1, storage_options={})
 
 

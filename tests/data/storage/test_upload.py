@@ -655,7 +655,7 @@ def test_arguments_that_make_no_sense(tmp_path, local, keys, url):
         upload_split(local, url, split="x", keys=keys)
     with pytest.raises(ConfigError, match="copy the folder"):
         upload_split(local, str(tmp_path), split="train", keys=keys)
-    with pytest.raises(ConfigError, match="belongs to a URL"):
+    with pytest.raises(ConfigError, match="needs a URL"):
         EncryptedShardWriter(tmp_path, split="x", keys=keys, spool=tmp_path / "y")
-    with pytest.raises(ConfigError, match="belong to a URL"):
+    with pytest.raises(ConfigError, match="need a URL"):
         EncryptedShardWriter(tmp_path, split="x", keys=keys, storage_options={})

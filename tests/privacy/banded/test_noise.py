@@ -58,16 +58,16 @@ def test_there_is_no_noise_for_a_step_too_many():
     noise = banded()
     for _ in range(STEPS):
         step(noise)
-    with pytest.raises(PrivacyError, match="covers no other"):
+    with pytest.raises(PrivacyError, match="covers no further step"):
         step(noise)
 
 
 def test_noise_of_one_parameter_is_not_taken_back_from_another():
     noise = banded()
     step(noise)
-    with pytest.raises(PrivacyError, match="other parameters"):
+    with pytest.raises(PrivacyError, match="parameters are not those"):
         step(noise, parameters=PARAMETERS[::-1])
-    with pytest.raises(PrivacyError, match="other parameters"):
+    with pytest.raises(PrivacyError, match="parameters are not those"):
         step(noise, parameters=PARAMETERS[:1])
     noise = banded()
     noise.begin_step(PARAMETERS)

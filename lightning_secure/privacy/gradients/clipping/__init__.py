@@ -1,1 +1,1 @@
-"""What rows' gradients are clipped to: in one piece, layer by layer, or to a bound that follows."""
+"""Clipping of rows' gradients: flat, layer by layer, or to an adaptive bound."""

@@ -1,4 +1,4 @@
-"""Which layers are clipped together, and what each row's gradient is multiplied with there."""
+"""Groups of layers that are clipped together, and each row's clip factor there."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def layer_groups(units: Sequence[Unit], parts: Mapping[str, float] | None) -> La
         parts: As in :class:`~lightning_secure.privacy.gradients.clipping.rules.PerLayerClipping`.
 
     Raises:
-        UnsupportedModelError: A layer has no part, a part no layer, or layers with different parts
-            share a parameter.
+        UnsupportedModelError: if a layer has no part, a part no layer, or layers with different
+            parts share a parameter.
     """
     names = [_name_of(unit, parts) for unit in units]
     if unused := sorted(set(parts or ()) - set(names)):

@@ -1,4 +1,4 @@
-"""What may be said in ``DPConfig(clipping=)``."""
+"""Clipping rules, as ``DPConfig(clipping=)`` takes them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def rule_of(clipping: object) -> ClippingRule:
     """Return what a name stands for, or the rule itself.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: if the argument is neither a known name nor a rule.
 
     >>> rule_of("adaptive").quantile
     0.5

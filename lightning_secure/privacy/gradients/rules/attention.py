@@ -109,7 +109,7 @@ class AttentionUnit(Unit):
         module: The layer.
 
     Raises:
-        UnsupportedModelError: It has an option that the rules do not cover.
+        UnsupportedModelError: if the layer has an option that the rules do not cover.
     """
 
     def __init__(self, name: str, module: nn.MultiheadAttention) -> None:
@@ -121,7 +121,7 @@ class AttentionUnit(Unit):
         self._projections = _Projections(name, module)
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
-        """Not asked for: the projections' records are."""
+        """Refuse: the projections' records are used instead."""
         raise PrivacyError("attention leaves records of its projections. This step was not taken.")
 
     def attach(self, watch: Watch) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Which unit accounts for each layer of a model; the only user of Opacus but for its accountants.
+"""The rule for each layer of a model; the only user of Opacus but for its accountants.
 
 Linear layers and their like go by formula, layers for which Opacus has a grad sampler by that, and
 small modules of the user's own by functorch through Opacus. What is left cannot be trained
@@ -71,7 +71,7 @@ class SampledUnit(Unit):
         """Return the gradients.
 
         Raises:
-            UnsupportedModelError: functorch cannot form them.
+            UnsupportedModelError: if functorch cannot form them.
         """
         dtype = widened(grads.dtype)
         if inputs.is_floating_point():
@@ -111,7 +111,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """Return a unit for every layer with trainable parameters.
 
     Raises:
-        UnsupportedModelError: A layer mixes samples or keeps statistics of them, or no way is
+        UnsupportedModelError: if a layer mixes samples or keeps statistics of them, or no way is
             known to its per-sample gradients. The message names it and what to use instead.
     """
     for name, parameter in model.named_parameters():
@@ -234,8 +234,8 @@ def _refuse_mixing(name: str, module: nn.Module) -> None:
     trainable = any(p.requires_grad for p in module.parameters())
     if trainable and isinstance(module, nn.EmbeddingBag):
         raise UnsupportedModelError(
-            f"layer {name!r} (EmbeddingBag) takes the tokens of all rows in one tensor, of which "
-            "it is not known what belongs to which row. Use nn.Embedding on (batch, time) and "
+            f"layer {name!r} (EmbeddingBag) takes the tokens of all rows in one tensor, so tokens "
+            "cannot be assigned to rows. Use nn.Embedding on (batch, time) and "
             ".sum(1) or .mean(1), with a mask for padding. No step was taken."
         )
     if errors and (trainable or isinstance(module, nn.modules.instancenorm._InstanceNorm)):

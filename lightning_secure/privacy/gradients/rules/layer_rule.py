@@ -1,4 +1,4 @@
-"""What every kind of layer offers: per-sample gradients, their norms and weighted sums.
+"""The interface of a layer's rule: per-sample gradients, their norms and weighted sums.
 
 A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
 its output. There are several ways there, and which is the cheapest depends on shapes and on the
@@ -44,7 +44,7 @@ Gradients = Mapping[nn.Parameter, Tensor]
 
 
 class Watch(Protocol):
-    """What a recorder does around each call of a layer."""
+    """The recorder's action around each call of a layer."""
 
     def before(self, unit: Unit) -> None:
         """Freeze the unit's parameters."""
@@ -71,7 +71,7 @@ _TRIALS: Final = 3
 
 
 class Way(NamedTuple):
-    """One way from a record to its norms and sums.
+    """A method for a record's norms and sums.
 
     Attributes:
         form: How per-sample gradients are formed: a name that the unit knows; empty if they are
@@ -211,15 +211,15 @@ class Unit(ABC):
 
 @dataclass(eq=False)
 class Record:
-    """What one use of one layer leaves behind.
+    """The record of one use of one layer.
 
     Attributes:
         unit: The layer.
         inputs: Its input, shape ``(batch, ...)``; None once the per-sample gradients are kept.
         grads: Gradient by the output of what went backward, shape ``(batch, ...)``; None likewise.
-        scale: So many times is the gradient of a sample's own loss larger.
+        scale: Factor from the recorded gradient to that of the sample's own loss.
         way: How norms and sums are had; chosen by the unit if None.
-        shapes: Those of the input and of the output's gradient.
+        shapes: Shapes of the input and of the output's gradient.
     """
 
     unit: Unit
@@ -317,7 +317,8 @@ class Record:
         """Return the input and the output's gradient, which must still be there.
 
         Raises:
-            UnsupportedModelError: One was changed in place since, maybe after norms were taken.
+            UnsupportedModelError: if one of them was changed in place since, maybe after norms were
+                taken.
         """
         assert self.inputs is not None  # noqa: S101 # dropped only when the gradients are kept
         assert self.grads is not None  # noqa: S101
@@ -387,7 +388,7 @@ def require_default(unit: Unit, option: str, *, ok: bool, advice: str) -> None:
     """Refuse a layer with an option that its formula does not cover.
 
     Raises:
-        UnsupportedModelError: ``ok`` is false.
+        UnsupportedModelError: if ``ok`` is false.
     """
     if not ok:
         raise UnsupportedModelError(

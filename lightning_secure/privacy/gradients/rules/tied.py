@@ -62,7 +62,7 @@ def tied_pairs(records: Sequence[Record]) -> tuple[list[TiedPair], list[Record]]
     """Pick pairs of a table and a linear layer that share one weight, and nothing with others.
 
     Args:
-        records: Those that share a parameter with another.
+        records: Records that share a parameter with another.
 
     Returns:
         The pairs, and what is left.

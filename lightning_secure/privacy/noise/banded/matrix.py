@@ -1,4 +1,4 @@
-"""How the noise of steps hangs together, and what one row can do to all of them.
+"""The matrix of banded noise: its correlation over steps, and the sensitivity of one row.
 
 With gradients ``G``, one a step, a run releases ``G + C^-1 Z`` with independent Gaussian rows in
 ``Z``; that is ``C^-1 (C G + Z)``, the result of one Gaussian mechanism. The weights are sums of the
@@ -46,7 +46,7 @@ def sensitivity(coefficients: tuple[float, ...], *, steps: int, separation: int)
         separation: Steps from one use of a row to the next, always as many.
 
     Raises:
-        ConfigError: Rows come again while earlier noise is still being taken back.
+        ConfigError: if rows come again while earlier noise is still being taken back.
 
     Columns of ``C`` that are at least as far apart as it has bands do not overlap. So the squares
     add up, over the steps in which a row takes part, and the row of the first step has the most.
@@ -58,8 +58,8 @@ def sensitivity(coefficients: tuple[float, ...], *, steps: int, separation: int)
     if separation < len(coefficients):
         raise ConfigError(
             f"a matrix of {len(coefficients)} bands needs as many steps between two uses of a row, "
-            f"and there are {separation}, the steps of an epoch. Choose DPConfig(bands=) at most "
-            "that, or a smaller expected_batch_size. No step was taken."
+            f"and an epoch has {separation}. Choose DPConfig(bands=) of at most {separation}, or a "
+            "smaller expected_batch_size. No step was taken."
         )
     squares = [number**2 for number in coefficients]
     return math.sqrt(

@@ -32,12 +32,12 @@ class BandedNoise:
             ``Z`` is so many times wider than ``noise_multiplier`` says, so that the whole run is
             one Gaussian mechanism of that noise multiplier.
 
-    The last ``bands - 1`` rows are held in memory, each as large as the parameters. Whoever has
-    them can take the noise off the next gradient, so they are in no checkpoint and cannot be
+    The last ``bands - 1`` rows are held in memory, each as large as the parameters. With
+    them the noise can be taken off the next gradient, so they are in no checkpoint and cannot be
     pickled: a run that is resumed begins a new mechanism, with a charge of its own.
 
     Raises:
-        ConfigError: A row comes again too soon; see
+        ConfigError: if a row comes again too soon; see
             :func:`~lightning_secure.privacy.noise.banded.matrix.sensitivity`.
     """
 
@@ -64,13 +64,13 @@ class BandedNoise:
         """Begin the noise of the next step, for these parameters in this order.
 
         Raises:
-            PrivacyError: There is no next step, or the parameters are others than before: the noise
-                of one would be taken back from another. Nothing may be released.
+            PrivacyError: if there is no next step, or the parameters are others than before: the
+                noise of one would be taken back from another. Nothing may be released.
         """
         if self._left == 0:
             raise PrivacyError(
-                "all steps that this run's noise was made for are taken, and its epsilon covers no "
-                "other. The step was not taken."
+                "all steps that this run's noise was planned for are taken, and its epsilon covers "
+                "no further step. The step was not taken."
             )
         ids = [id(parameter) for parameter in parameters]
         if self._parameters is None:
@@ -78,8 +78,8 @@ class BandedNoise:
             self._past = [deque(maxlen=len(self._diagonals) - 1) for _ in ids]
         if ids != self._parameters or self._at not in (0, len(ids)):
             raise PrivacyError(
-                "there are other parameters than when the run began, or a step broke off, and "
-                "noise that hangs together over steps would not any more. The step was not taken."
+                "the parameters are not those with which the run began, or a step broke off, so "
+                "the noise would no longer be correlated as planned. The step was not taken."
             )
         self._left -= 1
         self._at = 0
@@ -92,14 +92,15 @@ class BandedNoise:
             std: The clipping norm times the noise multiplier, always the same. Zero adds nothing.
 
         Raises:
-            PrivacyError: It is not the same as before, or the step has no further parameter.
+            PrivacyError: if the parameter is not the same as before, or the step has no further
+                parameter.
         """
         if std == 0:
             return tensor
         if self._std not in (None, std) or self._at >= len(self._past):
             raise PrivacyError(
-                "the noise of a run whose steps hang together cannot change on the way. The step "
-                "was not taken."
+                "the noise's standard deviation cannot change within a run of banded noise. The "
+                "step was not taken."
             )
         self._std = std
         past = self._past[self._at]
@@ -113,6 +114,6 @@ class BandedNoise:
 
     def __reduce__(self) -> NoReturn:
         raise PrivacyError(
-            "noise that is still to be taken back cannot be copied or pickled: whoever has it can "
-            "take it off the gradients."
+            "noise that is still to be taken back cannot be copied or pickled: the copy's holder "
+            "could take it off the gradients."
         )

@@ -22,7 +22,8 @@ class Planned:
         """Take a step, and return whether it is the first, for which the release is charged.
 
         Raises:
-            BudgetExhaustedError: All are taken, or none was planned. The step must not be released.
+            BudgetExhaustedError: if all planned steps are taken, or none was planned. The step must
+                not be released.
         """
         if self._left == 0:
             raise BudgetExhaustedError(
