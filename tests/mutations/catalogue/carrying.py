@@ -78,6 +78,7 @@ CATALOGUE = [
         "    try:\n        load()\n    finally:\n",
         "    with contextlib.ExitStack() as late:\n        late.callback(load)\n",
         f"{ACCOUNT} -k 'hook_renames and False'",
+        more=(("import copy\n", "import contextlib\nimport copy\n"),),
     ),
     Mutation(
         "a part of another module has no ledger there",
