@@ -34,12 +34,9 @@ from redaction_data import (
 )
 from redaction_speed import metrics_overhead, texts_speed
 
-from lightning_secure.redaction.detect.detectors import (
-    AssignmentDetector,
-    KeyNameDetector,
-    PersonalDataDetector,
-    SecretDetector,
-)
+from lightning_secure.redaction.detect.detectors import AssignmentDetector, SecretDetector
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
+from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 
 SEED: Final = 20261124
 OURS: Final = "lightning_secure"

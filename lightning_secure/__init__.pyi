@@ -27,9 +27,9 @@ from .crypto.providers import Pkcs11KeyProvider as Pkcs11KeyProvider
 from .crypto.providers import SigningKey as SigningKey
 from .crypto.providers import VaultTransitKeyProvider as VaultTransitKeyProvider
 from .data.datamodule import EncryptedDataModule as EncryptedDataModule
-from .data.erasure.erase import ErasureReport as ErasureReport
 from .data.erasure.erase import erase_shard as erase_shard
 from .data.erasure.erase import erase_subject as erase_subject
+from .data.erasure.erasure_report import ErasureReport as ErasureReport
 from .data.erasure.finish import finish_erasure as finish_erasure
 from .data.format.columns import Column as Column
 from .data.format.columns import Schema as Schema

@@ -13,8 +13,6 @@ from lightning_secure.anonymize.report import AnonymizationReport
 from lightning_secure.anonymize.tally import Tally
 from lightning_secure.crypto.keys import DataKey
 
-__all__ = ["CheckedColumn", "PlanCheck"]
-
 #: Of numbers, one in a hundred has right check digits by chance.
 _NUMBERS_SHARE: Final = 0.2
 

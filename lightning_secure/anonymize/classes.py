@@ -18,8 +18,6 @@ import numpy.typing as npt
 
 from lightning_secure.errors import DataError
 
-__all__ = ["MOST_CLASSES", "ClassCount", "Classes", "Hashes", "RowHash"]
-
 #: Classes of which all are kept, each in 24 bytes; of more, a share is. So it is with classes and a
 #: sensitive value, in 40.
 MOST_CLASSES: Final = 2**20

@@ -13,14 +13,12 @@ import numpy as np
 from lightning_secure.anonymize.pictures import has_metadata, is_picture
 from lightning_secure.redaction.detect.detectors import (
     AssignmentDetector,
-    Detector,
-    Finding,
-    KeyNameDetector,
     PatternDetector,
-    PersonalDataDetector,
     SecretDetector,
 )
+from lightning_secure.redaction.detect.finding import Detector, Finding
 from lightning_secure.redaction.detect.obfuscated import DisguiseDetector
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
 from lightning_secure.redaction.detect.prefilter import (
     ASSIGNED,
     DISGUISED,
@@ -28,9 +26,8 @@ from lightning_secure.redaction.detect.prefilter import (
     SECRET,
     screened,
 )
+from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 from lightning_secure.redaction.redactor import REDACTED, without
-
-__all__ = ["Found", "Look"]
 
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 #: No text has one of these; what has is not looked at.

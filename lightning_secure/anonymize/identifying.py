@@ -7,8 +7,6 @@ import re
 import unicodedata
 from typing import Final
 
-__all__ = ["identifying"]
-
 _WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 #: Whole words, by what they say that the column holds.

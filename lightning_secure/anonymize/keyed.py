@@ -24,8 +24,6 @@ from lightning_secure.crypto.encoding import utf8
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.util.validate import whole_number
 
-__all__ = ["MAX_GENERATION", "Pseudonymize", "Pseudonyms", "Tokenize", "Tokens"]
-
 #: A pseudonym of generation g costs g HMACs.
 MAX_GENERATION: Final = 999
 _PSEUDONYM: Final = re.compile(r"[0-9a-f]{32}")

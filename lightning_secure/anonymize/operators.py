@@ -16,8 +16,6 @@ from typing import Any, Literal, Protocol
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.errors import ConfigError, DataError
 
-__all__ = ["Bound", "Generalize", "Keep", "KeySource", "Operator", "Redact", "Suppress"]
-
 
 class KeySource(Protocol):
     """The source of the operators' keys: any :class:`KeyProvider`."""

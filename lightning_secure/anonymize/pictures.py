@@ -6,8 +6,6 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
-__all__ = ["has_metadata", "is_picture"]
-
 #: Entries of a TIFF's first directory that describe its origin: descriptions, maker, model,
 #: program, date, artist, computer, XMP, copyright, IPTC, Photoshop, EXIF and GPS.
 _TIFF_TAGS: Final = frozenset(

@@ -20,8 +20,6 @@ from lightning_secure.anonymize.operators import (
 from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.errors import ConfigError, DataError
 
-__all__ = ["AnonymizationPlan", "Applied", "BoundPlan", "holds_text"]
-
 #: Of a column that is dropped or replaced, and of numbers that the plan does not name, so many
 #: values are looked at.
 _GLANCE: Final = 256

@@ -17,8 +17,6 @@ from lightning_secure.anonymize.operators import (
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.yaml_config import known, parsed, typed
 
-__all__ = ["PLAN_KEYS", "PlanRules", "plan_rules", "read_plan"]
-
 #: The keys of a file that make up a plan.
 PLAN_KEYS: Final = ("anonymize", "quasi_identifiers", "sensitive")
 _PLAIN: Final[Mapping[str, Operator]] = {"keep": Keep(), "suppress": Suppress(), "redact": Redact()}

@@ -14,14 +14,6 @@ from lightning_secure.crypto.attributes import ENCRYPTED
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError
 
-__all__ = [
-    "REPORT_ATTRIBUTE",
-    "REPORT_DIGEST",
-    "AnonymizationReport",
-    "BeforeAndAfter",
-    "ColumnReport",
-]
-
 #: The split's attributes in the manifest: the report, for readers of the split, and its digest.
 REPORT_ATTRIBUTE: Final = f"{ENCRYPTED}anonymization.report"
 REPORT_DIGEST: Final = "anonymization.report.sha256"

@@ -17,8 +17,6 @@ from lightning_secure.anonymize.report import (
     ColumnReport,
 )
 
-__all__ = ["Prepared", "Tally"]
-
 
 @dataclass(frozen=True)
 class Prepared:

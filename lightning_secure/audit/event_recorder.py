@@ -5,8 +5,6 @@ from __future__ import annotations
 from lightning_secure.audit.log import AuditLog
 from lightning_secure.util import events
 
-__all__ = ["EventRecorder"]
-
 
 class EventRecorder:
     """A listener of :mod:`~lightning_secure.util.events` that can be pickled.

@@ -24,8 +24,6 @@ from lightning_secure.util.files import open_regular, release_lock, require_regu
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.ranks import host_name, job_id, rank_of_process
 
-__all__ = ["AuditLog", "AuditSummary"]
-
 _GENESIS: Final = "0" * 64
 _VERSION: Final = 2
 _FIRST: Final = {"version", "seq", "time", "action", "outcome", "pid", "details", "prev"}

@@ -22,8 +22,6 @@ from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
 from lightning_secure.redaction import finding_counts
 from lightning_secure.util import events
 
-__all__ = ["AuditTrail"]
-
 log = logging.getLogger(__name__)
 
 FILE_NAME: Final = "audit.jsonl"

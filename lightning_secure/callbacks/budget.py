@@ -12,8 +12,6 @@ from lightning_secure.errors import BudgetExhaustedError, ConfigError
 from lightning_secure.privacy.accounting.ledger import HasLedger, Ledger
 from lightning_secure.util.validate import positive, positive_int
 
-__all__ = ["PrivacyBudget"]
-
 log = logging.getLogger(__name__)
 
 

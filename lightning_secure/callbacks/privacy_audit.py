@@ -19,8 +19,6 @@ from lightning_secure.privacy.auditing.one_run import OneRunAudit
 from lightning_secure.privacy.auditing.white_box import CanaryRun, canary_audit
 from lightning_secure.util.validate import open_unit_interval, positive_int
 
-__all__ = ["PrivacyAudit"]
-
 
 class PrivacyAudit(Callback):
     """Attacks a private run when it ends, and logs lower bounds on epsilon.

@@ -11,8 +11,6 @@ from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import Redactor
 
-__all__ = ["RedactingSaveConfigCallback"]
-
 
 class RedactingSaveConfigCallback(SaveConfigCallback):
     """Writes the configuration of a run after secrets and personal data were taken out.

@@ -16,8 +16,6 @@ from lightning_secure.cli.seal import SOURCE_KEYS, read_options, summary
 from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.util.yaml_config import parsed
 
-__all__ = ["anonymize"]
-
 
 @click.command()
 @click.option(

@@ -25,8 +25,6 @@ from lightning_secure.privacy.accounting.pld import (
 )
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
-__all__ = ["budget"]
-
 _OTHERS: Final = [name for name in ACCOUNTANTS if name not in ("pld", "rdp")]
 
 

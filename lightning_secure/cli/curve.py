@@ -11,8 +11,6 @@ from lightning_secure.privacy.accounting.mechanism import Release
 from lightning_secure.privacy.accounting.pld import epsilon_by, epsilon_rdp
 from lightning_secure.util.files import atomic_writer
 
-__all__ = ["draw", "require_drawable"]
-
 _KINDS: Final = {".svg", ".png"}
 #: Each point of the tighter curve takes some hundredths of a second.
 _POINTS: Final = 12

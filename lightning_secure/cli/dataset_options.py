@@ -16,8 +16,6 @@ from lightning_secure.errors import LightningSecureError
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider
 
-__all__ = ["failures", "key_file", "pins", "provider", "recipient_files"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

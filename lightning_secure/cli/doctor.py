@@ -23,8 +23,6 @@ from rich.table import Table
 
 from lightning_secure._version import __version__
 
-__all__ = ["Check", "doctor", "run_checks"]
-
 _DISTRIBUTION: Final = "lightning-secure"
 #: Releases that must not be used, and why.
 _KNOWN_BAD: Final = {

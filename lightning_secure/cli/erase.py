@@ -14,9 +14,7 @@ from lightning_secure.cli.dataset_options import failures, key_file, pins, provi
 
 if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider
-    from lightning_secure.data.erasure.erase import ErasureReport
-
-__all__ = ["erase"]
+    from lightning_secure.data.erasure.erasure_report import ErasureReport
 
 #: Exit status if the rows are erased, and an old copy can still be opened.
 RECOVERABLE = 3

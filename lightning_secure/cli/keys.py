@@ -28,8 +28,6 @@ from lightning_secure.crypto.providers.local import TYPE as LOCAL_TYPE
 from lightning_secure.crypto.providers.secret_sources import SecretSource
 from lightning_secure.errors import KeyUnavailableError, LightningSecureError
 
-__all__ = ["keys"]
-
 _KEMS = {"hybrid": HYBRID, "x25519": X25519}
 _path = click.argument("path", type=click.Path(path_type=Path))
 _passphrase_env = click.option(

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lightning_secure.crypto.keys import KeyProvider
     from lightning_secure.crypto.providers.secret_sources import SecretSource
 
-__all__ = ["provider_in", "provider_of"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:

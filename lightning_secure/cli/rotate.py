@@ -9,8 +9,6 @@ import click
 
 from lightning_secure.cli.dataset_options import failures, key_file, pins, provider, recipient_files
 
-__all__ = ["rotate"]
-
 _ROOT = click.argument("root", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 

@@ -29,8 +29,6 @@ from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.util.files import as_path, atomic_writer
 from lightning_secure.util.yaml_config import known, parsed, typed
 
-__all__ = ["SOURCE_KEYS", "read_config", "read_options", "seal"]
-
 #: Keys of the file that are handed on as they are, with their type.
 _PLAIN: Final[Mapping[str, type]] = {
     "segment_bytes": int,

@@ -19,8 +19,6 @@ from lightning_secure.crypto.keys import associated_data
 from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["ENCRYPTED", "open_attributes", "reseal_attributes", "seal_attributes"]
-
 #: Begins the names of attributes that are encrypted.
 ENCRYPTED: Final = "encrypted."
 _NONCE_BYTES: Final = 12

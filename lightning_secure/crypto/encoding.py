@@ -10,15 +10,6 @@ from typing import Any
 
 from lightning_secure.errors import DataError, IntegrityError
 
-__all__ = [
-    "b64decode",
-    "b64encode",
-    "canonical_json",
-    "is_canonical",
-    "parse_json_object",
-    "utf8",
-]
-
 
 def utf8(text: str, *, what: str) -> bytes:
     """Encode text that comes from outside.

@@ -13,8 +13,6 @@ from lightning_secure.crypto import parsing
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["ColumnGroup", "ShardEntry", "SplitEntry"]
-
 _FILE_PATTERN: Final = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 )

@@ -17,8 +17,6 @@ from typing import Any, BinaryIO, Final
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import ConfigError, IntegrityError
 
-__all__ = ["CHECKPOINT", "FILE", "Head"]
-
 _PREFIX: Final = struct.Struct("<8sHI")
 _VERSION: Final = 1
 _MAX_HEADER: Final = 65536

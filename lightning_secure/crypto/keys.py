@@ -26,8 +26,6 @@ from lightning_secure.errors import (
 )
 from lightning_secure.util import events
 
-__all__ = ["DataKey", "KeyProvider", "UnwrapDeniedError", "WrappedKey"]
-
 KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16

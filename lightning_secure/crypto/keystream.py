@@ -10,8 +10,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from lightning_secure.errors import KeyAccessError
 
-__all__ = ["Keystream"]
-
 KEY_BYTES: Final = 32
 #: The number of bytes from one key, 2**32 blocks. A permutation never repeats a block, which random
 #: bytes would do; telling the two apart over that length succeeds with probability 2**-65.

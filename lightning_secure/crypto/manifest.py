@@ -21,27 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from lightning_secure.crypto import parsing
 from lightning_secure.crypto.encoding import canonical_json, is_canonical, parse_json_object
-from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
+from lightning_secure.crypto.entries import SplitEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
-from lightning_secure.crypto.parsing import NAME_PATTERN
 from lightning_secure.crypto.partitions import PartitionKey, partition_context
 from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
 from lightning_secure.errors import DataError, IntegrityError, ManifestMismatchError
 from lightning_secure.util.files import atomic_writer, read_regular
-
-__all__ = [
-    "MANIFEST_NAME",
-    "NAME_PATTERN",
-    "ColumnGroup",
-    "HasManifest",
-    "Manifest",
-    "PartitionKey",
-    "ShardEntry",
-    "SplitEntry",
-    "parse_manifest",
-    "read_manifest",
-    "write_manifest",
-]
 
 MANIFEST_NAME: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 2**29  # about 800,000 shards

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-__all__ = ["merkle_root"]
-
 
 def merkle_root(leaves: Iterable[bytes | memoryview]) -> bytes:
     """Return the 32-byte root; of no leaves at all, the SHA-256 of nothing.

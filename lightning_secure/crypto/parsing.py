@@ -12,8 +12,6 @@ from typing import Any, Final, TypeVar, overload
 
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["NAME_PATTERN", "count", "fields", "hexadecimal", "name", "typed"]
-
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _T = TypeVar("_T")
 

@@ -7,8 +7,6 @@ from typing import Self
 from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
 
-__all__ = ["PartitionKey", "partition_context"]
-
 
 class PartitionKey:
     """Wraps and unwraps the data keys of one partition's shards.

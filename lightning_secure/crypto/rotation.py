@@ -19,8 +19,6 @@ from lightning_secure.crypto.manifest import Manifest
 from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.errors import ConfigError
 
-__all__ = ["rekeyed", "successor", "with_kek", "with_recipient", "without_recipient"]
-
 
 def successor(current: Manifest, changed: Manifest) -> Manifest:
     """Return ``changed`` as the generation after ``current``."""

@@ -18,8 +18,6 @@ from cryptography.utils import Buffer
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["SUITE_AES256GCM_SHA256", "TAG_BYTES", "SegmentCipher", "SegmentKeys"]
-
 SUITE_AES256GCM_SHA256: Final = 1
 TAG_BYTES: Final = 16
 MAX_SEGMENTS: Final = 2**20

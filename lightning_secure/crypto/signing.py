@@ -19,14 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, KeyAccessError, ManifestMismatchError
 
-__all__ = [
-    "Signer",
-    "open_envelope",
-    "pre_authentication_encoding",
-    "public_key_id",
-    "seal_envelope",
-]
-
 SEED_BYTES: Final = 32
 #: Brackets and commas of an envelope; base64 has none, so it is a bound on its parts.
 _MAX_PARTS: Final = 1024

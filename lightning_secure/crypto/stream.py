@@ -25,8 +25,6 @@ from typing_extensions import Buffer
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["StreamReader", "StreamWriter"]
-
 _CHUNK: Final = 16 * 1024
 _TAG: Final = 16
 _SEALED: Final = _CHUNK + _TAG

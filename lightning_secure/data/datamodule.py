@@ -25,8 +25,6 @@ from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with
 from lightning_secure.util.agreement import Statement, compared, gathered
 from lightning_secure.util.strategy_check import introduce
 
-__all__ = ["EncryptedDataModule"]
-
 _STAGES: Final = {
     "fit": ("train", "val"),
     "validate": ("val",),

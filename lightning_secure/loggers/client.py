@@ -17,8 +17,6 @@ from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-__all__ = ["RedactingClient"]
-
 # What only reads, or removes by id: nothing of the caller's is stored.
 _READS: Final = ("get_", "search_", "list_", "download_")
 _HARMLESS: Final = frozenset(

@@ -15,8 +15,6 @@ from lightning_secure.redaction.bound_call import Parameters
 from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.redactor import Redactor
 
-__all__ = ["RedactingExperiment", "redacted_metrics", "redacting_experiment"]
-
 
 class _Kind(Enum):
     TEXT = "redacted"

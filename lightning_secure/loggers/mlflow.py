@@ -34,8 +34,6 @@ from lightning_secure.redaction.redactor import Redactor
 from lightning_secure.util.files import exclusive_lock
 from lightning_secure.util.ranks import rank_of_process
 
-__all__ = ["RedactingMLFlowLogger"]
-
 _FIRST_URI: Final = os.environ.get("MLFLOW_TRACKING_URI")
 _OWN_URIS: Final[set[str]] = set()
 #: Answers never, and a client of it opens no store.

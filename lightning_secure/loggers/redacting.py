@@ -25,8 +25,6 @@ from lightning_secure.redaction.artifacts.recognise import is_sealed
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-__all__ = ["RedactingLogger"]
-
 log = logging.getLogger(__name__)
 
 #: What loggers do after a checkpoint was saved that do nothing then.

@@ -17,8 +17,6 @@ from lightning_secure.crypto.manifest import HasManifest
 from lightning_secure.privacy.accounting.ledger import GuardsMetrics, HasLedger, Ledger
 from lightning_secure.redaction.mlflow_store.sinks import OURS
 
-__all__ = ["RunTags"]
-
 _EPSILON: Final = "privacy/epsilon"
 # As MLFlowLogger does with names of metrics: MLflow refuses other characters, and longer names.
 _REFUSED: Final = re.compile(r"[^a-zA-Z0-9_/. -]+")

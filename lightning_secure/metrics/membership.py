@@ -12,8 +12,6 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.validate import open_unit_interval
 
-__all__ = ["MembershipInferenceAdvantage", "membership_advantage"]
-
 
 def membership_advantage(
     losses: Tensor, members: Tensor, *, max_false_positive_rate: float | None = None

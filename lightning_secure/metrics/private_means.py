@@ -13,8 +13,6 @@ from lightning_secure.errors import ConfigError, LedgerError, PrivacyError
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, Chargeable, PrivateSum
 
-__all__ = ["PrivateAccuracy", "PrivateMean"]
-
 log = logging.getLogger(__name__)
 
 

@@ -16,8 +16,6 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["require_asked_to_read", "require_asked_to_write"]
-
 _Asks = Callable[[Any], bool]
 
 #: By the class whose method it is; what is not here does not ask, unless it says so itself.

@@ -48,8 +48,6 @@ from lightning_secure.privacy.accounting.weight_notes import noted_weights
 from lightning_secure.util import events
 from lightning_secure.util.files import atomic_writer, open_regular
 
-__all__ = ["EncryptedCheckpointIO", "load_encrypted_checkpoint"]
-
 attend_to_ckpt_path()
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)

@@ -18,8 +18,6 @@ from lightning_secure.plugins.checkpoint import opened
 from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.util.files import open_regular
 
-__all__ = ["read_account"]
-
 _FAILURES: Final = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError)
 
 

@@ -29,8 +29,6 @@ from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.redactor import REDACTED
 from lightning_secure.util.files import open_regular
 
-__all__ = ["attend_to_ckpt_path"]
-
 log = logging.getLogger(__name__)
 
 #: What a text may be given for, without being looked up as a name.

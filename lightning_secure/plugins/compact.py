@@ -14,8 +14,6 @@ from typing import IO, Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["save_named", "save_without_data"]
-
 _PROTOCOL: Final = 2  # of torch.save
 #: A multiple of the size of every dtype's elements, in bytes.
 _ALIGNED: Final = 16

@@ -23,8 +23,6 @@ from packaging.version import InvalidVersion, Version
 
 from lightning_secure.errors import ConfigError, IntegrityError
 
-__all__ = ["constructor_arguments"]
-
 #: Where Lightning looks for hyperparameters besides the class's own key.
 _PAST_KEYS: Final = ("hparams", "module_arguments")
 _INSTANTIATOR: Final = "_instantiator"

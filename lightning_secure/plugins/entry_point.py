@@ -12,8 +12,6 @@ import lightning.pytorch as pl
 
 from lightning_secure.util.strategy_check import introduce
 
-__all__ = ["callbacks"]
-
 _OURS: Final = frozenset(
     {
         "lightning_secure.plugins.checkpoint",

@@ -27,8 +27,6 @@ from lightning_secure.plugins.readable import require_waited_for
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-__all__ = ["RedactingCheckpointIO"]
-
 attend_to_ckpt_path()
 
 _HYPERPARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")

@@ -21,13 +21,6 @@ from torch import Tensor
 from lightning_secure.errors import ConfigError
 from lightning_secure.plugins.compact import save_without_data
 
-__all__ = [
-    "planned_hyperparameters",
-    "require_readable",
-    "require_waited_for",
-    "with_plain_numbers",
-]
-
 _HYPERPARAMETERS: Final = {
     "hyper_parameters": "hyperparameter",
     "datamodule_hyper_parameters": "hyperparameter of the datamodule",

@@ -15,8 +15,6 @@ from lightning_secure.privacy.gradients.clipping.rules import (
 )
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
-__all__ = ["DPConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DPConfig:

@@ -12,8 +12,6 @@ from lightning_secure.privacy.accounting.pld import calibrate_noise
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.privacy.config import DPConfig
 
-__all__ = ["begin_ledger", "require_same_promise"]
-
 log = logging.getLogger(__name__)
 
 

@@ -15,16 +15,6 @@ from lightning_secure.compat.torch import pin_memory
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
 
-__all__ = [
-    "Chunk",
-    "LogicalBatch",
-    "LogicalCollate",
-    "PoissonBatchSampler",
-    "SecureGaps",
-    "poisson_draw",
-    "seed_of_rank",
-]
-
 
 class Gaps(Protocol):
     """A source of geometric numbers: a numpy generator, or :class:`SecureGaps`."""

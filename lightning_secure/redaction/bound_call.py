@@ -7,8 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-__all__ = ["Parameters"]
-
 _BY_POSITION: Final = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _BY_NAME: Final = (_BY_POSITION, inspect.Parameter.KEYWORD_ONLY)
 

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from lightning_secure.redaction.redactor import Redactor
 
-__all__ = ["known_clean"]
-
 _FIELDS: Final = (
     "_key", "_value", "_timestamp", "_step", "_model_id", "_dataset_name", "_dataset_digest",
     "_run_id",

@@ -13,8 +13,6 @@ from typing import Any
 
 from lightning_secure.errors import RedactionError
 
-__all__ = ["fields_of", "items_of", "number_of"]
-
 
 def fields_of(value: Any) -> dict[str, Any] | None:
     """Return what stands under names in ``value``, or None if nothing does.

@@ -16,8 +16,6 @@ from typing import Any, Final, NamedTuple
 from lightning_secure.util import events
 from lightning_secure.util.fork_lock import ForkLock
 
-__all__ = ["announce", "announce_all", "count", "looking", "strict"]
-
 
 class _Looking(NamedTuple):
     sink: str

@@ -14,8 +14,6 @@ from typing import Any, Final, Self
 from lightning_secure.redaction import redactor as redactor_module
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-__all__ = ["RedactingFilter"]
-
 #: What every record has, and what formatters add to it; everything else came by ``extra=``.
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _DROPPED: Final = "a log record could not be checked for secrets and personal data and was dropped"

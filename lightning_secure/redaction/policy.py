@@ -10,8 +10,6 @@ from typing import Any, Final, Literal, get_args
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.errors import ConfigError
 
-__all__ = ["SINKS", "Binaries", "Mode", "RedactionPolicy", "Rules"]
-
 Mode = Literal["detect", "allowlist", "drop"]
 Binaries = Literal["insecure_allow", "encrypt", "refuse"]
 

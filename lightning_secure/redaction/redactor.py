@@ -14,16 +14,13 @@ from lightning_secure.redaction import finding_counts
 from lightning_secure.redaction.containers import fields_of, items_of
 from lightning_secure.redaction.detect.detectors import (
     AssignmentDetector,
-    Detector,
-    Finding,
-    KeyNameDetector,
     PatternDetector,
-    PersonalDataDetector,
     SecretDetector,
 )
+from lightning_secure.redaction.detect.finding import Detector, Finding
 from lightning_secure.redaction.detect.obfuscated import DisguiseDetector
-
-__all__ = ["REDACTED", "Redactor", "without"]
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
+from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 
 log = logging.getLogger(__name__)
 

@@ -15,15 +15,6 @@ from lightning_secure.privacy.accounting.weight_notes import noted_weights
 from lightning_secure.privacy.released.sums import Chargeable, ChargesAccount
 from lightning_secure.util import events
 
-__all__ = [
-    "RunAccount",
-    "account_of",
-    "announce_plain",
-    "lend_account",
-    "settle_account",
-    "trainable_names",
-]
-
 
 def account_of(module: Module) -> Ledger | None:
     """Return the account of a module's weights; None for a ledger without releases."""

@@ -21,9 +21,6 @@ from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum
 
-__all__ = ["AccountedStrategy"]
-
-
 T = TypeVar("T")
 
 

@@ -15,8 +15,6 @@ from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.banded.order import FixedOrderBatchSampler
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
-__all__ = ["BandedFit"]
-
 
 class BandedFit:
     """A fit with banded noise: its order of rows, its noise, and which step is due.

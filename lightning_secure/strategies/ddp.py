@@ -15,8 +15,6 @@ from lightning_secure.privacy.gradients.clipping.rules import (
 from lightning_secure.strategies.processes import SeveralProcesses
 from lightning_secure.strategies.steps import required
 
-__all__ = ["PrivateDDPStrategy"]
-
 
 class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
     """:class:`~lightning_secure.strategies.private.PrivateStrategy` on several devices.

@@ -7,8 +7,6 @@ from typing import Any, NoReturn
 
 from lightning_secure.errors import PrivacyError
 
-__all__ = ["ExpectedBatch"]
-
 
 class _RowsWithheldError(PrivacyError, AttributeError):
     """The rows of a step are withheld; ``hasattr`` takes this error for a no."""

@@ -32,8 +32,6 @@ from lightning_secure.strategies.sharding import (
 )
 from lightning_secure.strategies.steps import required
 
-__all__ = ["PrivateFSDPStrategy"]
-
 
 class WholeCheckpointsStrategy(ModelParallelStrategy):
     """Lightning's strategy for sharded models, with checkpoints like those of one device.

@@ -16,8 +16,6 @@ from lightning_secure.errors import PrivacyError, UnsupportedTrainerOptionError
 from lightning_secure.strategies.expected import ExpectedBatch
 from lightning_secure.util.validate import whole_number
 
-__all__ = ["require_public_throughput", "stop_system_metrics", "uncounted"]
-
 log = logging.getLogger(__name__)
 
 _SILENT: Final = PassThroughProfiler()

@@ -34,15 +34,6 @@ from lightning_secure.privacy.accounting.ledger import Ledger, attach_journal
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.run_contract import require_same_promise
 
-__all__ = [
-    "carry_ledger",
-    "fixed_scale",
-    "planned_steps",
-    "require_no_accumulation",
-    "require_optimizers",
-    "require_trainer_options",
-]
-
 _JOURNALS: Final = "privacy_journal"
 _INSTEAD_OF_ACCUMULATION: Final = (
     "Use a larger DPConfig(expected_batch_size=); what does not fit into memory is split by "

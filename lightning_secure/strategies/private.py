@@ -21,8 +21,6 @@ from lightning_secure.privacy.released.step_metrics import ReleasedMetric
 from lightning_secure.strategies.single import OneDeviceStrategy
 from lightning_secure.strategies.training import PrivateTraining
 
-__all__ = ["PrivateStrategy"]
-
 
 class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
     """Trains on one device so that the weights reveal at most ``epsilon`` about any one row.

@@ -19,8 +19,6 @@ from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
 
-__all__ = ["PrivateDataLoader", "RandomAccess", "require_plain_loader"]
-
 
 @runtime_checkable
 class RandomAccess(Protocol):

@@ -54,8 +54,6 @@ from lightning_secure.strategies.steps import required
 from lightning_secure.strategies.training import PrivateTraining
 from lightning_secure.util.agreement import Statement, compared, gathered, ranks
 
-__all__ = ["SeveralProcesses"]
-
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,6 @@ import torch
 
 from lightning_secure.compat.torch import mps_generator
 
-__all__ = ["FreshRandomness", "WorkerInit"]
-
 _LEGACY: Final[Any] = np.random  # its stubs leave out what exchanges the generator
 # torch's CPU generator as `get_state` returns it: the seed (8 bytes), where it is in its block
 # (16), 624 words of 32 bits in 8 bytes each, and what is left of a pair of normals. Its own seeding

@@ -10,8 +10,6 @@ from torch import Tensor, distributed
 
 from lightning_secure.errors import PrivacyError
 
-__all__ = ["add_over_processes", "answered"]
-
 T = TypeVar("T")
 
 #: Smaller tensors travel together up to this many bytes; larger ones are added up where they are.

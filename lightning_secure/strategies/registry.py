@@ -11,8 +11,6 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.config import DPConfig
 
-__all__ = ["NAMES", "register_strategies"]
-
 #: From the name to the module and class.
 NAMES: Final = {
     "private": ("private", "PrivateStrategy"),

@@ -23,15 +23,6 @@ from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.statements import type_name
 from lightning_secure.util.agreement import DescribesRows, Statement
 
-__all__ = [
-    "Rows",
-    "describe_rows",
-    "different_rows",
-    "read_rows",
-    "rows_apart",
-    "split_by_rank",
-]
-
 #: Tensors of a dataset are compared byte by byte up to this many, about a second of SHA-256.
 _MOST_BYTES: Final = 2**30
 _MOST_ROWS: Final = 1024

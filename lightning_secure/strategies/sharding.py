@@ -20,17 +20,6 @@ from lightning_secure.errors import (
 )
 from lightning_secure.strategies.reduction import answered
 
-__all__ = [
-    "Shards",
-    "added_shard",
-    "gathered",
-    "left_whole",
-    "like_parameter",
-    "put_back",
-    "require_gatherable",
-    "share_unsharded",
-]
-
 _WHERE: Final = "in configure_model, as in fully_shard(self.net, mesh=self.device_mesh[...])"
 
 

@@ -7,8 +7,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
 
-__all__ = ["OneDeviceStrategy"]
-
 
 class OneDeviceStrategy(SingleDeviceStrategy):
     """Lightning's strategy for one device, which it leaves on the CPU when it is passed by object.

@@ -22,14 +22,6 @@ from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivateSum
 from lightning_secure.util.agreement import Statement
 
-__all__ = [
-    "loader_statement",
-    "model_statement",
-    "optimizer_statement",
-    "run_statement",
-    "type_name",
-]
-
 #: How many rows one process runs at once depends on its own memory.
 _OF_ONE_PROCESS: Final = frozenset({"max_physical_batch_size"})
 #: By these the processes take as many steps, and exchange metrics as often.

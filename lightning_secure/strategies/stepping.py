@@ -59,8 +59,6 @@ from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.steps import loss_of, required, withheld
 from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
 
-__all__ = ["SteppingStrategy"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,14 +13,6 @@ from lightning_secure.compat.lightning import before_batch_transfer
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.sampling import LogicalBatch
 
-__all__ = [
-    "loss_of",
-    "required",
-    "spare_logical_batch",
-    "stop_before_any_minimum",
-    "withheld",
-]
-
 T = TypeVar("T")
 
 

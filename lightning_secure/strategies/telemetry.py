@@ -13,8 +13,6 @@ from typing import Any, Final
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
 
-__all__ = ["PUBLIC_METRICS", "GuardedResults"]
-
 log = logging.getLogger(__name__)
 
 #: What the package itself logs while training; none of it depends on the rows, lower bounds on

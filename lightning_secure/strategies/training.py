@@ -48,8 +48,6 @@ from lightning_secure.strategies.stepping import SteppingStrategy
 from lightning_secure.strategies.steps import required, spare_logical_batch
 from lightning_secure.strategies.telemetry import GuardedResults
 
-__all__ = ["PrivateTraining"]
-
 
 class PrivateTraining(SteppingStrategy):
     """DP-SGD for a strategy of Lightning's, which comes after this one among the bases.

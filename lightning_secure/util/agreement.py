@@ -12,8 +12,6 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from torch import distributed
 
-__all__ = ["DescribesRows", "Statement", "compared", "differences", "gathered", "ranks"]
-
 #: By name: a text, which an error shows; or bytes such as a digest, of which it shows the name.
 Statement = Mapping[str, str | bytes]
 

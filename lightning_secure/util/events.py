@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Event", "announce", "follow", "following", "subscribe", "unsubscribe"]
-
 Listener = Callable[["Event"], None]
 
 

@@ -14,18 +14,6 @@ from typing import BinaryIO, Final
 
 from lightning_secure.errors import ConfigError
 
-__all__ = [
-    "as_path",
-    "atomic_writer",
-    "exclusive_lock",
-    "make_private_directories",
-    "open_regular",
-    "read_regular",
-    "release_lock",
-    "require_regular",
-    "sync_directory",
-]
-
 
 def as_path(value: object, *, what: str) -> Path:
     r"""Return ``value`` as a path that the operating system can be asked for.

@@ -7,8 +7,6 @@ import threading
 import weakref
 from typing import Any
 
-__all__ = ["ForkLock"]
-
 
 class ForkLock:
     """A lock that is open in a forked child, whichever thread held it in the parent.

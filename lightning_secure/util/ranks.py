@@ -7,8 +7,6 @@ import socket
 import sys
 from typing import Any, Final
 
-__all__ = ["host_name", "job_id", "rank_of_process"]
-
 #: Of all processes: set by torchrun, Open MPI, MPICH, and jsrun.
 _GLOBAL: Final = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
 #: Slurm, torchrun, LSF, PBS, Grid Engine, AWS Batch, in the order in which they are asked.

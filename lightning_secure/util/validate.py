@@ -9,8 +9,6 @@ from typing import Any
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["open_unit_interval", "positive", "positive_int", "whole_number"]
-
 
 def positive(**values: float | None) -> None:
     """Require finite numbers above zero; None passes.

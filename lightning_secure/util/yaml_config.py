@@ -10,8 +10,6 @@ from typing import Any, Final, TypeVar
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.files import as_path
 
-__all__ = ["known", "parsed", "shown", "typed"]
-
 _T = TypeVar("_T")
 _NAME: Final = re.compile(r"[A-Za-z_]{1,20}")
 

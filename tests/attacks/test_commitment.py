@@ -15,8 +15,9 @@ import reference
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey
-from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.segments import SegmentCipher, SegmentKeys
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.shards.shard import ShardReader

@@ -21,8 +21,10 @@ import torch
 from test_files import bounded
 
 from lightning_secure import EncryptedShardDataset, LocalKeyProvider
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey
-from lightning_secure.crypto.manifest import PartitionKey, ShardEntry, read_manifest
+from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.data.format.columns import Schema, decode_segment
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage

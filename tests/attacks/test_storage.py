@@ -19,7 +19,7 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.manifest import MANIFEST_NAME, PAYLOAD_TYPE, read_manifest
 from lightning_secure.crypto.segments import SegmentCipher, SegmentKeys
 from lightning_secure.crypto.signing import seal_envelope
-from lightning_secure.data.format.columns import HEADER_BYTES
+from lightning_secure.data.format.header import HEADER_BYTES
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import (

@@ -7,17 +7,16 @@ import json
 import pytest
 
 from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.entries import ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import DataKey
 from lightning_secure.crypto.manifest import (
     MANIFEST_NAME,
     PAYLOAD_TYPE,
     Manifest,
-    PartitionKey,
-    ShardEntry,
-    SplitEntry,
     read_manifest,
     write_manifest,
 )
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.errors import IntegrityError, ManifestMismatchError, WrongKeyError
 

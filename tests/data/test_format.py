@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from lightning_secure.crypto.segments import MAX_SEGMENTS
 from lightning_secure.data.format.columns import (
     DTYPES,
-    HEADER_BYTES,
     Column,
-    Header,
     Schema,
     decode_segment,
     encode_segment,
     segment_lengths,
 )
+from lightning_secure.data.format.header import HEADER_BYTES, Header
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
 
 HEADER = Header(

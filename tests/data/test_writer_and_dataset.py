@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_secure.anonymize import AnonymizationPlan, Generalize, Suppress
-from lightning_secure.crypto.manifest import MANIFEST_NAME, PartitionKey, read_manifest
+from lightning_secure.crypto.manifest import MANIFEST_NAME, read_manifest
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.data.format.columns import Column, Schema
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.reading.samples import Samples, collate

@@ -30,12 +30,14 @@ from lightning_secure import (
     Schema,
 )
 from lightning_secure.crypto.keys import DataKey
-from lightning_secure.crypto.manifest import PAYLOAD_TYPE, PartitionKey, read_manifest
+from lightning_secure.crypto.manifest import PAYLOAD_TYPE, read_manifest
 from lightning_secure.crypto.merkle import merkle_root
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.segments import SegmentKeys
 from lightning_secure.crypto.signing import Signer, seal_envelope
 from lightning_secure.crypto.stream import StreamReader, StreamWriter
-from lightning_secure.data.format.columns import DTYPES, Header, decode_segment, encode_segment
+from lightning_secure.data.format.columns import DTYPES, decode_segment, encode_segment
+from lightning_secure.data.format.header import Header
 from lightning_secure.data.shards.shard import seal_shard
 from lightning_secure.plugins.checkpoint import opened
 

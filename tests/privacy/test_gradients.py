@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
-from lightning_secure.privacy.gradients.engine import GradientEngine, find_units
+from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.formulas import (
     clip_factor,
     linear_ghost_squares,
@@ -21,6 +21,7 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_weighted_sum,
 )
 from lightning_secure.privacy.gradients.recorder import per_sample_norms
+from lightning_secure.privacy.gradients.rules.find_units import find_units
 from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lightning_secure.redaction.detect.detectors import PersonalDataDetector
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 ASSIGNMENTS = [

@@ -12,12 +12,9 @@ from redaction_data import harmless, personal, secrets
 from test_assignments import ASSIGNMENTS
 
 from lightning_secure.redaction.detect import prefilter
-from lightning_secure.redaction.detect.detectors import (
-    AssignmentDetector,
-    PersonalDataDetector,
-    SecretDetector,
-)
+from lightning_secure.redaction.detect.detectors import AssignmentDetector, SecretDetector
 from lightning_secure.redaction.detect.obfuscated import DisguiseDetector
+from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
 from lightning_secure.redaction.detect.prefilter import (
     ASSIGNED,
     DISGUISED,

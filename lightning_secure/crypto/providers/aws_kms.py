@@ -24,8 +24,6 @@ from lightning_secure.errors import ConfigError, KeyUnavailableError
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.validate import positive
 
-__all__ = ["AwsKmsKeyProvider"]
-
 _ARN: Final = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):[0-9]{12}:key/[A-Za-z0-9-]+")
 _REFUSALS: Final = ("InvalidCiphertextException", "IncorrectKeyException")
 _ATTEMPTS: Final = 3

@@ -34,16 +34,6 @@ from lightning_secure.errors import (
     MissingExtraError,
 )
 
-__all__ = [
-    "ExternalKeyProvider",
-    "bound_payload",
-    "import_extra",
-    "is_loopback",
-    "open_bound_payload",
-    "rejected",
-    "require_safe_url",
-]
-
 PathLike = str | os.PathLike[str]
 _DERIVATION_TYPE: Final = "lightning-secure/derivation-key"
 _DERIVATION_CONTEXT: Final = {"purpose": "derivation"}

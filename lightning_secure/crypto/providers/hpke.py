@@ -23,8 +23,6 @@ from lightning_secure.crypto.providers.keyfiles import damaged, read_record
 from lightning_secure.crypto.signing import pre_authentication_encoding
 from lightning_secure.errors import ConfigError, IntegrityError, KeyUnavailableError
 
-__all__ = ["HpkeKeyProvider", "HpkePrivateKey", "HpkePublicKey"]
-
 TYPE: Final = "lightning-secure/hpke-private-key"
 _WHAT: Final = "private key file"
 _SIGNED_TYPE: Final = "application/vnd.lightning-secure.hpke-wrapped-key.v1+json"

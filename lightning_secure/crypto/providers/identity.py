@@ -21,16 +21,6 @@ from lightning_secure.crypto.providers.keyfiles import (
 from lightning_secure.crypto.signing import SEED_BYTES, Signer, public_key_id
 from lightning_secure.errors import ConfigError, IntegrityError
 
-__all__ = [
-    "SigningKey",
-    "public_file",
-    "public_text",
-    "read_public",
-    "trusted_keys",
-    "trusted_text",
-    "write_pair",
-]
-
 TYPE: Final = "lightning-secure/signing-key"
 _ALGORITHM: Final = "ed25519"
 _WHAT: Final = "signing key file"

@@ -13,8 +13,6 @@ from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import ConfigError, IntegrityError, KeyUnavailableError
 from lightning_secure.util.files import as_path, atomic_writer, make_private_directories
 
-__all__ = ["damaged", "read_file", "read_record", "write_file", "write_record"]
-
 _MAX_BYTES: Final = 65536
 
 

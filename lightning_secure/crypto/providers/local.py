@@ -31,8 +31,6 @@ from lightning_secure.crypto.signing import SEED_BYTES, Signer
 from lightning_secure.errors import IntegrityError, KeyUnavailableError
 from lightning_secure.util.files import sync_directory
 
-__all__ = ["LocalKeyProvider"]
-
 TYPE: Final = "lightning-secure/local-key"
 _OPEN, _PROTECTED = (TYPE, 1), (TYPE, 2)
 

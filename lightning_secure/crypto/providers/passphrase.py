@@ -18,8 +18,6 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from lightning_secure.crypto.encoding import b64decode, b64encode, canonical_json
 from lightning_secure.errors import ConfigError, IntegrityError
 
-__all__ = ["MIN_CHARACTERS", "open_with_passphrase", "seal_with_passphrase"]
-
 #: Shortest passphrase that a new file may have: the file can be attacked offline.
 MIN_CHARACTERS: Final = 12
 _NONCE_BYTES: Final = 12

@@ -25,8 +25,6 @@ from lightning_secure.crypto.providers.secret_sources import (
 )
 from lightning_secure.errors import ConfigError, KeyUnavailableError
 
-__all__ = ["Pkcs11KeyProvider"]
-
 _PIN: Final = EnvironmentSecret("PKCS11_PIN")
 _NONCE_BYTES: Final = 12
 _TAG_BITS: Final = 128

@@ -12,16 +12,6 @@ from typing import Final
 from lightning_secure.crypto.providers.keyfiles import read_file
 from lightning_secure.errors import ConfigError, KeyAccessError, KeyUnavailableError
 
-__all__ = [
-    "EnvironmentSecret",
-    "FileSecret",
-    "SecretSource",
-    "read_secret",
-    "require_portable",
-    "require_source",
-    "source_name",
-]
-
 SecretSource = Callable[[], str]
 _MAX_CHARACTERS: Final = 65536
 

@@ -29,8 +29,6 @@ from lightning_secure.crypto.providers.secret_sources import (
 from lightning_secure.errors import ConfigError, KeyUnavailableError
 from lightning_secure.util.validate import positive
 
-__all__ = ["VaultTransitKeyProvider"]
-
 _TOKEN: Final = EnvironmentSecret("VAULT_TOKEN")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PATH: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")

@@ -23,7 +23,7 @@ from lightning_secure.crypto.entries import ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.crypto.signing import Signer
-from lightning_secure.data.erasure.erasure_report import ErasureReport, RecoveryAttempt, conclude
+from lightning_secure.data.erasure.erasure_report import ErasureReport, conclude
 from lightning_secure.data.key_rotation.rotate import commit, rotating
 from lightning_secure.data.manifests.garbage import RemovalList
 from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
@@ -36,8 +36,6 @@ from lightning_secure.errors import (
     KeyUnavailableError,
 )
 from lightning_secure.util.validate import whole_number
-
-__all__ = ["ErasureReport", "RecoveryAttempt", "erase_shard", "erase_subject"]
 
 
 def erase_shard(

@@ -18,8 +18,6 @@ from lightning_secure.data.manifests.garbage import LOCK_NAME, locked
 from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
 from lightning_secure.errors import IntegrityError, KeyAccessError
 
-__all__ = ["ErasureReport", "RecoveryAttempt", "conclude"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryAttempt:

@@ -15,8 +15,6 @@ from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError
 from lightning_secure.util import events
 
-__all__ = ["finish_erasure"]
-
 
 def finish_erasure(
     root: str | os.PathLike[str],

@@ -24,10 +24,7 @@ from torch import Tensor
 
 from lightning_secure.crypto.encoding import canonical_json, utf8
 from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES
-from lightning_secure.data.format.header import HEADER_BYTES, Header
 from lightning_secure.errors import DataError, IntegrityError, ShardCorruptedError
-
-__all__ = ["HEADER_BYTES", "Column", "Header", "Schema", "decode_segment", "encode_segment"]
 
 _ALIGNMENT: Final = 8
 _MAX_DIMENSIONS: Final = 60  # numpy knows 64

@@ -14,8 +14,6 @@ from torch import Tensor
 from lightning_secure.data.format.columns import DTYPE_NAMES, DTYPES, Column, ColumnData
 from lightning_secure.errors import DataError
 
-__all__ = ["Ragged", "convert_column", "count_rows", "infer_column", "joined", "require_names"]
-
 _UNTOUCHED: Final = "Nothing of this call was sealed."
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 _INT64_MAX: Final = np.iinfo(np.int64).max

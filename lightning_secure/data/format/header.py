@@ -14,8 +14,6 @@ from lightning_secure.crypto.segments import (
 )
 from lightning_secure.errors import ShardCorruptedError
 
-__all__ = ["HEADER_BYTES", "Header"]
-
 MAGIC: Final = b"LSECSHRD"
 VERSION: Final = 1
 HEADER_BYTES: Final = 4096

@@ -8,8 +8,6 @@ from lightning_secure.crypto.segments import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from lightning_secure.data.format.columns import ColumnData, Schema, segment_lengths
 from lightning_secure.errors import DataError
 
-__all__ = ["plan_segments"]
-
 
 def plan_segments(
     columns: Mapping[str, ColumnData],

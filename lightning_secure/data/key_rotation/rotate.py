@@ -21,13 +21,8 @@ from pathlib import Path
 from lightning_secure.crypto import rotation
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    PartitionKey,
-    read_manifest,
-    write_manifest,
-)
+from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.signing import Signer
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import (
@@ -39,19 +34,12 @@ from lightning_secure.data.manifests.garbage import (
 )
 from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
 from lightning_secure.data.manifests.rollback_pins import Pins
-from lightning_secure.data.shards.shard import (
-    Scratch,
-    ShardReader,
-    fresh_uuid,
-    reseal_shard,
-    shard_name,
-)
+from lightning_secure.data.shards.scratch import Scratch
+from lightning_secure.data.shards.shard import ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError, ShardCorruptedError
 from lightning_secure.util import events
-
-__all__ = ["add_recipient", "remove_recipient", "rotate_data", "rotate_kek", "rotate_partition"]
 
 
 def add_recipient(

@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CopyStream", "on_device"]
-
 
 class CopyStream(Protocol):
     """A queue of copies that runs beside the computation."""

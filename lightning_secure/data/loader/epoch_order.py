@@ -20,8 +20,6 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EpochLine", "Group", "Interval", "Share", "Window", "deal"]
-
 _GROUP_SHARDS: Final = 16
 _GROUP_SEGMENTS: Final = 2**20
 _SHARDS, _SEGMENTS, _ROWS = 1, 2, 3

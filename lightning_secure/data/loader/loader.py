@@ -9,9 +9,9 @@ from typing import Any, Final
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.segments import TAG_BYTES
-from lightning_secure.data.format.columns import HEADER_BYTES
+from lightning_secure.data.format.header import HEADER_BYTES
 from lightning_secure.data.loader.device import CudaCopyStream, on_device
 from lightning_secure.data.loader.epoch_order import (
     EpochLine,
@@ -28,8 +28,6 @@ from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.reading.samples import assemble, collate
 from lightning_secure.data.reading.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
-
-__all__ = ["WINDOW_BYTES", "EncryptedLoader"]
 
 WINDOW_BYTES: Final = 8 * 1024 * 1024
 #: What a checkpoint may ask for without the loader having been told so: four are in memory.

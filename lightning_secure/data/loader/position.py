@@ -9,8 +9,6 @@ from typing import Any, Final, Self
 from lightning_secure.data.loader.epoch_order import Interval
 from lightning_secure.errors import ManifestMismatchError
 
-__all__ = ["MAX_WINDOW_BYTES", "Position"]
-
 _VERSION: Final = 1
 #: A window is in memory as a whole, so that more than this is a mistake.
 MAX_WINDOW_BYTES: Final = 2**40

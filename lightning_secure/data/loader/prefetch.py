@@ -20,9 +20,7 @@ from lightning_secure.data.reading.batch_buffers import Buffers, Ints, Rows
 from lightning_secure.data.reading.column_groups import OpenShard
 from lightning_secure.data.reading.decode_rows import Filler
 from lightning_secure.data.reading.open_shards import ShardSet
-from lightning_secure.data.shards.shard import Scratch
-
-__all__ = ["Pipeline"]
+from lightning_secure.data.shards.scratch import Scratch
 
 #: Windows under way besides the one that batches are cut from.
 _AHEAD: Final = 1

@@ -7,14 +7,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_secure.crypto.entries import SplitEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    SplitEntry,
-    read_manifest,
-    write_manifest,
-)
+from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from lightning_secure.crypto.partitions import partition_context
 from lightning_secure.crypto.rotation import successor
 from lightning_secure.data.manifests.garbage import LOCK_NAME, locked, remove_unnamed, require_files
@@ -28,8 +23,6 @@ from lightning_secure.errors import (
 )
 from lightning_secure.util import events
 from lightning_secure.util.files import exclusive_lock
-
-__all__ = ["commit_split", "commit_splits", "open_or_start"]
 
 
 def open_or_start(

@@ -23,17 +23,6 @@ from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.util.files import exclusive_lock, read_regular, sync_directory
 
-__all__ = [
-    "LOCK_NAME",
-    "ROTATION_LOCK_NAME",
-    "SEALING_JOURNAL_NAME",
-    "RemovalList",
-    "collect_garbage",
-    "locked",
-    "remove_unnamed",
-    "require_files",
-]
-
 LOCK_NAME: Final = ".lock"
 ROTATION_LOCK_NAME: Final = ".rotate.lock"
 SEALING_JOURNAL_NAME: Final = ".sealing"

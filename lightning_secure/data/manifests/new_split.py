@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from lightning_secure.crypto.entries import SplitEntry
 from lightning_secure.crypto.keys import WrappedKey
-from lightning_secure.crypto.manifest import Manifest, SplitEntry
+from lightning_secure.crypto.manifest import Manifest
 from lightning_secure.errors import ConfigError
-
-__all__ = ["NewSplit", "require_free", "with_split"]
 
 
 @dataclass(frozen=True, kw_only=True)

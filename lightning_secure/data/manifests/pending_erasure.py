@@ -25,8 +25,6 @@ from lightning_secure.crypto.signing import Signer, open_envelope, seal_envelope
 from lightning_secure.errors import IntegrityError
 from lightning_secure.util.files import atomic_writer, read_regular, sync_directory
 
-__all__ = ["RECORD_NAME", "UnfinishedErasure"]
-
 RECORD_NAME: Final = ".erasing"
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.erasure.v1+json"
 _FIELDS: Final = {

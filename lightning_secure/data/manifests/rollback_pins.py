@@ -11,8 +11,6 @@ import re
 from lightning_secure.crypto.manifest import Manifest
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
-__all__ = ["Pins", "check_pins"]
-
 
 class Pins:
     """The pins of one writer: what its caller knows, and what it has seen itself.

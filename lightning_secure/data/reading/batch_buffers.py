@@ -16,8 +16,6 @@ from torch import Tensor
 
 from lightning_secure.data.format.columns import Column
 
-__all__ = ["Buffers", "Rows"]
-
 _SPARE: Final = 3
 #: Fewer rows than this, or longer ones, are copied one at a time.
 _FEW: Final = 5

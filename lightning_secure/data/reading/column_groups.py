@@ -8,13 +8,13 @@ from typing import TypeAlias
 from lightning_secure.crypto.attributes import open_attributes
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import Manifest, PartitionKey
-from lightning_secure.data.format.columns import HEADER_BYTES, ColumnData, Header, Schema
+from lightning_secure.crypto.manifest import Manifest
+from lightning_secure.crypto.partitions import PartitionKey
+from lightning_secure.data.format.columns import ColumnData, Schema
+from lightning_secure.data.format.header import HEADER_BYTES, Header
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import Storage
 from lightning_secure.errors import ShardCorruptedError, WrongKeyError
-
-__all__ = ["GroupedReader", "OpenGroups", "OpenShard", "schema_of"]
 
 
 def schema_of(entry: SplitEntry) -> Schema:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_secure.anonymize import AnonymizationReport
+from lightning_secure.crypto.entries import SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import Manifest, SplitEntry, read_manifest
+from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.data.format.columns import ColumnData, Schema
 from lightning_secure.data.manifests.rollback_pins import check_pins
 from lightning_secure.data.reading.batch_buffers import Buffers, Ints, Rows
@@ -23,15 +24,13 @@ from lightning_secure.data.reading.decode_rows import Filler
 from lightning_secure.data.reading.open_shards import ShardSet
 from lightning_secure.data.reading.samples import Output, Samples
 from lightning_secure.data.reading.threads import threads_to_use
-from lightning_secure.data.shards.shard import Scratch
+from lightning_secure.data.shards.scratch import Scratch
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.errors import ConfigError
 from lightning_secure.util import events
 from lightning_secure.util.agreement import Statement
 from lightning_secure.util.validate import whole_number
-
-__all__ = ["EncryptedShardDataset", "check_pins"]
 
 #: Handing work to another thread costs about as much as decrypting some segments.
 _SEGMENTS_A_THREAD: Final = 8

@@ -11,9 +11,8 @@ from torch import Tensor, uint8
 from lightning_secure.data.format.columns import Column, Schema, byte_limits, column_offsets
 from lightning_secure.data.reading.batch_buffers import Ints, Rows
 from lightning_secure.data.reading.column_groups import GroupedReader, OpenShard
-from lightning_secure.data.shards.shard import Scratch, ShardReader
-
-__all__ = ["Filler"]
+from lightning_secure.data.shards.scratch import Scratch
+from lightning_secure.data.shards.shard import ShardReader
 
 #: Where the chosen columns begin, the length of the plaintext, and its limits.
 _Layout = tuple[list[tuple[str, int]], int, list[tuple[int, int, int]]]

@@ -13,8 +13,6 @@ from lightning_secure.data.reading.column_groups import OpenGroups, OpenShard
 from lightning_secure.data.storage import Storage
 from lightning_secure.util.fork_lock import ForkLock
 
-__all__ = ["ShardSet"]
-
 _OPEN_SHARDS: Final = 64
 #: Each open shard keeps the tags of its segments, 16 bytes each.
 _OPEN_SEGMENTS: Final = 2**20

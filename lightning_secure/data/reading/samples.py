@@ -9,8 +9,6 @@ from torch.utils.data import default_collate
 
 from lightning_secure.data.format.columns import ColumnData
 
-__all__ = ["Output", "Samples", "assemble", "collate"]
-
 Output = Literal["tuple", "dict"]
 
 

@@ -7,8 +7,6 @@ from typing import Final
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["threads_to_use"]
-
 _MOST: Final = 8
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["Scratch"]
-
 
 class Scratch(threading.local):
     """Memory for segments, used again from one to the next. Each thread has its own.

@@ -11,38 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import DataKey
-from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
 from lightning_secure.crypto.merkle import merkle_root
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.segments import (
     SUITE_AES256GCM_SHA256,
     TAG_BYTES,
     SegmentCipher,
     SegmentKeys,
 )
-from lightning_secure.data.format.columns import (
-    HEADER_BYTES,
-    ColumnData,
-    Header,
-    Schema,
-    decode_segment,
-    encode_segment,
-)
+from lightning_secure.data.format.columns import ColumnData, Schema, decode_segment, encode_segment
+from lightning_secure.data.format.header import HEADER_BYTES, Header
 from lightning_secure.data.format.segment_plan import plan_segments
 from lightning_secure.data.shards.scratch import Scratch
 from lightning_secure.data.shards.verify import read_tags, tags_root
 from lightning_secure.data.storage import Storage
 from lightning_secure.errors import IntegrityError, ShardCorruptedError
 from lightning_secure.util.files import atomic_writer
-
-__all__ = [
-    "Scratch",
-    "ShardReader",
-    "fresh_uuid",
-    "reseal_shard",
-    "seal_shard",
-    "shard_name",
-]
 
 _T = TypeVar("_T")
 

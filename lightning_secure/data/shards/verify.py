@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.merkle import merkle_root
 from lightning_secure.crypto.segments import TAG_BYTES
-from lightning_secure.data.format.columns import HEADER_BYTES, Header
+from lightning_secure.data.format.header import HEADER_BYTES, Header
 from lightning_secure.errors import ShardCorruptedError
 
 if TYPE_CHECKING:
     from lightning_secure.data.storage.storage import Storage, StoredFile
-
-__all__ = ["read_tags", "tags_root", "verify_shard"]
 
 
 def verify_shard(storage: Storage, entry: ShardEntry) -> None:

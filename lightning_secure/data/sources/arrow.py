@@ -29,8 +29,6 @@ from lightning_secure.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Fill", "NullRule", "Stack", "arrow_type", "convert_batch", "require_rules"]
-
 _LEFT: Final = "Nothing of the split was put into the dataset."
 
 

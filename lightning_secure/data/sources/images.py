@@ -20,8 +20,6 @@ from lightning_secure.data.sources.source import Batch, Source, extra, files_ide
 from lightning_secure.errors import ConfigError, DataError
 from lightning_secure.util.files import open_regular
 
-__all__ = ["ImageFolderSource"]
-
 _ORIENTATION: Final = 0x0112
 _SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _BARE: Final = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "adobe", "adobe_transform",

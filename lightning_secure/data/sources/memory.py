@@ -21,8 +21,6 @@ from lightning_secure.data.sources.source import (
 )
 from lightning_secure.errors import DataError
 
-__all__ = ["ArraySource", "DatasetSource", "RowSource"]
-
 
 class ArraySource(Source):
     """Columns that are whole in memory.

@@ -12,8 +12,6 @@ from typing import Final
 
 from lightning_secure.errors import DataError
 
-__all__ = ["strip_metadata"]
-
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 #: What decides how pixels come out, with the bytes that each may have. Colour profiles (iCCP) are
 #: not on the list: they hold text of their own.

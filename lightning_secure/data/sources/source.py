@@ -18,8 +18,6 @@ from lightning_secure.errors import DataError, MissingExtraError
 if TYPE_CHECKING:
     from lightning_secure.anonymize import AnonymizationPlan
 
-__all__ = ["BATCH_BYTES", "Checksum", "Source", "extra", "files_identity", "gathered"]
-
 #: Plaintext that a source should hand over at once: large enough that the cost of a call does not
 #: matter, small beside a shard.
 BATCH_BYTES: Final = 4 * 1024 * 1024

@@ -30,8 +30,6 @@ from lightning_secure.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["TableSource", "csv_source", "pandas_source", "parquet_source", "table_source"]
-
 _LEFT: Final = "Nothing of the split was put into the dataset."
 _STEP: Final = 8192
 

@@ -15,15 +15,13 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.data.storage.storage import StoredFile
 from lightning_secure.errors import ConfigError
 from lightning_secure.util import events
 from lightning_secure.util.files import exclusive_lock, release_lock
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.validate import positive_int
-
-__all__ = ["CiphertextCache"]
 
 _log = logging.getLogger(__name__)
 _ENTRY: Final = ".shard"

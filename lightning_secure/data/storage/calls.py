@@ -6,8 +6,6 @@ import asyncio
 import errno
 from typing import Any, Final
 
-__all__ = ["call", "kind_of"]
-
 #: An S3 client gets its answer to HEAD without a body, and then an expired token is just a 400.
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EINVAL})
 

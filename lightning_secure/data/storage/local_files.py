@@ -7,10 +7,9 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
+from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES
 from lightning_secure.util.files import open_regular, read_regular
-
-__all__ = ["LocalFile", "LocalStorage"]
 
 
 class LocalStorage:

@@ -13,8 +13,6 @@ from lightning_secure.data.storage.storage import Storage
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.files import as_path
 
-__all__ = ["folder_of", "local_root", "open_storage"]
-
 
 def open_storage(
     root: str | os.PathLike[str] | Storage,

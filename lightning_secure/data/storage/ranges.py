@@ -6,10 +6,8 @@ from typing import Final, Protocol
 
 from typing_extensions import Buffer
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.util.fork_lock import ForkLock
-
-__all__ = ["RangeSource", "RemoteFile"]
 
 _FIRST_WINDOW: Final = 64 * 1024
 

@@ -14,7 +14,8 @@ from typing import Any, Final, NoReturn
 import fsspec
 from fsspec.config import conf as fsspec_settings
 
-from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES, ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
+from lightning_secure.crypto.manifest import MAX_MANIFEST_BYTES
 from lightning_secure.data.storage.cache import CiphertextCache
 from lightning_secure.data.storage.calls import call, kind_of
 from lightning_secure.data.storage.ranges import RemoteFile
@@ -30,8 +31,6 @@ from lightning_secure.data.storage.transport import (
 from lightning_secure.errors import ConfigError, MissingExtraError, StorageError
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.validate import positive, positive_int
-
-__all__ = ["Options", "RemoteStorage"]
 
 #: What fsspec's file system is made with, or something that returns it afresh.
 Options = Mapping[str, Any] | Callable[[], Mapping[str, Any]]

@@ -6,9 +6,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from lightning_secure.crypto.manifest import ShardEntry
-
-__all__ = ["Storage", "StoredFile"]
+from lightning_secure.crypto.entries import ShardEntry
 
 
 class StoredFile(Protocol):

@@ -15,15 +15,6 @@ from urllib.parse import urlsplit
 
 from lightning_secure.errors import ConfigError
 
-__all__ = [
-    "S3",
-    "check_url",
-    "direct_session",
-    "insecure_options",
-    "secret_options",
-    "watch_client",
-]
-
 S3: Final = frozenset({"s3", "s3a"})
 #: Protocols that never leave this machine, or leave it as a mounted folder.
 _LOCAL: Final = frozenset({"memory", "file", "local"})

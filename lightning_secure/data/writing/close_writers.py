@@ -9,8 +9,6 @@ from typing import Protocol
 from lightning_secure.crypto.manifest import Manifest
 from lightning_secure.data.manifests.new_split import NewSplit
 
-__all__ = ["ClosingWriter", "close_together"]
-
 
 class ClosingWriter(Protocol):
     """What a writer of one split does at its end."""

@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
-from lightning_secure.crypto.manifest import PartitionKey, ShardEntry
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.crypto.signing import open_envelope, seal_envelope
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import SEALING_JOURNAL_NAME
 from lightning_secure.data.shards.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
 from lightning_secure.util.files import release_lock, sync_directory
-
-__all__ = ["JOURNAL_NAME", "Progress", "ProgressLog", "source_mark"]
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"

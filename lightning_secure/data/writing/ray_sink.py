@@ -16,8 +16,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is import
 
 from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
 from lightning_secure.crypto.attributes import seal_attributes
+from lightning_secure.crypto.entries import ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
-from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry, SplitEntry
+from lightning_secure.crypto.manifest import Manifest
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.commit import commit_split, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
@@ -41,8 +43,6 @@ else:
         from ray.data import Datasink as _Base
     except ImportError:  # the class can be named, and says what is missing when it is used
         _Base = None
-
-__all__ = ["EncryptedShardDatasink"]
 
 #: Each task numbers its shards in a range of its own, so that their order does not depend on which
 #: task is done first, and a task that is tried again numbers them as before.

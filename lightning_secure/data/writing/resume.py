@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import KeyProvider, WrappedKey
-from lightning_secure.crypto.manifest import Manifest, PartitionKey, ShardEntry
+from lightning_secure.crypto.manifest import Manifest
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.writing.progress_log import Progress, ProgressLog, source_mark
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
 from lightning_secure.util import events
-
-__all__ = ["SOURCE_ATTRIBUTE", "SealingState"]
 
 #: The split's attribute in the manifest that tells what it was sealed from, see `source_mark`.
 SOURCE_ATTRIBUTE: Final = "sealing.source"

@@ -24,8 +24,6 @@ from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.subjects import by_subject, taken
 from lightning_secure.errors import DataError
 
-__all__ = ["PendingRows"]
-
 
 class PendingRows:
     """Checks rows as they come, and hands them on in portions of one shard each.

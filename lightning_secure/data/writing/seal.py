@@ -29,8 +29,6 @@ from lightning_secure.data.writing.spool import remove_own
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, DataError
 
-__all__ = ["Sealed", "seal"]
-
 #: Told of the rows taken so far, and of how many there will be if that is known.
 Progress = Callable[[int, int | None], None]
 

@@ -10,10 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Self
 
-from lightning_secure.crypto.manifest import ShardEntry
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.util.validate import positive_int
-
-__all__ = ["DEFAULT_THREADS", "ShardPool", "ShardQueue"]
 
 #: More threads than this wait for the disk, and each holds a shard in memory.
 DEFAULT_THREADS: Final = min(4, os.cpu_count() or 1)

@@ -11,14 +11,13 @@ from typing import Any
 from lightning_secure.crypto.attributes import seal_attributes
 from lightning_secure.crypto.entries import ColumnGroup, ShardEntry, SplitEntry
 from lightning_secure.crypto.keys import DataKey, KeyProvider, WrappedKey
-from lightning_secure.crypto.manifest import NAME_PATTERN, PartitionKey
+from lightning_secure.crypto.parsing import NAME_PATTERN
+from lightning_secure.crypto.partitions import PartitionKey
 from lightning_secure.data.format.columns import Column, ColumnData, Schema
 from lightning_secure.data.format.segment_plan import plan_segments
 from lightning_secure.data.shards.shard import seal_shard
 from lightning_secure.data.writing.subjects import SubjectPseudonyms
 from lightning_secure.errors import ConfigError, DataError
-
-__all__ = ["SplitLayout"]
 
 
 class SplitLayout:

@@ -12,10 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_secure.crypto.manifest import NAME_PATTERN
+from lightning_secure.crypto.parsing import NAME_PATTERN
 from lightning_secure.errors import ConfigError, DataError
-
-__all__ = ["SplitByColumn", "SplitByRatio", "SplitRule"]
 
 _BLOCK: Final = 4096
 _MOST_SPLITS: Final = 64

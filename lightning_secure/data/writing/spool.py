@@ -25,8 +25,6 @@ from lightning_secure.data.writing.upload import (
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.files import as_path, atomic_writer
 
-__all__ = ["Spool", "open_spool", "remove_own"]
-
 
 class Spool:
     """The folder of this machine in which a split is sealed before it is sent.

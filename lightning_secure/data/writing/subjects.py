@@ -15,8 +15,6 @@ from lightning_secure.crypto.keys import DataKey
 from lightning_secure.data.format.columns import ColumnData
 from lightning_secure.errors import DataError
 
-__all__ = ["SubjectPseudonyms", "by_subject", "taken"]
-
 PSEUDONYM_BYTES: Final = 16
 
 

@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from lightning_secure.crypto.encoding import canonical_json
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import (
-    MANIFEST_NAME,
-    PAYLOAD_TYPE,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-)
+from lightning_secure.crypto.manifest import MANIFEST_NAME, PAYLOAD_TYPE, Manifest, read_manifest
 from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.data.manifests.new_split import NewSplit, require_free, with_split
@@ -30,14 +25,6 @@ from lightning_secure.data.storage.remote import Options, RemoteStorage
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError, StorageError
 from lightning_secure.util import events
 from lightning_secure.util.files import as_path
-
-__all__ = [
-    "current_manifest",
-    "require_same_dataset",
-    "same_split",
-    "upload_split",
-    "upload_splits",
-]
 
 _TRIES: Final = 10
 

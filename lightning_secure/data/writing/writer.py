@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.crypto.entries import ShardEntry
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import NAME_PATTERN, Manifest, ShardEntry
+from lightning_secure.crypto.manifest import Manifest
+from lightning_secure.crypto.parsing import NAME_PATTERN
 from lightning_secure.data.format.columns import ColumnData, Schema
 from lightning_secure.data.manifests.commit import commit_splits, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
@@ -28,8 +30,6 @@ from lightning_secure.errors import (
     KeyUnavailableError,
     LightningSecureError,
 )
-
-__all__ = ["EncryptedShardWriter"]
 
 
 class EncryptedShardWriter:

@@ -20,18 +20,6 @@ from lightning_secure.privacy.accounting.weight_notes import (
 )
 from lightning_secure.util import events
 
-__all__ = [
-    "bring_ledger",
-    "bring_ledger_with_weights",
-    "declare_public_weights",
-    "drop_ledger",
-    "keep_ledger",
-    "ledger_of",
-    "require_same_weights",
-    "watch_ledger",
-    "write_ledger",
-]
-
 log = logging.getLogger(__name__)
 
 _ATTRIBUTE: Final = "_lightning_secure_ledger"

@@ -40,8 +40,6 @@ from lightning_secure.errors import IntegrityError, LedgerError
 from lightning_secure.privacy.accounting.mechanism import Release, merged
 from lightning_secure.util.files import open_regular, require_regular, sync_directory
 
-__all__ = ["Journal", "Totals", "read_totals"]
-
 log = logging.getLogger(__name__)
 
 _FORMAT: Final = 1

@@ -22,18 +22,6 @@ from lightning_secure.privacy.noise.banded.planned import Planned
 from lightning_secure.util import events
 from lightning_secure.util.validate import positive_int
 
-__all__ = [
-    "GuardsMetrics",
-    "HasLedger",
-    "Ledger",
-    "PublicNumbers",
-    "attach_journal",
-    "journal_path",
-    "known_releases",
-    "require_account",
-    "restore_journal",
-]
-
 log = logging.getLogger(__name__)
 
 _AHEAD: Final = 1000

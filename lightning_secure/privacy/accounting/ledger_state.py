@@ -14,8 +14,6 @@ from lightning_secure.privacy.accounting.pld import require_accountant
 from lightning_secure.privacy.accounting.public_numbers import PublicNumbers
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
-__all__ = ["CHECKPOINT_KEY", "LedgerState"]
-
 CHECKPOINT_KEY: Final = "lightning_secure"
 # 2 brought the journal; a reader that knows only 1 would resume without it. 3 is written for
 # mechanisms other than Poisson sampling, which a reader that knows only 2 would go on with as such.

@@ -41,13 +41,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "epsilon_of",
-    "epsilon_of_truncated",
-    "gaussian_epsilon",
-    "gaussian_shift",
-]
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _U: Final = 2.0**-52

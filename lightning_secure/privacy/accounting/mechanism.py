@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Release", "joint_noise", "merged"]
-
 
 class Release(NamedTuple):
     """So many steps of one sampled Gaussian mechanism.

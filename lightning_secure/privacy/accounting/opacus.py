@@ -14,8 +14,6 @@ from typing import Final
 from lightning_secure.errors import PrivacyError
 from lightning_secure.privacy.accounting.mechanism import Release, merged
 
-__all__ = ["epsilon_by_opacus"]
-
 _PREFIX: Final = "opacus-"
 
 

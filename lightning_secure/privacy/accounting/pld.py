@@ -28,18 +28,6 @@ from lightning_secure.privacy.accounting.loss_transform import (
 )
 from lightning_secure.privacy.accounting.mechanism import Release, merged
 
-__all__ = [
-    "ACCOUNTANTS",
-    "BOUNDS",
-    "affordable_steps",
-    "calibrate_noise",
-    "epsilon_by",
-    "epsilon_pld",
-    "epsilon_rdp",
-    "epsilon_truncated",
-    "require_accountant",
-]
-
 #: Accountants whose epsilon is an upper bound, so that a budget can be kept by them.
 BOUNDS: Final = ("pld", "rdp", "opacus-rdp", "opacus-prv")
 #: All accountants. Opacus' GDP is an approximation that can lie below the true epsilon.

@@ -12,8 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_secure.privacy.checks.snapshot import local_part
 
-__all__ = ["WeightNote", "changed_weights", "noted_weights"]
-
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: What weights are commonly rounded to after training; a note knows what each would be then.
 _NARROWER: Final[Mapping[torch.dtype, tuple[torch.dtype, ...]]] = {

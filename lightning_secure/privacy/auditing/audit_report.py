@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from lightning_secure.errors import PrivacyError
 
-__all__ = ["AuditReport"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,16 +13,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "best_threshold",
-    "epsilon_gaussian",
-    "epsilon_of_rates",
-    "epsilon_one_run",
-    "mu_of_rates",
-    "p_value_one_run",
-    "rates",
-]
-
 Floats = npt.NDArray[np.float64]
 _CANDIDATES: Final = 400
 _MAX_EPSILON: Final = 1e9

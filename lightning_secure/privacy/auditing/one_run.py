@@ -21,8 +21,6 @@ from lightning_secure.privacy.auditing.audit_report import AuditReport
 from lightning_secure.privacy.auditing.bounds import epsilon_one_run
 from lightning_secure.util.validate import open_unit_interval, positive_int
 
-__all__ = ["IndexedRows", "OneRunAudit"]
-
 #: Parts of the canaries that are guessed about, on either side; the rest is abstained from.
 _PARTS: Final = (0.01, 0.05, 0.2, 0.5)
 

@@ -37,8 +37,6 @@ from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
-__all__ = ["AttackedRun", "CanaryRun", "canary_audit"]
-
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "first_rows", "leaves", "mapped", "recombined", "with_row"]
-
 
 def recombined(
     batch: Any, size: int, rows: int, generator: torch.Generator, *, jitter: int = 0

@@ -11,8 +11,6 @@ from lightning_secure.errors import LightningSecureError, UnsupportedModelError
 from lightning_secure.privacy.checks.clocks import Snapshot, first_change
 from lightning_secure.privacy.checks.snapshot import MADE_OF
 
-__all__ = ["changed", "held", "require_unchanged", "without_optimizer_states"]
-
 
 def held(
     model: nn.Module, checkpoint: Callable[[], Mapping[str, Any]], *, outcome: str

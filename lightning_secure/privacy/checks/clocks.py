@@ -22,8 +22,6 @@ from torch import Tensor
 from lightning_secure.privacy.checks.snapshot import differences
 from lightning_secure.privacy.checks.trial_run import seed_all
 
-__all__ = ["Snapshot", "first_change"]
-
 #: Longer than what a clock of whole seconds stands still.
 _PAUSE_S: Final = 1.1
 #: What may be in a checkpoint; they do not all go at one rate, since time.time() is set by others.

@@ -31,8 +31,6 @@ from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.float32 import exact_arithmetic
 
-__all__ = ["require_rows_kept_apart"]
-
 _ROWS: Final = 5
 _TOLERANCE: Final = 1e-3
 _GROSS: Final = 0.05

@@ -9,8 +9,6 @@ import torch
 from lightning_secure.privacy.checks.batch_rows import recombined
 from lightning_secure.privacy.checks.trial_run import Trial, row_differs, same_layers
 
-__all__ = ["settle_counted_means"]
-
 _ROWS: Final = 5
 _TOLERANCE: Final = 1e-3
 

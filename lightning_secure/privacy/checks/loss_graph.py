@@ -18,8 +18,6 @@ from torch import Tensor
 
 from lightning_secure.errors import UnsupportedModelError
 
-__all__ = ["ISOLATE", "LossGraph", "loss_graph", "require_linear"]
-
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())

@@ -12,8 +12,6 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_secure.privacy.checks.snapshot import remembered_attributes
 
-__all__ = ["metrics_kept_apart"]
-
 #: Which members of a collection compute from one state, and whether that was found out.
 _GROUPING: Final = ("_groups", "_groups_checked", "_state_is_copy")
 

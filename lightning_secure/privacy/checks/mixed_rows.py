@@ -18,8 +18,6 @@ from lightning_secure.privacy.checks.trial_run import (
 )
 from lightning_secure.privacy.gradients.rules.layer_rule import Record
 
-__all__ = ["require_unmoved", "require_unmoved_by_strangers"]
-
 _TOLERANCE: Final = 1e-3
 _PADDED: Final = 0.05  # of a gradient whose row has another length
 

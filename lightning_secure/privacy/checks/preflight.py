@@ -40,8 +40,6 @@ from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.float32 import exact_arithmetic
 
-__all__ = ["preflight"]
-
 _ROWS: Final = 5
 _SIZES: Final = (1, 2)
 _ROUNDS: Final = 3

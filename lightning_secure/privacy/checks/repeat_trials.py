@@ -13,8 +13,6 @@ from torch import Tensor
 from lightning_secure.privacy.checks.batch_rows import leaves
 from lightning_secure.privacy.checks.loss_graph import LossGraph, loss_graph, require_linear
 
-__all__ = ["Repeats"]
-
 #: Of the time since the first step.
 _SHARE: Final = 0.02
 #: Trials of steps unlike those before that run whatever time they take.

@@ -15,8 +15,6 @@ from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, Tenso
 from lightning_secure.crypto.manifest import Manifest
 from lightning_secure.errors import UnsupportedTrainerOptionError
 
-__all__ = ["require_distinct_rows"]
-
 Ints = npt.NDArray[np.int64]
 
 #: Numbers of rows that a dataset which holds them has for itself.

@@ -19,20 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "MADE_OF",
-    "Kept",
-    "Stateful",
-    "copied",
-    "difference",
-    "differences",
-    "local_part",
-    "preserved",
-    "remembered_attributes",
-    "return_freed_memory",
-    "uncopied",
-]
-
 _ATOMS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN: Final = (*_ATOMS, list, tuple, dict, set, deque, bytearray, np.ndarray, Tensor)
 _UNCHANGING: Final = frozenset({*_ATOMS, range, slice, datetime, date, timedelta})

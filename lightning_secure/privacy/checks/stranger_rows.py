@@ -28,8 +28,6 @@ from lightning_secure.privacy.checks.trial_run import Run, Trial, without_dropou
 from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.gradients.float32 import exact_arithmetic
 
-__all__ = ["require_strangers_apart", "strangers", "try_again"]
-
 _ROWS: Final = 5
 _FACTORS: Final = (1e3, 1e-3)
 _RARE: Final = 3  # classes

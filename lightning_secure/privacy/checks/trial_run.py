@@ -22,21 +22,6 @@ from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.recorder import add_clipped_sums
 from lightning_secure.privacy.gradients.rules.layer_rule import Gradients, Record, accumulate
 
-__all__ = [
-    "NO_STEP",
-    "Run",
-    "Seed",
-    "Trial",
-    "differing",
-    "random_states",
-    "require_same_layers",
-    "row_differs",
-    "same_layers",
-    "seed_all",
-    "whole_difference",
-    "without_dropout",
-]
-
 NO_STEP: Final = "No step was taken."
 _UNCLIPPED: Final = 1e30
 

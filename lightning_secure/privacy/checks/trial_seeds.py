@@ -11,8 +11,6 @@ import torch
 
 from lightning_secure.privacy.checks.trial_run import Seed
 
-__all__ = ["COINS", "Seeds"]
-
 #: Comparisons of a pass that draws random numbers: a coin of probability p falls in none with
 #: (1 - p) ** COINS, which is 0.01 for 0.1.
 COINS: Final = 45

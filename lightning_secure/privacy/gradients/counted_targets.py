@@ -19,8 +19,6 @@ from torch.nn import _reduction
 
 from lightning_secure.compat.torch import FUNCTIONS
 
-__all__ = ["CountedMeans"]
-
 #: From input, target, class weights, reduction and ignored index to the loss.
 _TORCHS: Final = {name: getattr(FUNCTIONS, name) for name in ("cross_entropy_loss", "nll_loss_nd")}
 _MEAN: Final = _reduction.get_enum("mean")

@@ -24,8 +24,6 @@ from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.util.validate import positive
 
-__all__ = ["GradientEngine", "find_units"]
-
 _FLAT: Final = FlatClipping()
 
 

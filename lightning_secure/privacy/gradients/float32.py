@@ -13,8 +13,6 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["exact_arithmetic", "exact_products"]
-
 _PRODUCTS: Final = (("cuda", "matmul"), ("cudnn", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
 _ARITHMETIC: Final = (*_PRODUCTS, ("cudnn", "rnn"))
 _DEVICES: Final = ("cpu", "cuda")

@@ -18,18 +18,6 @@ from torch import Tensor
 
 from lightning_secure.util.validate import positive
 
-__all__ = [
-    "cancelling",
-    "clip_factor",
-    "gram",
-    "gram_squares",
-    "grams_squares",
-    "linear_ghost_squares",
-    "linear_per_sample",
-    "linear_weighted_sum",
-    "rounding",
-]
-
 #: From so many time steps on, Gram matrices are formed in quarters.
 _HALVED: Final = 64
 #: On devices that are idle between many small steps, from so many on.

@@ -36,8 +36,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
 )
 from lightning_secure.privacy.gradients.rules.tied import tied_pairs
 
-__all__ = ["Recorder", "add_clipped_sums", "per_sample_norms"]
-
 
 class Recorder:
     """Keeps the records of one forward and backward pass.

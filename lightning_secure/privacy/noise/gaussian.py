@@ -14,8 +14,6 @@ from torch import Tensor
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
 
-__all__ = ["GaussianNoise"]
-
 #: Numbers are drawn in blocks of at most and at least so many: few calls, and bounded memory.
 _LARGEST: Final = 2**17
 _SMALLEST: Final = 2**10

@@ -17,8 +17,6 @@ from lightning_secure.privacy.gradients.clipping.rules import (
 )
 from lightning_secure.privacy.released.step_metrics import ClippedFraction, ReleasedMetric
 
-__all__ = ["BOUND", "COUNT", "clip_bound", "follow", "with_count"]
-
 #: Under which the count is published: it is released anyway.
 COUNT: Final = "privacy/clipped_fraction"
 #: Under which the bound is published, which follows from the counts before it.

@@ -27,15 +27,6 @@ from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.released.sums import Bounds, centred, require_bounds
 from lightning_secure.util.validate import positive
 
-__all__ = [
-    "ClippedFraction",
-    "GradientNorm",
-    "ReleasedMetric",
-    "RowMean",
-    "StepMetrics",
-    "require_rows_apart",
-]
-
 _ROWS: Final = 5
 _SIZES: Final = (1, 2)
 

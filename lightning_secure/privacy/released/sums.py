@@ -16,16 +16,6 @@ from lightning_secure.privacy.accounting.pld import epsilon_by
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.util.validate import open_unit_interval, positive, positive_int
 
-__all__ = [
-    "Bounds",
-    "Chargeable",
-    "ChargesAccount",
-    "PrivacyAccount",
-    "PrivateSum",
-    "centred",
-    "require_bounds",
-]
-
 Bounds = tuple[float, float]
 
 

@@ -9,8 +9,6 @@ from lightning_secure.errors import RedactionError
 from lightning_secure.redaction.artifacts.encrypted import SUFFIX
 from lightning_secure.redaction.artifacts.recognise import is_sealed
 
-__all__ = ["Binary", "as_it_is", "copy_checked", "copy_tree_checked"]
-
 #: Is given the name of a file and its bytes, and returns those that are handed on in their place.
 #: The name is the same, or has ``.encrypted`` after it.
 Binary = Callable[[str, bytes], tuple[str, bytes]]

@@ -23,8 +23,6 @@ from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.util import events
 from lightning_secure.util.files import as_path, atomic_writer, open_regular
 
-__all__ = ["SUFFIX", "decrypt_artifacts", "encrypted", "open_artifact"]
-
 SUFFIX: Final = ".encrypted"
 
 

@@ -11,8 +11,6 @@ from lightning_secure.crypto.file_header import CHECKPOINT, FILE, Head
 from lightning_secure.crypto.segments import TAG_BYTES
 from lightning_secure.errors import IntegrityError
 
-__all__ = ["is_sealed"]
-
 # docs/format.md says what these are.
 _STREAM_START: Final = 24 + 32  # salt and commitment
 _CHUNK: Final = 16 * 1024 + TAG_BYTES

@@ -9,8 +9,6 @@ from typing import Final
 
 from lightning_secure.redaction.detect.secret_names import STEMS, KeyNameDetector
 
-__all__ = ["secret_values"]
-
 # A name of up to four words, perhaps in quotes, and what stands between it and its value. The
 # possessive quantifiers keep a long line without any value linear.
 _ASSIGNMENT: Final = re.compile(

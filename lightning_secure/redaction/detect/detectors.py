@@ -14,20 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from lightning_secure.redaction.detect.assignments import secret_values
-from lightning_secure.redaction.detect.finding import Detector, Finding
-from lightning_secure.redaction.detect.personal_data import PersonalDataDetector
+from lightning_secure.redaction.detect.finding import Finding
 from lightning_secure.redaction.detect.secret_formats import RuleSet, built_in_rules, read_rules
 from lightning_secure.redaction.detect.secret_names import KeyNameDetector
-
-__all__ = [
-    "AssignmentDetector",
-    "Detector",
-    "Finding",
-    "KeyNameDetector",
-    "PatternDetector",
-    "PersonalDataDetector",
-    "SecretDetector",
-]
 
 
 class PatternDetector:

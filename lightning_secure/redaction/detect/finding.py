@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-__all__ = ["Detector", "Finding"]
-
 
 class Finding(NamedTuple):
     """A part of a text that should not be shown.

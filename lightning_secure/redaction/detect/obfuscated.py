@@ -16,8 +16,6 @@ from typing import Final
 
 from lightning_secure.redaction.detect.finding import Detector, Finding
 
-__all__ = ["SPELLINGS", "DisguiseDetector", "folded", "looks_alike"]
-
 # Cyrillic and Greek letters that look like Latin ones, and a full stop: of Unicode's confusables
 # (UTS 39) those that fonts do not tell apart.
 _ALIKE: Final = dict(

@@ -12,8 +12,6 @@ from typing import Final, NamedTuple
 from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.detect.finding import Finding
 
-__all__ = ["LOOKS", "PHONE_REGIONS", "PersonalDataDetector"]
-
 #: Where a telephone number without a country's code may be at home.
 PHONE_REGIONS: Final = ("US", "GB", "DE", "FR", "IT", "ES", "NL", "BR", "PL", "SE")
 

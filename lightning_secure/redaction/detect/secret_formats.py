@@ -13,8 +13,6 @@ from typing import Any, Final, NamedTuple
 from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.detect.finding import Finding
 
-__all__ = ["Rule", "RuleSet", "built_in_rules", "read_rules"]
-
 
 class Rule(NamedTuple):
     """The format of one kind of secret.

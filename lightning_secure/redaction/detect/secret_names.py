@@ -10,8 +10,6 @@ from typing import Final
 
 from lightning_secure.redaction.detect.obfuscated import folded
 
-__all__ = ["STEMS", "KeyNameDetector"]
-
 #: One of these stands in every name that is taken for a secret's, once its signs are left out.
 STEMS: Final = (
     "pass", "pwd", "secret", "cred", "token", "key", "authorization", "cookie", "connectionstring",

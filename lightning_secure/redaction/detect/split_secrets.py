@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from lightning_secure.redaction.detect.secret_formats import built_in_rules
 
-__all__ = ["halves"]
-
 # Longer than the secrets whose format is known, but for private keys, which have lines.
 _WINDOW = 256
 

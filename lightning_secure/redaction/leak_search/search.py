@@ -24,8 +24,6 @@ import ahocorasick
 from lightning_secure.errors import ConfigError
 from lightning_secure.redaction.leak_search.unpack import unpacked
 
-__all__ = ["UNSEARCHED", "CanaryHit", "CanarySearch", "WriteWatch"]
-
 #: Label of a hit that is none: it stands for what could not be searched.
 UNSEARCHED: Final = "UNSEARCHED"
 _SHORTEST: Final = 4

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
-__all__ = ["UnpackedPart", "unpacked"]
-
 #: How deep archives may lie in archives.
 _MAX_DEPTH: Final = 8
 #: What one file may unpack to, in bytes.

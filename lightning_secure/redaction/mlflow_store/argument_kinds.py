@@ -9,8 +9,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["ARGUMENTS", "ARTIFACTS", "CHECKED", "ENTITIES", "REFUSED", "Kind", "words"]
-
 
 class Kind(Enum):
     """The kind of content that an argument holds."""

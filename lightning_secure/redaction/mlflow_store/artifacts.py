@@ -17,8 +17,6 @@ from lightning_secure.redaction.mlflow_store.guard import call_inside, guarding
 from lightning_secure.redaction.mlflow_store.sinks import limited_trace_data
 from lightning_secure.redaction.mlflow_store.values import Policy
 
-__all__ = ["ArtifactPolicy", "guarded_repository_class"]
-
 
 class ArtifactPolicy:
     """The treatment of files.

@@ -9,8 +9,6 @@ from typing import Final
 
 from lightning_secure.redaction.detect.secret_names import KeyNameDetector
 
-__all__ = ["DELIMITED", "by_columns"]
-
 #: Suffixes of such files, with the delimiters that may stand between their cells.
 DELIMITED: Final = {".csv": ",;\t|", ".tsv": "\t"}
 _NAMES: Final = KeyNameDetector()

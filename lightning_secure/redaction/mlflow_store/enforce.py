@@ -29,8 +29,6 @@ from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import Redactor
 
-__all__ = ["enforce_mlflow_redaction", "switch_telemetry_off"]
-
 _LOCK: Final = threading.RLock()
 _POLICY: Final = Policy()
 _ARTIFACTS: Final = ArtifactPolicy(_POLICY)

@@ -17,8 +17,6 @@ from lightning_secure.redaction.mlflow_store.sinks import label_of, limited, sin
 from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED
 
-__all__ = ["call_inside", "guarded", "guarded_class", "guarding", "is_guarded"]
-
 _MARK: Final = "_lightning_secure_guarded"
 # What MLflow's methods call of each other was given what is redacted already. Other threads begin
 # outside, and redact once more.

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["is_id", "lists_experiments", "without_experiment"]
-
 # r, m, tr and so on are MLflow's prefixes; experiments have numbers, versions too.
 _ID: Final = re.compile(r"(?:[a-z]{1,3}-)?[0-9a-f]{8}[0-9a-f-]{0,56}|\d{1,32}")
 _EXPERIMENT: Final = re.compile(

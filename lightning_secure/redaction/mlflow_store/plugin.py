@@ -14,8 +14,6 @@ from lightning_secure.compat.mlflow import model_registry_stores, tracking_store
 from lightning_secure.redaction.mlflow_store.enforce import enforce_mlflow_redaction
 from lightning_secure.redaction.mlflow_store.server_tls import plain
 
-__all__ = ["artifact_repository", "model_registry_store", "tracking_store"]
-
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
     """Return the tracking store at ``secure+<address>``, redacting."""

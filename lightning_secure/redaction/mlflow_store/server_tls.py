@@ -8,8 +8,6 @@ from urllib.parse import urlsplit
 
 from lightning_secure.errors import ConfigError
 
-__all__ = ["PREFIX", "allow_http", "plain", "require_tls"]
-
 #: Before the scheme of an address: ``secure+sqlite:///mlflow.db``.
 PREFIX: Final = "secure+"
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -16,8 +16,6 @@ from lightning_secure.redaction.mlflow_store.argument_kinds import Kind, words
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED
 
-__all__ = ["FIELDS", "KEYED", "NAMES", "OURS", "WHOLE", "Unsent", "label_of", "limited", "sinks_of"]
-
 _ABOUT: Final[dict[str, str]] = {
     **dict.fromkeys(
         words(

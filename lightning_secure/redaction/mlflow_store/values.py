@@ -28,8 +28,6 @@ from lightning_secure.redaction.mlflow_store.ids import (
 from lightning_secure.redaction.policy import Rules
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-__all__ = ["Policy"]
-
 # MLflow cuts previews and metadata of traces; what stands at the end may be half of something.
 _CUT: Final = re.compile(r"[^\s\"',{}\[\]]*\.\.\.$")
 _CUT_LENGTHS: Final = frozenset({250, 1000, 10_000})

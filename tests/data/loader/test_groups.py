@@ -11,7 +11,7 @@ import pytest
 from lightning_secure.crypto.manifest import read_manifest
 from lightning_secure.crypto.providers import LocalKeyProvider
 from lightning_secure.data.erasure.erase import erase_subject
-from lightning_secure.data.format.columns import HEADER_BYTES
+from lightning_secure.data.format.header import HEADER_BYTES
 from lightning_secure.data.key_rotation.rotate import add_recipient, rotate_data, rotate_partition
 from lightning_secure.data.loader.loader import EncryptedLoader
 from lightning_secure.data.reading.dataset import EncryptedShardDataset

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.providers import LocalKeyProvider
-from lightning_secure.data.format.columns import HEADER_BYTES
+from lightning_secure.data.format.header import HEADER_BYTES
 from lightning_secure.data.loader.loader import EncryptedLoader
 from lightning_secure.data.reading.batch_buffers import Buffers, Rows
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
-from lightning_secure.data.shards.shard import Scratch
+from lightning_secure.data.shards.scratch import Scratch
 from lightning_secure.data.writing.writer import EncryptedShardWriter
 from lightning_secure.errors import ConfigError, ShardCorruptedError
 

@@ -13,8 +13,6 @@ from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.gradients.formulas import clip_factor
 from lightning_secure.privacy.gradients.rules.layer_rule import Unit
 
-__all__ = ["LayerGroups", "layer_groups"]
-
 
 @dataclass(frozen=True, eq=False)
 class LayerGroups:

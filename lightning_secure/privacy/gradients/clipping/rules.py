@@ -10,8 +10,6 @@ from typing import Final
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.validate import open_unit_interval, positive
 
-__all__ = ["AdaptiveClipping", "FlatClipping", "PerLayerClipping", "rule_of"]
-
 #: How far the bound may move from where it began, either way. Nothing depends on it but that a
 #: bound stays a number: without gradients it would shrink for ever.
 RANGE: Final = 1e6

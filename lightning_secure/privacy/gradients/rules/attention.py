@@ -27,8 +27,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
 )
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
-__all__ = ["AttentionUnit"]
-
 _ADVICE: Final = "opacus.layers.DPMultiheadAttention has a layer for each of them."
 
 

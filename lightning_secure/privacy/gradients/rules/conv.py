@@ -22,8 +22,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     widened,
 )
 
-__all__ = ["ConvUnit", "unfolded"]
-
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 

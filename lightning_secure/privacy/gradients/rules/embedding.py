@@ -20,8 +20,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     widened,
 )
 
-__all__ = ["EmbeddingUnit"]
-
 
 class EmbeddingUnit(Unit):
     """A table of vectors, of which a sample's gradient touches the rows that it looked up."""

@@ -42,8 +42,6 @@ from opacus.validators import ModuleValidator  # noqa: E402
 # Opacus calls logging.basicConfig on import; whether the root logger prints is the user's choice.
 logging.root.handlers[:] = _handlers
 
-__all__ = ["SampledUnit", "find_units"]
-
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
 

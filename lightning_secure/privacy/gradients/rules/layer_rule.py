@@ -26,20 +26,6 @@ from lightning_secure.compat.torch import writes
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
 from lightning_secure.privacy.gradients.formulas import cancelling
 
-__all__ = [
-    "GHOST",
-    "Gradients",
-    "Record",
-    "Unit",
-    "Watch",
-    "Way",
-    "accumulate",
-    "kind_of",
-    "norm_squared",
-    "trainable",
-    "widened",
-]
-
 Gradients = Mapping[nn.Parameter, Tensor]
 
 

@@ -24,8 +24,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     widened,
 )
 
-__all__ = ["LinearUnit"]
-
 
 class LinearUnit(Unit):
     """``nn.Linear``, or one weight and bias that are used like it.

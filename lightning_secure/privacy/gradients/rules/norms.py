@@ -13,8 +13,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     widened,
 )
 
-__all__ = ["NormUnit"]
-
 _Norm = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 
 

@@ -19,8 +19,6 @@ from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
 from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
-__all__ = ["TiedPair", "tied_pairs"]
-
 
 class TiedPair(NamedTuple):
     """Two records of one weight.

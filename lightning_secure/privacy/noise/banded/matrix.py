@@ -18,8 +18,6 @@ import math
 from lightning_secure.errors import ConfigError
 from lightning_secure.util.validate import positive_int
 
-__all__ = ["diagonals", "sensitivity"]
-
 
 def diagonals(bands: int) -> tuple[float, ...]:
     """Return the numbers on the diagonals of ``C``, from the main one down.

@@ -13,8 +13,6 @@ from lightning_secure.errors import PrivacyError
 from lightning_secure.privacy.noise.banded.matrix import diagonals, sensitivity
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 
-__all__ = ["BandedNoise"]
-
 
 class BandedNoise:
     """The noise of one run of so many steps, ``C^-1 Z`` row by row.

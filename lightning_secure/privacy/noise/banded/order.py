@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["FixedOrderBatchSampler"]
-
 
 class FixedOrderBatchSampler(Sampler[list[int]]):
     """Yields the same batches in the same order in every epoch, each row once.

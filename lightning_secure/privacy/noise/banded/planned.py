@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from lightning_secure.errors import BudgetExhaustedError
 
-__all__ = ["Planned"]
-
 
 class Planned:
     """Counts the steps of a release that has so many at most.
