@@ -13,7 +13,7 @@ __all__ = ["ClosingWriter", "close_together"]
 
 
 class ClosingWriter(Protocol):
-    """What a writer of one split does at its end."""
+    """The part of a split's writer that ending it uses."""
 
     _split: str
 
