@@ -125,7 +125,7 @@ class Peak:
         self._before = _memory(device)
 
     def begin(self) -> None:
-        """Nothing: the model counts as well, and is there already."""
+        """Do nothing: the model counts as well, and is there already."""
 
     def step_done(self, net: nn.Module) -> bool:
         """Look at what the step took at most."""
@@ -144,7 +144,7 @@ class FirstGradient:
         self._path = path
 
     def begin(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step_done(self, net: nn.Module) -> bool:
         """Keep it."""

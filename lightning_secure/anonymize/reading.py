@@ -28,7 +28,7 @@ _NAMES: Final = ("keep", "suppress", "redact", "generalize", *_KEYED)
 
 
 class PlanRules(NamedTuple):
-    """What a plan is made of."""
+    """The parts of a plan."""
 
     columns: dict[str, Operator]
     quasi_identifiers: Sequence[str]

@@ -11,7 +11,7 @@ from lightning_secure.data.manifests.new_split import NewSplit
 
 
 class ClosingWriter(Protocol):
-    """What a writer of one split does at its end."""
+    """The part of a split's writer that ending it uses."""
 
     _split: str
 

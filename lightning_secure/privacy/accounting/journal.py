@@ -78,7 +78,7 @@ class Journal:
 
     @property
     def entered(self) -> Totals:
-        """What stands on the disk: all that was released, and may be released now."""
+        """The entries on the disk: all that was released, and may be released now."""
         return dict(self._entered)
 
     @property

@@ -24,7 +24,7 @@ _SAMPLING: Final = {"poisson": "poisson", "banded": "fixed-order"}
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerState:
-    """What checkpoints hold of a ledger, see :class:`~.ledger.Ledger` for its attributes."""
+    """The state of a ledger in checkpoints, see :class:`~.ledger.Ledger` for its attributes."""
 
     delta: float
     max_grad_norm: float

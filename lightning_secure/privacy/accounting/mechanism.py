@@ -1,4 +1,4 @@
-"""What is accounted for: steps of a sampled Gaussian mechanism, and how several of them join."""
+"""Accounted mechanisms: steps of a sampled Gaussian mechanism, and how several of them join."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Release(NamedTuple):
-    """So many steps of one sampled Gaussian mechanism.
+    """A number of steps of one sampled Gaussian mechanism.
 
     Attributes:
         noise_multiplier: Standard deviation of the noise over the clipping norm.
