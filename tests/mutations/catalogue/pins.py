@@ -27,7 +27,7 @@ CATALOGUE = [
         "data/key_rotation/rotate.py",
         "        pins.check(read_manifest(root, trusted=keys.trusted_signers), root)\n"
         "        _sweep(root, keys, pins)",
-        "        Journal(root).sweep(read_manifest(root, trusted=keys.trusted_signers))",
+        "        RemovalList(root).sweep(read_manifest(root, trusted=keys.trusted_signers))",
         f"{ROLLBACK} -k not_garbage",
     ),
     Mutation(
