@@ -174,9 +174,9 @@ class RedactingLogger(Logger):
             if not self._may_be_sent(path):
                 if not self._withheld:
                     log.warning(
-                        "checkpoint %s is no encrypted file on this machine, or its name tells "
-                        "something, so it could not be checked for secrets and personal data: "
-                        "this run's checkpoints are withheld from the logger",
+                        "checkpoint %s is not an encrypted file on this machine, or its name holds "
+                        "a secret or personal data: this run's checkpoints are withheld from the "
+                        "logger",
                         self._redactor.redact_text(path),
                     )
                 self._withheld = True

@@ -32,9 +32,9 @@ def held(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"a checkpoint cannot be put together in a training step ({type(error).__name__}, as "
-            "from an on_save_checkpoint that needs what training makes), so it could not be "
-            f"checked for what it takes up of the rows. {outcome}"
+            "a checkpoint cannot be made in a training step, so its content could not be checked "
+            f"for values of the rows ({type(error).__name__}). An on_save_checkpoint that needs "
+            f"the results of training is a common cause. {outcome}"
         ) from error
     weights = written.pop("state_dict", {})
     known = {value.data_ptr() for value in own.values() if isinstance(value, Tensor)}

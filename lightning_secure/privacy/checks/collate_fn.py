@@ -135,8 +135,8 @@ def _require_kept_apart(trial: Trial, collate: _Collated, kept: int, seed: Seed)
     if row_differs(run, changed, kept, tolerance=_TOLERANCE):
         raise UnsupportedModelError(
             "one row's gradient changes when it is collated with other rows, so clipping "
-            "bounds nothing: rows are mixed by the collate function (as MixUp and CutMix "
-            f"do), or by what comes after it. Collate each row by itself. {ISOLATE} {NO_STEP}"
+            "bounds nothing. Rows are mixed by the collate function (as MixUp and CutMix do), or "
+            f"by a later hook. Collate each row by itself. {ISOLATE} {NO_STEP}"
         )
 
 
@@ -149,9 +149,9 @@ def _require_alike(differences: Sequence[float], parameters: Sequence[nn.Paramet
     small, large = (_TOLERANCE, _GROSS) if exact else (_GROSS, 5 * _GROSS)
     if max(differences) > large or min(differences) > small:
         raise UnsupportedModelError(
-            "one row's gradient changes when it is padded to another length, which is that of the "
-            "longest row beside it, so clipping bounds nothing. Let padding take part in nothing, "
-            "by a mask for attention, means and losses; or pad all rows to one public length. "
+            "one row's gradient changes with its padding, which follows the longest row of the "
+            "batch, so clipping bounds nothing. Mask the padding in attention, means and losses, "
+            "or pad all rows to one public length. "
             f"{ISOLATE} {NO_STEP}"
         )
 

@@ -100,9 +100,9 @@ class GradientEngine:
             if parameter.requires_grad and id(parameter) not in self._covered:
                 raise UnsupportedModelError(
                     f"parameter {name!r} is trainable, and no layer that is clipped and noised "
-                    "accounts for it: it was added or unfrozen after the run began, is not part of "
-                    "the model, or is one that its layer's rule does not know (as after "
-                    "weight_norm). Its gradient was not released."
+                    "accounts for it. It was added or unfrozen after the run began, is not part of "
+                    "the model, or is unknown to its layer's rule (as after weight_norm). Its "
+                    "gradient was not released."
                 )
 
     def attach(self) -> None:
