@@ -1,7 +1,7 @@
 """Hold two rules of language: no word that hides the party, and ``Raises: X: if ...``.
 
 Usage: ``python .ci/words.py [FILE ...]``. Without files, reads the tracked Python, Markdown and
-TOML files of the package, docs, examples, benchmarks and of the root folder.
+TOML files of the package, docs, examples, benchmarks, .ci and of the root folder.
 """
 
 from __future__ import annotations

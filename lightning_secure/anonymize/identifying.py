@@ -59,7 +59,7 @@ _PAIRS: Final = {
     ("card", "number"): "number of a person", ("tax", "id"): "number of a person",
     ("drivers", "license"): "number of a person", ("driver", "license"): "number of a person",
 }  # fmt: skip
-#: A name that ends in one of these describes a column, not a person: ``email_count``.
+#: A name with one of these words tells something about a value, not of a person: ``email_count``.
 _ABOUT: Final = frozenset({
     "avg", "count", "counts", "dim", "embedding", "flag", "len", "length", "max", "mean", "min",
     "missing", "n", "num", "present", "ratio", "score", "std", "total", "valid", "verified",

@@ -281,6 +281,4 @@ def _require_domain(domain: Any, what: str) -> None:
 def _require_generation(generation: Any) -> None:
     number = whole_number(generation)
     if number is None or not 1 <= number <= MAX_GENERATION:
-        raise ConfigError(
-            f"`generation` must be a whole number from 1 to {MAX_GENERATION}, not {generation!r}."
-        )
+        raise ConfigError(f"`generation` must be a whole number from 1 to {MAX_GENERATION}.")

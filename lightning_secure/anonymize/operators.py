@@ -151,22 +151,19 @@ class Generalize(Operator):
                 f"Generalize takes exactly one of date, prefix, width and bins, not {len(given)}."
             )
         if self.date not in (None, "year", "decade"):
-            raise ConfigError(f"Generalize(date=) must be 'year' or 'decade', not {self.date!r}.")
+            raise ConfigError("Generalize(date=) must be 'year' or 'decade'.")
         if self.bins is not None:
             edges = tuple(self.bins) if isinstance(self.bins, list | tuple) else ()
             if not edges or not all(_finite(edge) for edge in edges) or not _ascending(edges):
                 raise ConfigError(
-                    "Generalize(bins=) must be one or more finite numbers in ascending order, not "
-                    f"{self.bins!r}."
+                    "Generalize(bins=) must be one or more finite numbers in ascending order."
                 )
             object.__setattr__(self, "bins", edges)  # a list could be changed afterwards
         elif self.date is None and not (_finite(given[0]) and given[0] > 0):
             what = "width" if self.prefix is None else "prefix"
-            raise ConfigError(f"Generalize({what}=) must be a positive number, not {given[0]!r}.")
+            raise ConfigError(f"Generalize({what}=) must be a positive number.")
         if self.prefix is not None and type(self.prefix) is not int:
-            raise ConfigError(
-                f"Generalize(prefix=) must be a whole number of characters, not {self.prefix!r}."
-            )
+            raise ConfigError("Generalize(prefix=) must be a whole number of characters.")
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the rounding."""

@@ -34,7 +34,7 @@ class AnonymizationPlan:
         quasi_identifiers: Columns that could tell people apart when they are taken together, such
             as year of birth and postcode. The sealing's report says how many rows agree in all of
             them at least (k-anonymity), before and after.
-        sensitive: Columns whose values must stay secret of a person, such as a diagnosis. The
+        sensitive: Columns whose values must not be learnt about a person, such as a diagnosis. The
             report says how many different ones there are at least among rows that agree in all
             quasi-identifiers (l-diversity). Both count rows: a person with ten rows counts ten.
 
@@ -60,10 +60,10 @@ class AnonymizationPlan:
         rules = dict(given) if isinstance(given, Mapping) else {"": given}
         for name, rule in rules.items():
             if not (isinstance(name, str) and isinstance(rule, Operator)):
-                shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+                shown = f" for {name!r}" if isinstance(name, str) and name else ""
                 raise ConfigError(
                     "an AnonymizationPlan needs an operator for each name of a column, such as "
-                    f"{{'age': Keep()}}, not a {type(rule).__name__} for {shown}."
+                    f"{{'age': Keep()}}, not a {type(rule).__name__}{shown}."
                 )
         object.__setattr__(self, "columns", rules)  # which could be changed afterwards
         for what in ("quasi_identifiers", "sensitive"):
@@ -94,8 +94,8 @@ class AnonymizationPlan:
         nothing else in the file.
 
         Raises:
-            ConfigError: if the file cannot be read, or is no plan. The message holds no value of
-                it.
+            ConfigError: if the file cannot be read, or is no plan. The message holds names of
+                columns and no other value of the file.
         """
         from lightning_secure.anonymize.reading import read_plan
 

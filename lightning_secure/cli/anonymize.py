@@ -39,7 +39,7 @@ from lightning_secure.util.yaml_config import parsed
     "--sensitive",
     multiple=True,
     metavar="COLUMN",
-    help="Must stay secret of a person; instead of those of --config.",
+    help="Its values must not be learnt about a person; instead of those of --config.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def anonymize(

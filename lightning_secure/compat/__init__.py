@@ -1,4 +1,5 @@
-"""Private attributes of Lightning, torch and MLflow that this package touches, each in one place.
+"""Private attributes of Lightning, torch and MLflow that this package reads or exchanges.
 
-An upgrade that renames one of them breaks a file here, and no other.
+Most are here, so that an upgrade that renames one breaks few files. Base classes, and what one file
+alone needs, stay where they are used.
 """

@@ -90,11 +90,10 @@ class EncryptedDataModule(pl.LightningDataModule):
         cache: CiphertextCache | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ConfigError(
-                f"batch_size must be at least 1, and is {batch_size}; num_workers must be at least "
-                f"0, and is {num_workers}."
-            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers must be at least 0, not {num_workers}.")
         self.batch_size = batch_size
         self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._keys = keys

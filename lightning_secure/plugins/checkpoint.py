@@ -1,7 +1,7 @@
 """``Trainer(plugins=[EncryptedCheckpointIO(keys)])``: checkpoints that only the key's owner reads.
 
-A checkpoint is a header (:mod:`~lightning_secure.crypto.file_header`) and a Cobblestone-256
-stream. The header names the wrapped data key, the run and the step; all bytes before the stream are
+A checkpoint is a head (:mod:`~lightning_secure.crypto.file_header`) and a Cobblestone-256 stream.
+The head names the wrapped data key, the run and the step; all bytes before the stream are
 bound to it, so none of them can be changed. The stream holds what ``torch.save`` writes.
 """
 
@@ -243,7 +243,7 @@ def load_encrypted_checkpoint(
 
     Raises:
         CheckpointCorruptedError: if the file was altered or cut off, is not an encrypted checkpoint
-            of a Trainer, or asks to call a function.
+            of a Trainer, or asks for a call.
         ConfigError: if the checkpoint was written for another class, or a hyperparameter must be
             given.
         WrongKeyError: if the checkpoint was written under another key.

@@ -144,7 +144,7 @@ class DPConfig:
         if self.secure_noise and self.insecure:
             raise ConfigError(
                 f"secure_noise contradicts {' and '.join(self.insecure)}, which makes the noise "
-                "absent or known. Leave one of them out."
+                "absent or known. Leave secure_noise out, or the others."
             )
         rule_of(self.clipping)
         if self.target_epsilon is None and self.noise_multiplier is None:

@@ -254,7 +254,7 @@ class SteppingStrategy(AccountedStrategy):
         def loss(batch: Any) -> Tensor:
             return loss_of(output(batch))
 
-        loader = training_loaders(trainer)[0]
+        loader = required(next(iter(training_loaders(trainer)), None))
 
         def fetched() -> None:
             for row in range(5):  # each by itself, as they run

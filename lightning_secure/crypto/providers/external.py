@@ -131,8 +131,8 @@ class ExternalKeyProvider(KeyProvider):
         if path is None:
             raise KeyUnavailableError(
                 f"this {type(self).__name__} cannot derive keys, for example for pseudonyms: its "
-                "KEK stays in the key service. Make a file with create_derivation_key(path) and "
-                "pass it as derivation_key=. No key was derived."
+                "KEK is not available for derivation. Make a file with "
+                "create_derivation_key(path) and pass it as derivation_key=. No key was derived."
             )
         record = read_record(path, what=_WHAT, kinds=((_DERIVATION_TYPE, 1),))
         keys = record.get("keys")

@@ -50,7 +50,7 @@ class Pkcs11KeyProvider(ExternalKeyProvider):
 
     Raises:
         MissingExtraError: if python-pkcs11 is not installed.
-        KeyUnavailableError: if Library, token or key is not there, the PIN is wrong, or the key
+        KeyUnavailableError: if the library, token or key is not there, the PIN is wrong, or the key
             could leave the token.
 
     A wrapped key is ``nonce (12) || AES-256-GCM ciphertext (64) || tag (16)``, encrypted *on the

@@ -104,7 +104,9 @@ def _whole(numbers: Any) -> set[int]:
     several = isinstance(numbers, Iterable) and not isinstance(numbers, bytes)
     found = {whole_number(number) for number in (numbers if several else [numbers])}
     if None in found:
-        raise ConfigError(f"shards must be whole numbers, not {numbers!r}; nothing was erased.")
+        raise ConfigError(
+            f"shards must be whole numbers, not a {type(numbers).__name__}; nothing was erased."
+        )
     return {number for number in found if number is not None}
 
 

@@ -221,7 +221,7 @@ def rotate_data(
                 f"{str(root)!r} has no split {split!r}; its splits are {sorted(before.splits)}. "
                 "Nothing was rotated."
             )
-        # The journal clears away whatever does not make it into a manifest.
+        # Removes whatever does not make it into a manifest.
         journal = RemovalList(folder)
         partitions = [before.open_partition(name, keys) for name in entry.partitions]
         resealed = [

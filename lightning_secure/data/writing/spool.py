@@ -161,5 +161,7 @@ def open_spool(
             "Nothing was sealed."
         )
     if folder is not None:
-        raise ConfigError(f"spool= needs a URL, and {str(path)!r} is not one. Nothing was sealed.")
+        raise ConfigError(
+            f"spool= needs a URL, and {str(path)!r} is not one. Leave it out. Nothing was sealed."
+        )
     return path, None

@@ -123,10 +123,11 @@ class EncryptedShardWriter:
             raise ConfigError(
                 f"split={split!r} is not a name of 1 to 64 letters, digits, '.', '_' and '-'."
             )
-        if segment_bytes < 1 or shard_bytes < segment_bytes:
+        if segment_bytes < 1:
+            raise ConfigError(f"segment_bytes must be at least 1, not {segment_bytes}.")
+        if shard_bytes < segment_bytes:
             raise ConfigError(
-                f"segment_bytes must be positive, and is {segment_bytes}; shard_bytes must be at "
-                f"least that, and is {shard_bytes}."
+                f"shard_bytes must be at least segment_bytes={segment_bytes}, not {shard_bytes}."
             )
         if resume and source_id is None:
             raise ConfigError(

@@ -77,7 +77,7 @@ class OneRunAudit:
 
     @property
     def included(self) -> list[bool]:
-        """The canaries that are among the rows; keep it to resume the run in another process."""
+        """Whether each canary is among the rows; keep it to resume the run in another process."""
         return list(map(bool, self._included))
 
     def among(self, rows: IndexedRows) -> Dataset[Any]:

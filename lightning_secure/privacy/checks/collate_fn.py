@@ -136,7 +136,8 @@ def _require_kept_apart(trial: Trial, collate: _Collated, kept: int, seed: Seed)
         raise UnsupportedModelError(
             "one row's gradient changes when it is collated with other rows, so clipping "
             "bounds nothing. Rows are mixed by the collate function (as MixUp and CutMix do), or "
-            f"by a later hook. Collate each row by itself. {ISOLATE} {NO_STEP}"
+            "by what runs after it, a transfer hook or the training step. Let each row depend on "
+            f"itself only. {ISOLATE} {NO_STEP}"
         )
 
 

@@ -143,7 +143,7 @@ class PrivateSum:
             values: One number a row, shape ``(rows,)``.
 
         Raises:
-            ConfigError: if the tensors have another shape.
+            ConfigError: if ``values`` has another shape.
         """
         if values.ndim != 1:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Files that are tracked as ciphertext: figures, pickles, models.
 
-Such a file is a header (:mod:`~lightning_secure.crypto.file_header`) and a Cobblestone-256
-stream. The header holds an id, the file's name and the wrapped data key; all bytes before the
+Such a file is a head (:mod:`~lightning_secure.crypto.file_header`) and a Cobblestone-256 stream.
+The head holds an id, the file's name and the wrapped data key; all bytes before the
 stream are bound to it. ``.encrypted`` is put after the file's name.
 """
 
