@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_secure import LocalKeyProvider
 from lightning_secure.util import events
@@ -16,14 +17,16 @@ from lightning_secure.util import events
 def _example_names(
     request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]
 ) -> Iterator[None]:
-    """Give an example its own ``folder`` and ``keys``, and end its subscriptions to events."""
+    """Give an example its own ``folder`` and ``keys``, and undo what it registers."""
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return
     folder: Path = request.getfixturevalue("tmp_path")
     keys = LocalKeyProvider.generate(folder / "project.kek")
     doctest_namespace.update(folder=folder, keys=keys)
-    before = dict(events._listeners)
+    registries: list[dict[str, Any]] = [events._listeners, StrategyRegistry]
+    before = [dict(registry) for registry in registries]
     yield
-    events._listeners.clear()
-    events._listeners.update(before)
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)

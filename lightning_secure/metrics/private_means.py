@@ -128,6 +128,13 @@ class PrivateMean(_ReleasedMean):
         in the Trainer's sanity check, it is NaN, and a warning says so.
 
     The sums, without noise, are in the metric's state; do not make it persistent.
+
+    >>> from lightning_secure import PrivacyAccount
+    >>> account = PrivacyAccount(delta=1e-5)
+    >>> metric = PrivateMean(bounds=(0.0, 1.0), noise_multiplier=10.0, account=account)
+    >>> metric.update(torch.full((100_000,), 0.25))
+    >>> abs(float(metric.compute()) - 0.25) < 0.01, len(account.releases)
+    (True, 1)
     """
 
     higher_is_better = None
@@ -151,6 +158,13 @@ class PrivateAccuracy(_ReleasedMean):
         public_rows: As for :class:`PrivateMean`.
         account: As for :class:`PrivateMean`.
         insecure_seed: As for :class:`PrivateMean`.
+
+    >>> from lightning_secure import PrivacyAccount
+    >>> account = PrivacyAccount(delta=1e-5)
+    >>> metric = PrivateAccuracy(noise_multiplier=10.0, account=account)
+    >>> metric.update(torch.ones(100_000).long(), torch.ones(100_000).long())
+    >>> float(metric.compute()) > 0.99
+    True
     """
 
     higher_is_better = True

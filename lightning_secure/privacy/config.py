@@ -96,6 +96,10 @@ class DPConfig:
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, with Poisson sampling.
+
+    >>> config = DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
+    >>> config.accountant, config.insecure
+    ('pld', ())
     """
 
     delta: float
@@ -181,7 +185,11 @@ class DPConfig:
 
     @property
     def insecure(self) -> tuple[str, ...]:
-        """Names of the settings that break the promise; empty for a private run."""
+        """Names of the settings that break the promise; empty for a private run.
+
+        >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, insecure_seed=7).insecure
+        ('insecure_seed',)
+        """
         reasons = []
         if self.insecure_seed is not None:
             reasons.append("insecure_seed")

@@ -115,7 +115,12 @@ binaries='refuse', strict=False)
         return str(getattr(self, sink))
 
     def passes(self, sink: str, name: str) -> bool:
-        """Return whether what stands under ``name`` in ``sink`` may be stored, redacted."""
+        """Return whether what stands under ``name`` in ``sink`` may be stored, redacted.
+
+        >>> policy = RedactionPolicy(params="allowlist", allow={"params": ["optimizer/*"]})
+        >>> policy.passes("params", "optimizer/lr"), policy.passes("params", "data_path")
+        (True, False)
+        """
         mode = self.mode(sink)
         return mode == "detect" or (
             mode == "allowlist"
@@ -124,7 +129,13 @@ binaries='refuse', strict=False)
 
 
 class Rules:
-    """Several policies, of which the strictest counts, whichever was stated first."""
+    """Several policies, of which the strictest counts, whichever was stated first.
+
+    >>> rules = Rules()
+    >>> rules.add(RedactionPolicy(traces="drop"))
+    >>> rules.drops("traces"), rules.drops("params")
+    (True, False)
+    """
 
     def __init__(self) -> None:
         self._policies: list[RedactionPolicy] = []

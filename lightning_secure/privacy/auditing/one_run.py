@@ -83,7 +83,14 @@ class OneRunAudit:
         return list(map(bool, self._included))
 
     def among(self, rows: IndexedRows) -> Dataset[Any]:
-        """Return the rows, and behind them those canaries that the coins have chosen."""
+        """Return the rows, and behind them those canaries that the coins have chosen.
+
+        >>> rows, canaries = list(range(100)), list(range(100, 104))
+        >>> audit = OneRunAudit(canaries, included=[True, False, False, True])
+        >>> joined = audit.among(rows)
+        >>> len(joined), joined[100], joined[101], audit.public_size(rows)
+        (102, 100, 103, 102)
+        """
         return _Joined(rows, self._canaries, np.flatnonzero(self._included).tolist())
 
     def public_size(self, rows: IndexedRows) -> int:
