@@ -43,6 +43,11 @@ class AuditSummary:
     Attributes:
         records: How many there are.
         head: SHA-256 of the last one, in hexadecimal; zeros if there is none.
+
+    >>> log = AuditLog(folder / "audit.jsonl")
+    >>> head = log.append("export.approved", {"rows": 120})
+    >>> log.verify() == AuditSummary(records=1, head=head)
+    True
     """
 
     records: int
@@ -121,6 +126,11 @@ class AuditLog:
         Raises:
             AuditWriteError: if the record could not be written. Whatever it was to record must not
                 be done.
+
+        >>> log = AuditLog(folder / "audit.jsonl")
+        >>> head = log.append("export.refused", {"rows": 120}, outcome="failure")
+        >>> len(head)  # the digest to keep elsewhere
+        64
         """
         with self._lock:
             try:

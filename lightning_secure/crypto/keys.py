@@ -216,6 +216,12 @@ class KeyProvider(ABC):
 
     Subclasses implement the underscored methods; the public ones announce every use before a key
     leaves, so an audit log that cannot be written refuses the key.
+
+    >>> isinstance(keys, KeyProvider), keys.name
+    (True, 'local')
+    >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+    >>> keys.unwrap(wrapped, context={"purpose": "doctest"})
+    DataKey(<hidden>)
     """
 
     @property
@@ -243,6 +249,9 @@ class KeyProvider(ABC):
         """Ids of the KEKs for which :meth:`wrap_all` protects a key: one, the provider's own.
 
         A provider with public-key recipients names them instead.
+
+        >>> keys.recipients == (keys.key_id,)
+        True
         """
         return (self.key_id,)
 
@@ -285,6 +294,10 @@ class KeyProvider(ABC):
         Raises:
             ConfigError: if there are several recipients; :meth:`wrap_all` leaves none of them out.
             KeyUnavailableError: if the provider could not wrap.
+
+        >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+        >>> wrapped.key_id == keys.key_id
+        True
         """
         if len(self.recipients) != 1:
             raise ConfigError(
@@ -358,6 +371,9 @@ class KeyProvider(ABC):
             KeyUnavailableError: if the KEK is gone or cannot be used now.
             IntegrityError: if another KEK took its place.
             AuditWriteError: if a listener could not record the use.
+
+        >>> wrapped = keys.wrap_all(DataKey.generate(), context={"purpose": "doctest"})
+        >>> keys.confirm(wrapped, context={"purpose": "doctest"})
         """
         mine = any((key.provider, key.key_id) == (self.name, self.key_id) for key in wrapped)
         if mine and self._opens:

@@ -133,6 +133,13 @@ class EncryptedDataModule(pl.LightningDataModule):
         """Digest of the manifest that the rows were read by, in hexadecimal; None before setup.
 
         Of the training rows, if they are among them.
+
+        >>> from lightning_secure import seal
+        >>> sealed = seal({"age": [34, 51, 29]}, folder / "data", keys=keys, split="val")
+        >>> data = EncryptedDataModule(folder / "data", keys=keys, batch_size=2)
+        >>> data.setup("validate")
+        >>> data.manifest_digest == sealed.manifest_digest
+        True
         """
         dataset = self._datasets.get("train", next(iter(self._datasets.values()), None))
         return None if dataset is None else dataset.manifest.digest

@@ -61,7 +61,15 @@ class _ReleasedMean(Metric):
         self.updates += 1
 
     def compute(self) -> Tensor:
-        """Release the mean, or return what was released of these rows before."""
+        """Release the mean, or return what was released of these rows before.
+
+        >>> from lightning_secure import PrivacyAccount
+        >>> account = PrivacyAccount(delta=1e-5)
+        >>> metric = PrivateMean(bounds=(0.0, 1.0), noise_multiplier=10.0, account=account)
+        >>> metric.update(torch.full((1000,), 0.25))
+        >>> bool(metric.compute() == metric.compute()), len(account.releases)  # released once
+        (True, 1)
+        """
         # The number of updates does not depend on values, and is the same on all ranks.
         updates = int(self.updates)
         if self._released is None or self._released[0] != updates:

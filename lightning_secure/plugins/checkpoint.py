@@ -207,7 +207,14 @@ class EncryptedCheckpointIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: _PATH) -> None:
-        """Remove a checkpoint, if it exists."""
+        """Remove a checkpoint, if it exists.
+
+        >>> plugin = EncryptedCheckpointIO(keys)
+        >>> plugin.save_checkpoint({"epoch": 3}, folder / "a.ckpt")
+        >>> plugin.remove_checkpoint(folder / "a.ckpt")
+        >>> (folder / "a.ckpt").exists()
+        False
+        """
         filesystem, name = fsspec.core.url_to_fs(str(path))
         if filesystem.exists(name):
             filesystem.rm(name, recursive=True)

@@ -180,7 +180,11 @@ class DPConfig:
 
     @property
     def clipping_rule(self) -> ClippingRule:
-        """The rule that ``clipping`` names."""
+        """The rule that ``clipping`` names.
+
+        >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0).clipping_rule
+        FlatClipping()
+        """
         return rule_of(self.clipping)
 
     @property

@@ -111,7 +111,12 @@ binaries='refuse', strict=False)
         object.__setattr__(self, "allow", allow)
 
     def mode(self, sink: str) -> str:
-        """Return the mode of a sink."""
+        """Return the mode of a sink.
+
+        >>> policy = RedactionPolicy(traces="drop")
+        >>> policy.mode("traces"), policy.mode("params")
+        ('drop', 'detect')
+        """
         return str(getattr(self, sink))
 
     def passes(self, sink: str, name: str) -> bool:

@@ -96,7 +96,12 @@ class SigningKey:
 
     @property
     def public(self) -> str:
-        """The public key as text: what readers pass as ``trusted=[...]``."""
+        """The public key as text: what readers pass as ``trusted=[...]``.
+
+        >>> key = SigningKey.generate(folder / "sealer.sign")
+        >>> key.public == (folder / "sealer.sign.pub").read_text().strip()
+        True
+        """
         return public_text(self._signer)
 
     def __repr__(self) -> str:

@@ -145,7 +145,14 @@ class EncryptedShardDataset(Dataset[Any]):
 
     @property
     def manifest(self) -> Manifest:
-        """The verified manifest."""
+        """The verified manifest.
+
+        >>> from lightning_secure import seal
+        >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+        >>> dataset = EncryptedShardDataset(folder / "data", split="train", keys=keys)
+        >>> dataset.manifest.digest == sealed.manifest_digest
+        True
+        """
         return self._manifest
 
     @property

@@ -268,6 +268,16 @@ class Ledger:
 
         The answer is looked up, and computed again only when the steps that are known to fit are
         used up.
+
+        >>> public = PublicNumbers(
+        ...     dataset_size=600,
+        ...     dataset_size_declared=True,
+        ...     expected_batch_size=6,
+        ...     steps_per_epoch=100,
+        ... )
+        >>> ledger = Ledger(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, public=public)
+        >>> ledger.affords_a_step(3.0), ledger.affords_a_step(0.1)
+        (True, False)
         """
         if self.mechanism == "banded" and (begun := self._planned.goes_on()) is not None:
             return begun
@@ -312,6 +322,17 @@ class Ledger:
 
         Raises:
             LedgerError: if the state is not a ledger's.
+
+        >>> public = PublicNumbers(
+        ...     dataset_size=600,
+        ...     dataset_size_declared=True,
+        ...     expected_batch_size=6,
+        ...     steps_per_epoch=100,
+        ... )
+        >>> ledger = Ledger(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, public=public)
+        >>> ledger.record()
+        >>> Ledger.from_state_dict(ledger.state_dict()).steps
+        1
         """
         read: LedgerState | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):

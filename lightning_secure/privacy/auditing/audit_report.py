@@ -63,6 +63,9 @@ class AuditReport:
 
         Raises:
             PrivacyError: if the claim is disproved.
+
+        >>> settings = {"claimed": 3.0, "delta": 1e-5, "confidence": 0.95, "trials": 1000}
+        >>> AuditReport(method="canary", lower_bound=0.7, **settings).require()
         """
         if not self.holds:
             raise PrivacyError(self._finding())

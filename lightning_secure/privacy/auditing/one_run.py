@@ -61,6 +61,12 @@ class OneRunAudit:
 
     Raises:
         ConfigError: if there are no canaries, or the number of coins is not that of the canaries.
+
+    >>> canaries = list(range(1000))
+    >>> audit = OneRunAudit(canaries, included=[number % 2 == 0 for number in canaries])
+    >>> scores = torch.tensor([1.0, -1.0] * 500)  # a model that has learnt each canary by heart
+    >>> audit.report(scores, claimed=1.0, delta=1e-5).holds
+    False
     """
 
     def __init__(self, canaries: IndexedRows, *, included: Sequence[bool] | None = None) -> None:
