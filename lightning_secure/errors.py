@@ -54,7 +54,14 @@ __all__ = [
 
 
 class LightningSecureError(Exception):
-    """Root of every error that this package raises on purpose."""
+    """Root of every error that this package raises on purpose.
+
+    >>> try:
+    ...     raise ConfigError("threads must be at least 1, got 0.")
+    ... except LightningSecureError as error:
+    ...     print(error)
+    threads must be at least 1, got 0.
+    """
 
 
 class ConfigError(LightningSecureError, ValueError):

@@ -51,6 +51,11 @@ class PlanCheck:
         plan: The plan that would be applied to the rows.
 
     Operators with keys get throw-away keys; nothing is written.
+
+    >>> check = PlanCheck(AnonymizationPlan())
+    >>> check.look({"contact": ["jo@clinic.example"]}, rows=1)
+    >>> dict(check.columns["contact"].found), check.columns["contact"].forgotten
+    ({'e-mail': 1}, True)
     """
 
     def __init__(self, plan: AnonymizationPlan) -> None:

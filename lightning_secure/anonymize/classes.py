@@ -131,6 +131,12 @@ class Classes:
         k-anonymity: Sweeney 2002. l-diversity: Machanavajjhala et al. 2007, counted as distinct
         values (Li, Li and Venkatasubramanian 2007, section 2). A share of the classes by their
         hash: Gibbons 2001, Distinct sampling.
+
+    >>> rows = RowHash().rows([("zip", ["10", "10", "80"]), ("year", [1980, 1980, 1975])], count=3)
+    >>> classes = Classes()
+    >>> classes.add(rows)
+    >>> classes.k.least
+    1
     """
 
     def __init__(self, *, sensitive: int = 0, most: int = MOST_CLASSES) -> None:

@@ -74,6 +74,10 @@ class Pseudonyms(_Names):
     Source:
         HMAC-SHA256, RFC 2104, truncated to 128 bits. ENISA, Pseudonymisation techniques and best
         practices, 2019, section 5.1.4.
+
+    >>> patients = Pseudonyms(keys, domain="patient")
+    >>> len(patients.of("jo")), patients.of("jo") == patients.of("jo")
+    (32, True)
     """
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
@@ -96,6 +100,11 @@ class Pseudonyms(_Names):
         Raises:
             DataError: if ``pseudonym`` does not have the form of a pseudonym.
             ConfigError: if the generations are none, or go backward, which no key can do.
+
+        >>> patients = Pseudonyms(keys, domain="patient")
+        >>> second = patients.renewed(patients.of("jo"), since=1, generation=2)
+        >>> second == patients.of("jo", generation=2)
+        True
         """
         _require_generation(since)
         _require_generation(generation)
@@ -139,6 +148,10 @@ class Tokens(_Names):
 
     Source:
         AES-256-SIV, RFC 5297, as deterministic authenticated encryption.
+
+    >>> patients = Tokens(keys, domain="patient")
+    >>> patients.value(patients.of("jo"))
+    'jo'
     """
 
     def __init__(self, keys: KeySource, *, domain: str) -> None:
@@ -157,6 +170,10 @@ class Tokens(_Names):
 
         Raises:
             IntegrityError: if the token is malformed, was altered, or is of another domain or key.
+
+        >>> patients = Tokens(keys, domain="patient")
+        >>> [patients.value(patients.of(value)) for value in (7, "7")]
+        [7, '7']
         """
         value: str | int | None = None
         match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
@@ -181,6 +198,10 @@ class Tokens(_Names):
         Raises:
             IntegrityError: if the token is malformed, was altered, or is of another domain or key.
             ConfigError: if there is no such generation.
+
+        >>> patients = Tokens(keys, domain="patient")
+        >>> patients.renewed(patients.of("jo"), generation=2) == patients.of("jo", generation=2)
+        True
         """
         return self.of(self.value(token), generation=generation)
 
@@ -213,6 +234,12 @@ class Pseudonymize(_Naming):
             another key or domain the pseudonyms have nothing to do with each other.
         generation: Of the domain's key. A higher one gives pseudonyms that have nothing to do with
             those before it, but for the key's holder, see :meth:`Pseudonyms.renewed`.
+
+    >>> from lightning_secure import AnonymizationPlan
+    >>> plan = AnonymizationPlan({"id": Pseudonymize(domain="patient")}).bind(keys)
+    >>> first, second = plan.apply({"id": ["jo", "jo"]})["id"]
+    >>> first == second == Pseudonyms(keys, domain="patient").of("jo")
+    True
     """
 
     def bind(self, keys: KeySource) -> Bound:
@@ -233,6 +260,12 @@ class Tokenize(_Naming):
     Attributes:
         domain: What kind of thing is named, for example ``patient``; see :class:`Pseudonymize`.
         generation: Of the domain's key. Tokens of every generation go back.
+
+    >>> from lightning_secure import AnonymizationPlan
+    >>> plan = AnonymizationPlan({"id": Tokenize(domain="patient")}).bind(keys)
+    >>> tokens = plan.apply({"id": ["jo", "al"]})["id"]
+    >>> [Tokens(keys, domain="patient").value(token) for token in tokens]
+    ['jo', 'al']
     """
 
     def bind(self, keys: KeySource) -> Bound:

@@ -46,7 +46,11 @@ class Bound(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Operator):
-    """Seal the column unchanged: the plan's author has looked at it and decided so."""
+    """Seal the column unchanged: the plan's author has looked at it and decided so.
+
+    >>> Keep().bind(None)("left ear")
+    'left ear'
+    """
 
     def bind(self, keys: KeySource) -> Bound:
         """Return the identity."""
@@ -59,7 +63,11 @@ class Keep(Operator):
 
 @dataclass(frozen=True, kw_only=True)
 class Suppress(Operator):
-    """Drop the column: nothing of it is written."""
+    """Drop the column: nothing of it is written.
+
+    >>> Suppress().bind(None) is None  # the column is left out
+    True
+    """
 
     def bind(self, keys: KeySource) -> None:
         """Return None."""
@@ -86,6 +94,11 @@ class Redact(Operator):
 
     Raises:
         ConfigError: if a pattern is no regular expression. The message does not repeat the pattern.
+
+    >>> from lightning_secure import AnonymizationPlan
+    >>> plan = AnonymizationPlan({"note": Redact()}).bind(keys)
+    >>> plan.apply({"note": ["call jo@clinic.example"]})
+    {'note': ['call REDACTED']}
     """
 
     extra_patterns: Sequence[str] = ()

@@ -96,6 +96,11 @@ class AnonymizationPlan:
         Raises:
             ConfigError: if the file cannot be read, or is no plan. The message holds names of
                 columns and no other value of the file.
+
+        >>> path = folder / "plan.yaml"
+        >>> _ = path.write_text("anonymize: {name: suppress, zip: {generalize: {prefix: 2}}}")
+        >>> AnonymizationPlan.from_yaml(path).describe()
+        {'name': 'suppress', 'zip': 'generalize(prefix=2)'}
         """
         from lightning_secure.anonymize.reading import read_plan
 
@@ -171,6 +176,10 @@ class BoundPlan:
         Raises:
             DataError: if a planned column is absent, a column of text is not in the plan, or a
                 value does not fit its operator. Nothing was changed.
+
+        >>> plan = AnonymizationPlan({"zip": Generalize(prefix=2)}).bind(keys)
+        >>> plan.apply({"zip": ["10115", "80331"], "age": [34, 51]})
+        {'zip': ['10', '80'], 'age': [34, 51]}
         """
         return self.run(columns).columns
 
@@ -247,7 +256,11 @@ class BoundPlan:
 
 
 def holds_text(values: Sequence[Any]) -> bool:
-    """Return whether a column has text or bytes in it."""
+    """Return whether a column has text or bytes in it.
+
+    >>> holds_text([None, "left ear"]), holds_text([1, 2.5])
+    (True, False)
+    """
     # Arrays and tensors of numbers say so by their dtype and need not be walked.
     dtype = str(getattr(values, "dtype", "object")).lstrip("<>|=")
     return dtype.startswith(("object", "U", "S", "str")) and any(

@@ -68,6 +68,13 @@ class AnonymizationReport:
 
     The figures are of the rows at the time of the sealing. Rows erased later take the cover of
     others away.
+
+    >>> from lightning_secure import AnonymizationPlan, Generalize, seal
+    >>> plan = AnonymizationPlan({"zip": Generalize(prefix=1)}, quasi_identifiers=["zip"])
+    >>> sealed = seal({"zip": ["10115", "10999"]}, folder / "data", keys=keys, anonymize=plan)
+    >>> report = sealed.reports["train"]
+    >>> report.rows, report.k_anonymity.before.least, report.k_anonymity.after.least
+    (2, 1, 2)
     """
 
     rows: int
@@ -138,6 +145,10 @@ class AnonymizationReport:
 
         Raises:
             IntegrityError: if the text is no report, or not the one with this digest.
+
+        >>> report = AnonymizationReport(rows=3)
+        >>> AnonymizationReport.parse(report.text, digest=report.digest) == report
+        True
         """
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         value = parse_json_object(data, what="a report of an anonymisation", canonical=True)

@@ -41,6 +41,11 @@ class AuditSummary:
     Attributes:
         records: How many there are.
         head: SHA-256 of the last one, in hexadecimal; zeros if there is none.
+
+    >>> log = AuditLog(folder / "audit.jsonl")
+    >>> head = log.append("export.approved", {"rows": 120})
+    >>> log.verify() == AuditSummary(records=1, head=head)
+    True
     """
 
     records: int
@@ -79,6 +84,11 @@ class AuditLog:
     :meth:`append` returns. An object that has written or read a record writes no other unless that
     one is still in its place: a log that was cut or exchanged under a running process is not
     silently begun anew.
+
+    >>> log = AuditLog(folder / "audit.jsonl")
+    >>> head = log.append("export.approved", {"rows": 120})
+    >>> log.verify(expected_head=head).records
+    1
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -114,6 +124,11 @@ class AuditLog:
         Raises:
             AuditWriteError: if the record could not be written. Whatever it was to record must not
                 be done.
+
+        >>> log = AuditLog(folder / "audit.jsonl")
+        >>> head = log.append("export.refused", {"rows": 120}, outcome="failure")
+        >>> len(head)  # the digest to keep elsewhere
+        64
         """
         with self._lock:
             try:
@@ -215,6 +230,11 @@ class AuditLog:
         Raises:
             AuditChainError: if the chain breaks; the message says at which record. Also if there is
                 no record, and there should be.
+
+        >>> log = AuditLog(folder / "audit.jsonl")
+        >>> _ = log.append("export.approved", {"rows": 120})
+        >>> [(record["action"], record["outcome"]) for record in log.records()]
+        [('export.approved', 'success')]
         """
         head, number = _GENESIS, 0
         try:
@@ -267,6 +287,13 @@ class AuditLog:
         Raises:
             AuditChainError: if a record was changed, removed, inserted or cut off, the record with
                 the expected head is gone, or there is no record at all.
+
+        >>> log = AuditLog(folder / "audit.jsonl")
+        >>> head = log.append("export.approved", {"rows": 120})
+        >>> _ = log.path.write_text(log.path.read_text().replace("120", "12"))
+        >>> log.verify(expected_head=head)
+        Traceback (most recent call last):
+        lightning_secure.errors.AuditChainError: ...
         """
         head, count = _GENESIS, 0
         seen = expected_head in (None, _GENESIS)

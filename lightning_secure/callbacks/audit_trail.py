@@ -42,6 +42,13 @@ class AuditTrail(Callback):
     From the moment it is made it records every key that this process uses, and a key whose use
     cannot be recorded is not released. A process that is sent a key provider by pickle, such as a
     spawned worker, writes to the same log. Two trails in one folder are one log.
+
+    >>> from lightning_secure import EncryptedShardDataset, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> trail = AuditTrail(folder / "audit")
+    >>> _ = EncryptedShardDataset(folder / "data", split="train", keys=keys)
+    >>> [record["action"] for record in trail.log_file.records()]
+    ['key.unwrap', 'data.open']
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -34,6 +34,11 @@ class PrivacyBudget(Callback):
     A module can replace callbacks in its ``configure_callbacks``; ``max_epsilon`` is then not
     checked. A budget that must hold whatever the module does is
     ``DPConfig(target_epsilon=)``, which the strategy enforces.
+
+    >>> from lightning_secure import DPConfig, PrivateStrategy
+    >>> config = DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
+    >>> callbacks = [PrivacyBudget(max_epsilon=1.0)]
+    >>> trainer = pl.Trainer(strategy=PrivateStrategy(config), callbacks=callbacks, logger=False)
     """
 
     def __init__(self, *, max_epsilon: float | None = None, every_n_epochs: int = 1) -> None:

@@ -44,6 +44,9 @@ class PrivacyAudit(Callback):
     Raises:
         ConfigError: if the strategy keeps no account of privacy, ``losses`` is missing, or
             processes have tossed their coins each by itself.
+
+    >>> PrivacyAudit(canaries=5000, most_steps=100).reports  # filled when the fit ends
+    ()
     """
 
     def __init__(

@@ -29,6 +29,13 @@ class RedactingSaveConfigCallback(SaveConfigCallback):
     Raises:
         ConfigError: if ``multifile`` is asked for. Files that others include are not redacted.
         RuntimeError: if the file exists and is not to be overwritten.
+
+    >>> parser = LightningArgumentParser()
+    >>> _ = parser.add_argument("--db_password")
+    >>> config = parser.parse_args(["--db_password=hunter2"])
+    >>> callback = RedactingSaveConfigCallback(parser, config)
+    >>> print(callback.parser.dump(config).strip())
+    db_password: REDACTED
     """
 
     def __init__(

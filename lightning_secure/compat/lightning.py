@@ -64,7 +64,13 @@ def checkpoint_content(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def bare_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
-    """Return the optimizer without Lightning's wrapper."""
+    """Return the optimizer without Lightning's wrapper.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    >>> bare_optimizer(LightningOptimizer(optimizer)) is optimizer
+    True
+    """
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 

@@ -17,12 +17,24 @@ pin_memory: Final[Callable[[Any], Any]] = _pin_memory
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Return whether a tensor shares its memory with another one, as autograd knows it."""
+    """Return whether a tensor shares its memory with another one, as autograd knows it.
+
+    >>> import torch
+    >>> weight = torch.ones(4)
+    >>> is_view(weight), is_view(weight[:2])
+    (False, True)
+    """
     return tensor._is_view()
 
 
 def writes(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place; 0 of one made in inference mode."""
+    """Return how often a tensor was written in place; 0 of one made in inference mode.
+
+    >>> import torch
+    >>> weight = torch.ones(4)
+    >>> writes(weight), writes(weight.zero_())
+    (0, 1)
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -45,6 +45,11 @@ def open_attributes(
 
     Raises:
         IntegrityError: if an attribute was altered, or belongs to another split.
+
+    >>> partition = PartitionKey.generate(bytes(16), "train")
+    >>> sealed = seal_attributes({"source": "clinic", "encrypted.site": "Ulm"}, partition)
+    >>> open_attributes(sealed, partition)
+    {'source': 'clinic', 'site': 'Ulm'}
     """
     result = {}
     for name, text in attributes.items():

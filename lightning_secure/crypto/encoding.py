@@ -12,7 +12,7 @@ from lightning_secure.errors import DataError, IntegrityError
 
 
 def utf8(text: str, *, what: str) -> bytes:
-    """Encode text that comes from outside.
+    r"""Encode text that comes from outside.
 
     Python's text may hold halves of surrogate pairs, which no encoding has; they come from broken
     JSON and from file names. The error of ``str.encode`` carries the whole text along.
@@ -20,6 +20,9 @@ def utf8(text: str, *, what: str) -> bytes:
     Raises:
         DataError: if the text has no UTF-8 form. The message names ``what`` and holds nothing of
             the text.
+
+    >>> utf8("ü", what="name")
+    b'\xc3\xbc'
     """
     data = None
     with contextlib.suppress(UnicodeEncodeError):
@@ -58,6 +61,9 @@ def is_canonical(value: Any, data: bytes) -> bool:
     """Return whether ``data`` is the canonical JSON of ``value``.
 
     NaN, lone surrogates and very deep nesting can be parsed and have no canonical form.
+
+    >>> is_canonical({"a": 1}, b'{"a":1}'), is_canonical({"a": 1}, b'{"a": 1}')
+    (True, False)
     """
     result = False
     with contextlib.suppress(ValueError, RecursionError):
@@ -76,6 +82,10 @@ def parse_json_object(data: bytes, *, what: str, canonical: bool = False) -> dic
     Raises:
         IntegrityError: if ``data`` is not one JSON object with unique keys, or not its canonical
             form. The message names ``what`` and holds nothing of the data.
+
+    >>> parse_json_object(b'{"a": 1, "a": 2}', what="header")
+    Traceback (most recent call last):
+    lightning_secure.errors.IntegrityError: ...
     """
     value: Any = None
     with contextlib.suppress(ValueError, RecursionError):
@@ -102,7 +112,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def b64encode(data: bytes) -> str:
-    """Encode as standard base64."""
+    """Encode as standard base64.
+
+    >>> b64encode(b"shard")
+    'c2hhcmQ='
+    """
     return base64.b64encode(data).decode("ascii")
 
 
@@ -111,6 +125,9 @@ def b64decode(text: Any, *, what: str, length: int | None = None) -> bytes:
 
     Raises:
         IntegrityError: if ``text`` is not base64 or does not have ``length`` bytes.
+
+    >>> b64decode("c2hhcmQ=", what="name")
+    b'shard'
     """
     data: bytes | None = None
     if isinstance(text, str):

@@ -64,13 +64,22 @@ class DataKey:
 
         Source:
             HKDF-SHA256, RFC 5869.
+
+        >>> key = DataKey(bytes(32))
+        >>> key.derive(info=b"index").hex()[:8], key.derive(info=b"names").hex()[:8]
+        ('dcfbbff0', 'f4eeb9a6')
         """
         return HKDF(algorithm=SHA256(), length=length, salt=salt or None, info=info).derive(
             self._material
         )
 
     def subkey(self, purpose: str) -> DataKey:
-        """Return the key for one purpose; two purposes' keys say nothing about each other."""
+        """Return the key for one purpose; two purposes' keys say nothing about each other.
+
+        >>> key = DataKey(bytes(32))
+        >>> key.subkey("index").key_id == key.subkey("names").key_id
+        False
+        """
         return DataKey(
             self.derive(info=b"lsec/v1/subkey\0" + utf8(purpose, what="the purpose of a key"))
         )
@@ -103,6 +112,11 @@ class DataKey:
         Raises:
             IntegrityError: if ``blob`` was altered, belongs to another context, or was made under
                 another key; the cipher cannot tell these apart.
+
+        >>> key = DataKey.generate()
+        >>> blob = DataKey(bytes(32)).wrap(key, context={"shard": "7"})
+        >>> DataKey(bytes(32)).unwrap(blob, context={"shard": "7"}).key_id == key.key_id
+        True
         """
         if len(blob) == _WRAPPED_BYTES:
             nonce, sealed = blob[:_NONCE_BYTES], blob[_NONCE_BYTES:]
@@ -154,6 +168,10 @@ class WrappedKey:
         provider: Name of the kind of provider, for example ``local``.
         key_id: Id of the provider's key.
         blob: The wrapped key, as the provider returned it.
+
+    >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+    >>> wrapped.provider, wrapped.key_id == keys.key_id
+    ('local', True)
     """
 
     provider: str
@@ -170,6 +188,10 @@ class WrappedKey:
 
         Raises:
             IntegrityError: if the value does not have that form.
+
+        >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+        >>> WrappedKey.from_json(wrapped.to_json()) == wrapped
+        True
         """
         if not isinstance(value, dict) or value.keys() != {"provider", "key_id", "blob"}:
             raise IntegrityError(
@@ -192,6 +214,12 @@ class KeyProvider(ABC):
 
     Subclasses implement the underscored methods; the public ones announce every use before a key
     leaves, so an audit log that cannot be written refuses the key.
+
+    >>> isinstance(keys, KeyProvider), keys.name
+    (True, 'local')
+    >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+    >>> keys.unwrap(wrapped, context={"purpose": "doctest"})
+    DataKey(<hidden>)
     """
 
     @property
@@ -219,6 +247,9 @@ class KeyProvider(ABC):
         """Ids of the KEKs for which :meth:`wrap_all` protects a key: one, the provider's own.
 
         A provider with public-key recipients names them instead.
+
+        >>> keys.recipients == (keys.key_id,)
+        True
         """
         return (self.key_id,)
 
@@ -242,6 +273,10 @@ class KeyProvider(ABC):
         Raises:
             KeyUnavailableError: if the provider could not wrap; no wrapped form is returned.
             AuditWriteError: if a listener could not record the use; the key was not wrapped.
+
+        >>> wrapped = keys.wrap_all(DataKey.generate(), context={"purpose": "doctest"})
+        >>> [one.key_id for one in wrapped] == [keys.key_id]
+        True
         """
         wrapped = []
         for recipient in self.recipients:
@@ -257,6 +292,10 @@ class KeyProvider(ABC):
         Raises:
             ConfigError: if there are several recipients; :meth:`wrap_all` leaves none of them out.
             KeyUnavailableError: if the provider could not wrap.
+
+        >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+        >>> wrapped.key_id == keys.key_id
+        True
         """
         if len(self.recipients) != 1:
             raise ConfigError(
@@ -275,6 +314,13 @@ class KeyProvider(ABC):
             IntegrityError: if ``wrapped`` was altered or belongs to another context.
             KeyUnavailableError: if the KEK cannot be used now, or this provider only seals.
             AuditWriteError: if a listener could not record the use; the key was not released.
+
+        >>> wrapped = keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+        >>> keys.unwrap(wrapped, context={"purpose": "doctest"})
+        DataKey(<hidden>)
+        >>> keys.unwrap(wrapped, context={"purpose": "another"})
+        Traceback (most recent call last):
+        lightning_secure.errors.IntegrityError: ...
         """
         if (wrapped.provider, wrapped.key_id) != (self.name, self.key_id):
             events.announce("key.unwrap", self._event(context), outcome="failure")
@@ -302,6 +348,10 @@ class KeyProvider(ABC):
             WrongKeyError: if none of ``wrapped`` is for this provider.
             IntegrityError: if the one for this provider was altered or belongs to another context.
             KeyUnavailableError: if the KEK cannot be used now, or this provider only seals.
+
+        >>> wrapped = keys.wrap_all(DataKey.generate(), context={"purpose": "doctest"})
+        >>> keys.unwrap_any(wrapped, context={"purpose": "doctest"})
+        DataKey(<hidden>)
         """
         mine = (key for key in wrapped if (key.provider, key.key_id) == (self.name, self.key_id))
         return self.unwrap(next(mine, wrapped[0]), context=context)
@@ -319,6 +369,9 @@ class KeyProvider(ABC):
             KeyUnavailableError: if the KEK is gone or cannot be used now.
             IntegrityError: if another KEK took its place.
             AuditWriteError: if a listener could not record the use.
+
+        >>> wrapped = keys.wrap_all(DataKey.generate(), context={"purpose": "doctest"})
+        >>> keys.confirm(wrapped, context={"purpose": "doctest"})
         """
         mine = any((key.provider, key.key_id) == (self.name, self.key_id) for key in wrapped)
         if mine and self._opens:
@@ -341,7 +394,11 @@ class KeyProvider(ABC):
 
     @final
     def derive(self, purpose: str) -> DataKey:
-        """Return the same key for the same purpose each time, for example for pseudonyms."""
+        """Return the same key for the same purpose each time, for example for pseudonyms.
+
+        >>> keys.derive("join").key_id == keys.derive("join").key_id
+        True
+        """
         events.announce("key.derive", self._event({"purpose": purpose}))
         return self._derive(purpose)
 
@@ -358,6 +415,12 @@ class KeyProvider(ABC):
             AuditWriteError: if a listener could not record it; the KEK was not destroyed.
 
         Whatever is still wrapped under the KEK, in any dataset or checkpoint, is lost.
+
+        >>> keys.retire()
+        True
+        >>> keys.wrap(DataKey.generate(), context={"purpose": "doctest"})
+        Traceback (most recent call last):
+        lightning_secure.errors.KeyUnavailableError: ...
         """
         events.announce("key.retire", self._event({}))
         return self._retire()

@@ -138,6 +138,12 @@ def read_manifest(root: Path | _Place, *, trusted: Mapping[str, Ed25519PublicKey
             not in the one canonical form.
         IntegrityError: if the manifest is damaged.
         StorageError: if a remote storage did not answer, or refused.
+
+    >>> from lightning_secure import seal
+    >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> manifest = read_manifest(folder / "data", trusted=keys.trusted_signers)
+    >>> manifest.generation, list(manifest.splits), manifest.digest == sealed.manifest_digest
+    (2, ['train'], True)
     """
     what = f"manifest {f'{root}/{MANIFEST_NAME}'!r}"
     try:

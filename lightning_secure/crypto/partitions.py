@@ -15,6 +15,10 @@ class PartitionKey:
         key: The key itself.
         dataset_id: 16 bytes.
         partition: Name of the partition.
+
+    >>> partition, wrapped = PartitionKey.create(bytes(16), "train", keys)
+    >>> [one.key_id for one in wrapped] == list(keys.recipients)
+    True
     """
 
     def __init__(self, key: DataKey, *, dataset_id: bytes, partition: str) -> None:

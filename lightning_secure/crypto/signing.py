@@ -31,7 +31,12 @@ def public_key_id(key: Ed25519PublicKey) -> str:
 
 @final
 class Signer:
-    """A private signing key without a printable form. It refuses pickling."""
+    """A private signing key without a printable form. It refuses pickling.
+
+    >>> signer = Signer(bytes(32))
+    >>> signer, len(signer.sign(b"manifest"))
+    (Signer(139e3940e64b5491722088d9a0d74162), 64)
+    """
 
     __slots__ = ("_key",)
 
@@ -91,6 +96,12 @@ def open_envelope(
     Raises:
         ManifestMismatchError: if no trusted key signed this payload as this type.
         IntegrityError: if ``data`` is not an envelope.
+
+    >>> signer = Signer(bytes(32))
+    >>> sealed = seal_envelope(b"{}", payload_type="text/example", signer=signer)
+    >>> trusted = {signer.key_id: signer.public_key}
+    >>> open_envelope(sealed, payload_type="text/example", trusted=trusted, what="note")
+    b'{}'
     """
     # Before anything is known about who wrote it: a small file can make a parser use much memory.
     if sum(map(data.count, (b"[", b"{", b","))) > _MAX_PARTS:
@@ -121,6 +132,10 @@ def open_envelope(
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
-    """Return what DSSE signs: the payload and what kind of document it is."""
+    """Return what DSSE signs: the payload and what kind of document it is.
+
+    >>> pre_authentication_encoding("text/example", b"{}")
+    b'DSSEv1 12 text/example 2 {}'
+    """
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)

@@ -48,6 +48,14 @@ class StreamWriter(io.RawIOBase):
 
     Memory stays near two megabytes however much is written at once. The stream is complete only
     after :meth:`finish`: without it every reader refuses the file as truncated.
+
+    >>> file = io.BytesIO()
+    >>> writer = StreamWriter(file, key=DataKey(bytes(32)), context=b"note")
+    >>> writer.write(b"left ear")
+    8
+    >>> writer.finish()
+    >>> b"left" in file.getvalue()
+    False
     """
 
     def __init__(self, raw: BinaryIO, *, key: DataKey, context: bytes) -> None:
@@ -89,6 +97,12 @@ class StreamReader(io.RawIOBase):
         IntegrityError: if the key commitment does not match, or the end of the stream is not where
             an authentic last chunk says it is: a truncated or extended file fails here, before any
             of it is parsed. A flipped bit further inside fails when that chunk is read.
+
+    >>> file = io.BytesIO()
+    >>> writer = StreamWriter(file, key=DataKey(bytes(32)), context=b"note")
+    >>> _ = writer.write(b"left ear"), writer.finish(), file.seek(0)
+    >>> StreamReader(file, key=DataKey(bytes(32)), context=b"note").read()
+    b'left ear'
     """
 
     def __init__(self, raw: BinaryIO, *, key: DataKey, context: bytes, start: int = 0) -> None:

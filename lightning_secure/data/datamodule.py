@@ -68,6 +68,13 @@ class EncryptedDataModule(pl.LightningDataModule):
     generation, is refused; new keys over the same rows are not other rows. It also records where in
     the epoch the run stood: a run that is resumed goes on with the rows that it has not seen, also
     with another number of processes or another batch size.
+
+    >>> from lightning_secure import seal
+    >>> _ = seal({"age": [34, 51, 29]}, folder / "data", keys=keys, split="val")
+    >>> data = EncryptedDataModule(folder / "data", keys=keys, batch_size=2)
+    >>> data.setup("validate")
+    >>> list(data.val_dataloader())
+    [(tensor([34, 51]),), (tensor([29]),)]
     """
 
     def __init__(
@@ -123,6 +130,13 @@ class EncryptedDataModule(pl.LightningDataModule):
         """Digest of the manifest that the rows were read by, in hexadecimal; None before setup.
 
         Of the training rows, if they are among them.
+
+        >>> from lightning_secure import seal
+        >>> sealed = seal({"age": [34, 51, 29]}, folder / "data", keys=keys, split="val")
+        >>> data = EncryptedDataModule(folder / "data", keys=keys, batch_size=2)
+        >>> data.setup("validate")
+        >>> data.manifest_digest == sealed.manifest_digest
+        True
         """
         dataset = self._datasets.get("train", next(iter(self._datasets.values()), None))
         return None if dataset is None else dataset.manifest.digest
@@ -216,7 +230,15 @@ class EncryptedDataModule(pl.LightningDataModule):
         self._options["min_generation"] = max(least or 0, generation)
 
     def train_dataloader(self) -> EncryptedLoader:
-        """Return shuffled batches of ``train``; a private strategy draws its own instead."""
+        """Return shuffled batches of ``train``; a private strategy draws its own instead.
+
+        >>> from lightning_secure import seal
+        >>> _ = seal({"age": [34, 51, 29]}, folder / "data", keys=keys)
+        >>> data = EncryptedDataModule(folder / "data", keys=keys, batch_size=2, seed=0)
+        >>> data.setup("fit")
+        >>> sorted(int(age) for (ages,) in data.train_dataloader() for age in ages)
+        [29, 34, 51]
+        """
         trainer = self.trainer
         if trainer is not None and trainer.state.fn != TrainerFn.FITTING:
             trainer = None

@@ -54,6 +54,14 @@ class RedactingLogger(Logger):
         ConfigError: if the argument is no logger, or a logger with a secret or personal data in its
             name or its tags: the name becomes a folder, and tags are sent before the first call.
         RedactionError: if a value that cannot be checked was to be logged.
+
+    >>> from lightning.pytorch.loggers import CSVLogger
+    >>> logger = RedactingLogger(CSVLogger(folder, name="run", version=0))
+    >>> logger.log_hyperparams({"lr": 0.1, "db_password": "hunter2"})
+    >>> logger.save()
+    >>> print((folder / "run" / "version_0" / "hparams.yaml").read_text().strip())
+    lr: 0.1
+    db_password: REDACTED
     """
 
     def __init__(self, logger: Logger, *, redactor: Redactor | None = None) -> None:

@@ -70,6 +70,12 @@ class MembershipInferenceAdvantage(Metric):
 
     Source:
         Yeom et al. 2018, arXiv:1709.01604; the bound: Humphries et al. 2020, arXiv:2010.12112.
+
+    >>> metric = MembershipInferenceAdvantage()
+    >>> metric.update(torch.tensor([0.1, 0.2]), members=True)
+    >>> metric.update(torch.tensor([0.15, 0.9]), members=False)
+    >>> metric.compute()
+    tensor(0.5000)
     """
 
     higher_is_better = False

@@ -59,7 +59,15 @@ class _ReleasedMean(Metric):
         self.updates += 1
 
     def compute(self) -> Tensor:
-        """Release the mean, or return what was released of these rows before."""
+        """Release the mean, or return what was released of these rows before.
+
+        >>> from lightning_secure import PrivacyAccount
+        >>> account = PrivacyAccount(delta=1e-5)
+        >>> metric = PrivateMean(bounds=(0.0, 1.0), noise_multiplier=10.0, account=account)
+        >>> metric.update(torch.full((1000,), 0.25))
+        >>> bool(metric.compute() == metric.compute()), len(account.releases)  # released once
+        (True, 1)
+        """
         # The number of updates does not depend on values, and is the same on all ranks.
         updates = int(self.updates)
         if self._released is None or self._released[0] != updates:
@@ -126,6 +134,13 @@ class PrivateMean(_ReleasedMean):
         in the Trainer's sanity check, it is NaN, and a warning says so.
 
     The sums, without noise, are in the metric's state; do not make it persistent.
+
+    >>> from lightning_secure import PrivacyAccount
+    >>> account = PrivacyAccount(delta=1e-5)
+    >>> metric = PrivateMean(bounds=(0.0, 1.0), noise_multiplier=10.0, account=account)
+    >>> metric.update(torch.full((100_000,), 0.25))
+    >>> abs(float(metric.compute()) - 0.25) < 0.01, len(account.releases)
+    (True, 1)
     """
 
     higher_is_better = None
@@ -149,6 +164,13 @@ class PrivateAccuracy(_ReleasedMean):
         public_rows: As for :class:`PrivateMean`.
         account: As for :class:`PrivateMean`.
         insecure_seed: As for :class:`PrivateMean`.
+
+    >>> from lightning_secure import PrivacyAccount
+    >>> account = PrivacyAccount(delta=1e-5)
+    >>> metric = PrivateAccuracy(noise_multiplier=10.0, account=account)
+    >>> metric.update(torch.ones(100_000).long(), torch.ones(100_000).long())
+    >>> float(metric.compute()) > 0.99
+    True
     """
 
     higher_is_better = True

@@ -89,6 +89,11 @@ class EncryptedCheckpointIO(CheckpointIO):
     Attributes:
         announces: It tells of each checkpoint by itself.
         uses_of_ckpt_path: Which hyperparameters LightningCLI uses of a checkpoint, with this one.
+
+    >>> plugin = EncryptedCheckpointIO(keys)
+    >>> plugin.save_checkpoint({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, folder / "a.ckpt")
+    >>> plugin.load_checkpoint(folder / "a.ckpt")
+    {'state_dict': {'w': tensor([1., 1.])}, 'epoch': 3}
     """
 
     announces: Final = True
@@ -200,7 +205,14 @@ class EncryptedCheckpointIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: _PATH) -> None:
-        """Remove a checkpoint, if it exists."""
+        """Remove a checkpoint, if it exists.
+
+        >>> plugin = EncryptedCheckpointIO(keys)
+        >>> plugin.save_checkpoint({"epoch": 3}, folder / "a.ckpt")
+        >>> plugin.remove_checkpoint(folder / "a.ckpt")
+        >>> (folder / "a.ckpt").exists()
+        False
+        """
         filesystem, name = fsspec.core.url_to_fs(str(path))
         if filesystem.exists(name):
             filesystem.rm(name, recursive=True)
@@ -251,6 +263,16 @@ def load_encrypted_checkpoint(
     Guarantees:
         The module is made by calling ``module_class`` with values. What the checkpoint names,
         such as ``class_path``, is neither imported nor called.
+
+    >>> class Model(pl.LightningModule):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(width, 1)
+    >>> saved = {"state_dict": Model(4).state_dict(), "hyper_parameters": {"width": 4}}
+    >>> saved["pytorch-lightning_version"] = pl.__version__
+    >>> EncryptedCheckpointIO(keys).save_checkpoint(saved, folder / "a.ckpt")
+    >>> load_encrypted_checkpoint(Model, folder / "a.ckpt", keys=keys).layer
+    Linear(in_features=4, out_features=1, bias=True)
     """
     allowed: list[Any] = list(safe_globals)
     with opened(path, keys=keys) as stream, torch.serialization.safe_globals(allowed):

@@ -65,6 +65,13 @@ class RedactingCheckpointIO(_WrappingCheckpointIO):
 
     Attributes:
         uses_of_ckpt_path: Which hyperparameters LightningCLI uses of a checkpoint, with this one.
+
+    >>> from lightning_secure import EncryptedCheckpointIO
+    >>> plugin = RedactingCheckpointIO(EncryptedCheckpointIO(keys))
+    >>> hyperparameters = {"lr": 0.1, "db_password": "hunter2"}
+    >>> plugin.save_checkpoint({"hyper_parameters": hyperparameters}, folder / "a.ckpt")
+    >>> plugin.load_checkpoint(folder / "a.ckpt")
+    {'hyper_parameters': {'lr': 0.1, 'db_password': 'REDACTED'}}
     """
 
     uses_of_ckpt_path: Final = "plain values"

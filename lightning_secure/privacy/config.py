@@ -94,6 +94,10 @@ class DPConfig:
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, with Poisson sampling.
+
+    >>> config = DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
+    >>> config.accountant, config.insecure
+    ('pld', ())
     """
 
     delta: float
@@ -174,12 +178,20 @@ class DPConfig:
 
     @property
     def clipping_rule(self) -> ClippingRule:
-        """The rule that ``clipping`` names."""
+        """The rule that ``clipping`` names.
+
+        >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0).clipping_rule
+        FlatClipping()
+        """
         return rule_of(self.clipping)
 
     @property
     def insecure(self) -> tuple[str, ...]:
-        """Names of the settings that break the promise; empty for a private run."""
+        """Names of the settings that break the promise; empty for a private run.
+
+        >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, insecure_seed=7).insecure
+        ('insecure_seed',)
+        """
         reasons = []
         if self.insecure_seed is not None:
             reasons.append("insecure_seed")

@@ -35,6 +35,13 @@ def begin_ledger(
     Raises:
         ConfigError: if more rows are expected in a step than there are.
         PrivacyError: if the metrics alone would spend the budget.
+
+    >>> config = DPConfig(
+    ...     noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, public_dataset_size=10_000
+    ... )
+    >>> ledger = begin_ledger(config, rows=9876, batch_size=100, planned_steps=lambda steps: steps)
+    >>> ledger.public.sample_rate, ledger.public.steps_per_epoch
+    (0.01, 100)
     """
     dataset_size = config.public_dataset_size or rows
     expected = config.expected_batch_size or min(batch_size, dataset_size)

@@ -70,6 +70,10 @@ def poisson_draw(
 
     The gaps between drawn rows are geometric, so a draw costs as much as it has rows, not as much
     as there are rows to draw from.
+
+    >>> rows = poisson_draw(1000, 0.1, SecureGaps())
+    >>> 30 < len(rows) < 200, bool((rows[1:] > rows[:-1]).all())
+    (True, True)
     """
     parts: list[npt.NDArray[np.int64]] = []
     last, expected = -1, dataset_size * sample_rate
@@ -91,6 +95,9 @@ def seed_of_rank(seed: int | None, rank: int) -> int | None:
         seed: Of the run; the first process has it unchanged. None stays None: the operating
             system seeds each process by itself.
         rank: Number of the process, from 0.
+
+    >>> seed_of_rank(7, 0), seed_of_rank(7, 1) == seed_of_rank(7, 2)
+    (7, False)
     """
     if seed is None or rank == 0:
         return seed
@@ -116,6 +123,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     Raises:
         ConfigError: if ``secure`` is given with a seed.
+
+    >>> batches = list(PoissonBatchSampler(1000, sample_rate=0.1, steps=3, seed=7))
+    >>> len(batches), len(set(map(len, batches))) > 1  # the size of a draw varies
+    (3, True)
     """
 
     def __init__(
@@ -204,6 +215,11 @@ class LogicalCollate:
     Args:
         collate_fn: Makes the batch of one chunk, as the user's DataLoader would.
         max_physical_batch_size: Most rows of a chunk.
+
+    >>> import torch
+    >>> collate = LogicalCollate(torch.utils.data.default_collate, max_physical_batch_size=2)
+    >>> [(chunk.size, chunk.data) for chunk in collate([1, 2, 3]).chunks]
+    [(2, tensor([1, 2])), (1, tensor([3]))]
     """
 
     def __init__(self, collate_fn: Callable[[Any], Any], *, max_physical_batch_size: int) -> None:

@@ -19,6 +19,10 @@ def fields_of(value: Any) -> dict[str, Any] | None:
 
     Of mappings (OmegaConf's too), dataclasses, namespaces, named tuples, attrs and pydantic. A name
     that is not text becomes text.
+
+    >>> from types import SimpleNamespace
+    >>> fields_of(SimpleNamespace(lr=0.1)), fields_of([0.1])
+    ({'lr': 0.1}, None)
     """
     fields: Mapping[Any, Any] | None = None
     if isinstance(value, Mapping):
@@ -39,7 +43,11 @@ def fields_of(value: Any) -> dict[str, Any] | None:
 
 
 def items_of(value: Any) -> list[Any] | None:
-    """Return what stands one after another in ``value``, or None if nothing does."""
+    """Return what stands one after another in ``value``, or None if nothing does.
+
+    >>> items_of((1, 2)), items_of({"lr": 0.1})
+    ([1, 2], None)
+    """
     if isinstance(value, str | bytes | bytearray | memoryview | range):
         return None
     if isinstance(value, Sequence | AbstractSet | deque | ValuesView):
@@ -53,6 +61,9 @@ def number_of(value: Any) -> float:
     Raises:
         RedactionError: if the value is no number. Python's own error would repeat a text that was
             given instead.
+
+    >>> number_of("0.5")
+    0.5
     """
     number = None
     # Of a list, of what is too large, and of a tensor of several numbers.

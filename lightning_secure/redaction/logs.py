@@ -66,6 +66,12 @@ class RedactingFilter(logging.Filter):
 
         Returns:
             Itself.
+
+        >>> redacting = RedactingFilter().install()
+        >>> record = logging.makeLogRecord({"msg": "mail jo@clinic.example", "name": "doctest"})
+        >>> redacting.filter(record), record.getMessage()
+        (True, 'mail REDACTED')
+        >>> redacting.remove()
         """
         global _hooks, _installed
         with _LOCK:

@@ -109,11 +109,21 @@ binaries='refuse', strict=False)
         object.__setattr__(self, "allow", allow)
 
     def mode(self, sink: str) -> str:
-        """Return the mode of a sink."""
+        """Return the mode of a sink.
+
+        >>> policy = RedactionPolicy(traces="drop")
+        >>> policy.mode("traces"), policy.mode("params")
+        ('drop', 'detect')
+        """
         return str(getattr(self, sink))
 
     def passes(self, sink: str, name: str) -> bool:
-        """Return whether what stands under ``name`` in ``sink`` may be stored, redacted."""
+        """Return whether what stands under ``name`` in ``sink`` may be stored, redacted.
+
+        >>> policy = RedactionPolicy(params="allowlist", allow={"params": ["optimizer/*"]})
+        >>> policy.passes("params", "optimizer/lr"), policy.passes("params", "data_path")
+        (True, False)
+        """
         mode = self.mode(sink)
         return mode == "detect" or (
             mode == "allowlist"
@@ -122,7 +132,13 @@ binaries='refuse', strict=False)
 
 
 class Rules:
-    """Several policies, of which the strictest counts, whichever was stated first."""
+    """Several policies, of which the strictest counts, whichever was stated first.
+
+    >>> rules = Rules()
+    >>> rules.add(RedactionPolicy(traces="drop"))
+    >>> rules.drops("traces"), rules.drops("params")
+    (True, False)
+    """
 
     def __init__(self) -> None:
         self._policies: list[RedactionPolicy] = []

@@ -82,6 +82,9 @@ class Redactor:
 
         Raises:
             RedactionError: if a detector failed and the redactor is strict.
+
+        >>> Redactor().redact("jo@clinic.example"), Redactor().redact("k", name="api_key")
+        ('REDACTED', 'REDACTED')
         """
         if value is None or isinstance(value, bool):
             return value
@@ -162,6 +165,10 @@ class Redactor:
 
         Raises:
             RedactionError: if a detector failed and the redactor is strict.
+
+        >>> redactor = Redactor(extra_patterns=[r"MRN-([0-9]+)"])
+        >>> redactor.redact_text("patient MRN-20394, left ear")
+        'patient MRN-REDACTED, left ear'
         """
         if type(text) is not str:
             text = str.__str__(text)  # a subclass may say of its text what it likes
@@ -204,6 +211,9 @@ def without(text: str, findings: Iterable[Finding]) -> tuple[str, list[str]]:
     """Return ``text`` with every finding replaced, and the rules that each replacement is due to.
 
     Of findings that overlap, all is taken out and the one that begins first counts.
+
+    >>> without("left ear of jo", [Finding("name", 12, 14)])
+    ('left ear of REDACTED', ['name'])
     """
     pieces, position, rules = [], 0, []
     for rule, start, end in sorted(findings, key=lambda finding: (finding.start, -finding.end)):

@@ -55,6 +55,11 @@ class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133; Bu et al. 2023, arXiv:2210.00038.
+
+    >>> from lightning_secure import DPConfig
+    >>> config = DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
+    >>> PrivateDDPStrategy(config).ledger is None  # Trainer(strategy=..., devices=2) opens it
+    True
     """
 
     strategy_name = "private_ddp"

@@ -63,6 +63,12 @@ class PrivateStrategy(PrivateTraining, OneDeviceStrategy):
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133; Bu et al. 2023, arXiv:2210.00038.
+
+    >>> import lightning.pytorch as pl
+    >>> config = DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
+    >>> trainer = pl.Trainer(strategy=PrivateStrategy(config), max_epochs=1, logger=False)
+    >>> trainer.strategy.ledger is None  # the first fit opens it
+    True
     """
 
     strategy_name = "private"

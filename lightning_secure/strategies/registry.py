@@ -34,6 +34,11 @@ def register_strategies(config: DPConfig, **options: Any) -> None:
 
     Raises:
         ConfigError: if ``config`` is no :class:`~lightning_secure.privacy.config.DPConfig`.
+
+    >>> import lightning.pytorch as pl
+    >>> register_strategies(DPConfig(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0))
+    >>> type(pl.Trainer(strategy="private", logger=False).strategy).__name__
+    'PrivateStrategy'
     """
     if not isinstance(config, DPConfig):
         raise ConfigError(

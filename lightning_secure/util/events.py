@@ -45,6 +45,13 @@ def subscribe(name: str, listener: Listener, *, follows_keys: bool = False) -> N
             action is refused.
         follows_keys: Whether a process that is sent a key provider by pickle, such as a spawned
             worker, subscribes ``listener`` too. It is pickled with the provider.
+
+    >>> seen = []
+    >>> subscribe("doctest", seen.append)
+    >>> _ = keys.wrap_all(keys.derive("join"), context={"purpose": "doctest"})
+    >>> seen[-1].action
+    'key.wrap'
+    >>> unsubscribe("doctest")
     """
     _listeners[name] = listener
     (_following.add if follows_keys else _following.discard)(name)

@@ -70,6 +70,10 @@ def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
 
     Raises:
         OSError: if the file cannot be opened, is not a regular file, or is longer.
+
+    >>> _ = (folder / "notes.txt").write_bytes(b"left ear")
+    >>> read_regular(folder / "notes.txt", limit=100)
+    b'left ear'
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -125,6 +129,13 @@ def atomic_writer(path: Path, *, mode: int = 0o666, replace: bool = True) -> Ite
         A reader of ``path`` sees the old bytes or all of the new ones, also after a crash: the data
         is flushed before the rename and the directory after it. On any error the temporary file is
         removed.
+
+    >>> with atomic_writer(folder / "notes.txt") as file:
+    ...     _ = file.write(b"left ear")
+    ...     (folder / "notes.txt").exists()
+    False
+    >>> (folder / "notes.txt").read_bytes()
+    b'left ear'
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     owner = os.getpid()
@@ -175,6 +186,10 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     Raises:
         OSError: if the file cannot be opened, or is a link, a pipe, a device or a folder: through a
             link, a file would be made wherever the link's author wants one.
+
+    >>> with exclusive_lock(folder / "lock"):
+    ...     (folder / "lock").exists()
+    True
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     owner = os.getpid()

@@ -32,6 +32,10 @@ def positive_int(**values: int | None) -> None:
     Raises:
         ConfigError: if an argument is not a whole number above zero; the message names the
             argument.
+
+    >>> positive_int(threads=0)
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: threads must be ...
     """
     for name, value in values.items():
         if value is not None and (type(value) is not int or value < 1):
@@ -44,6 +48,10 @@ def open_unit_interval(**values: float) -> None:
     Raises:
         ConfigError: if an argument is not a number above 0 and below 1; the message names the
             argument.
+
+    >>> open_unit_interval(delta=1.5)
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: delta must ...
     """
     for name, value in values.items():
         if not (_number(value) and 0 < value < 1):
@@ -51,7 +59,12 @@ def open_unit_interval(**values: float) -> None:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number of any type as an int; None for anything else, also True and 1.0."""
+    """Return a whole number of any type as an int; None for anything else, also True and 1.0.
+
+    >>> import numpy as np
+    >>> whole_number(np.int64(3)), whole_number(3.0), whole_number(True)
+    (3, None, None)
+    """
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             return operator.index(value)

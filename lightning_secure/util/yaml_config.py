@@ -20,6 +20,10 @@ def parsed(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, is not YAML of plain values, has a key twice, or is
             no mapping. The message holds nothing of the file but a line's number.
+
+    >>> _ = (folder / "plan.yaml").write_text("anonymize: {name: suppress}")
+    >>> parsed(folder / "plan.yaml")
+    {'anonymize': {'name': 'suppress'}}
     """
     import yaml
 
@@ -69,7 +73,12 @@ def _loader() -> Any:
 
 
 def known(value: Any, names: set[str], what: str) -> dict[str, Any]:
-    """Return a mapping that has no other keys than these; raises ConfigError for any other."""
+    """Return a mapping that has no other keys than these; raises ConfigError for any other.
+
+    >>> known({"sensitiv": []}, {"sensitive"}, "the plan")
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: the plan has the unknown key 'sensitiv'; known are ...
+    """
     fields = typed(value, dict, what)
     if unknown := [name for name in fields if name not in names]:
         raise ConfigError(

@@ -139,9 +139,7 @@ def test_what_a_row_says_of_other_rows_is_refused(tmp_path):
 
 
 def test_a_name_is_public_or_released():
-    with pytest.raises(
-        ConfigError, match=r"\['nll'\] are both public_metrics and released"
-    ):
+    with pytest.raises(ConfigError, match=r"\['nll'\] are both public_metrics and released"):
         PrivateStrategy(
             DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0),
             public_metrics=["nll"],

@@ -56,6 +56,10 @@ class AwsKmsKeyProvider(ExternalKeyProvider):
     One request wraps or unwraps one key. The context (purpose, dataset and partition) is the
     encryption context: KMS authenticates it, policies can require it, CloudTrail shows it.
     botocore logs whole messages at DEBUG level, keys included; during these requests it does not.
+
+    >>> arn = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    >>> AwsKmsKeyProvider(key_arn=arn).key_id == arn  # AWS is asked at the first use
+    True
     """
 
     def __init__(

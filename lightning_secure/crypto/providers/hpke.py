@@ -57,6 +57,11 @@ class HpkePublicKey:
         Raises:
             ConfigError: if the text is not a recipient's public key.
             KeyUnavailableError: if the file is missing, or others than its owner can write it.
+
+        >>> mine = HpkePrivateKey.generate(folder / "jo.hpke")
+        >>> public = HpkePublicKey.read(folder / "jo.hpke.pub")
+        >>> public == HpkePublicKey.read(public.text)
+        True
         """
         kem, data = read_public(item)
         if _PUBLIC_BYTES.get(kem) != len(data):
@@ -104,6 +109,10 @@ class HpkePrivateKey:
     Raises:
         KeyUnavailableError: if the file is missing, is not a private key, or others than its owner
             can read or write it.
+
+    >>> _ = HpkePrivateKey.generate(folder / "jo.hpke")
+    >>> HpkePrivateKey(folder / "jo.hpke").public.kem
+    'hpke-mlkem768-x25519'
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -130,6 +139,10 @@ class HpkePrivateKey:
         Raises:
             ConfigError: if one of the files exists, or ``kem`` is unknown.
             KeyUnavailableError: if the file system refused.
+
+        >>> _ = HpkePrivateKey.generate(folder / "jo.hpke")
+        >>> sorted(path.name for path in folder.glob("jo.*"))
+        ['jo.hpke', 'jo.hpke.pub']
         """
         if kem not in _KEMS:
             raise ConfigError(f"kem={kem!r} is not one of {', '.join(_KEMS)}.")
@@ -180,6 +193,16 @@ class HpkeKeyProvider(ExternalKeyProvider):
     no other party can put a key of its own in its place.
 
     Every recipient must trust the sealer: pass its public key as ``trusted``.
+
+    >>> from lightning_secure import SigningKey
+    >>> _ = HpkePrivateKey.generate(folder / "jo.hpke")
+    >>> path = folder / "sealer.sign"
+    >>> sign = SigningKey.generate(path)
+    >>> sealer = HpkeKeyProvider(recipients=[folder / "jo.hpke.pub"], signing_key=path)
+    >>> wrapped = sealer.wrap_all(DataKey.generate(), context={"purpose": "doctest"})
+    >>> reader = HpkeKeyProvider(private_key=folder / "jo.hpke", trusted=[sign.public])
+    >>> reader.unwrap_any(wrapped, context={"purpose": "doctest"})
+    DataKey(<hidden>)
     """
 
     def __init__(

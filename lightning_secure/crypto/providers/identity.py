@@ -41,6 +41,10 @@ class SigningKey:
 
     A sealer has one. A reader needs its public half alone, as text or in the file beside it, and
     takes it from where the storage administrator cannot write.
+
+    >>> key = SigningKey.generate(folder / "sealer.sign")
+    >>> SigningKey(folder / "sealer.sign").key_id == key.key_id
+    True
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,6 +64,10 @@ class SigningKey:
         Raises:
             ConfigError: if one of the files exists. Existing files are never overwritten.
             KeyUnavailableError: if the file system refused.
+
+        >>> _ = SigningKey.generate(folder / "sealer.sign")
+        >>> sorted(path.name for path in folder.glob("sealer.*"))
+        ['sealer.sign', 'sealer.sign.pub']
         """
         seed = os.urandom(SEED_BYTES)
         record = {"type": TYPE, "version": 1, "seed": b64encode(seed)}
@@ -78,7 +86,12 @@ class SigningKey:
 
     @property
     def public(self) -> str:
-        """The public key as text: what readers pass as ``trusted=[...]``."""
+        """The public key as text: what readers pass as ``trusted=[...]``.
+
+        >>> key = SigningKey.generate(folder / "sealer.sign")
+        >>> key.public == (folder / "sealer.sign.pub").read_text().strip()
+        True
+        """
         return public_text(self._signer)
 
     def __repr__(self) -> str:
@@ -96,6 +109,10 @@ def trusted_keys(
     Raises:
         ConfigError: if an item is not an Ed25519 public key.
         KeyUnavailableError: if a file with one is missing, or others can write it.
+
+    >>> key = SigningKey.generate(folder / "sealer.sign")
+    >>> list(trusted_keys([folder / "sealer.sign.pub", key.public])) == [key.key_id]
+    True
     """
     if isinstance(trusted, str | os.PathLike):
         raise ConfigError("trusted must be a list of public keys, not one of them.")

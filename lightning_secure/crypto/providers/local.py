@@ -55,6 +55,10 @@ class LocalKeyProvider(KeyProvider):
     for good, so keep a second copy in a safe place.
 
     The object pickles as its path, never with key material.
+
+    >>> made = LocalKeyProvider.generate(folder / "new.kek")
+    >>> LocalKeyProvider(folder / "new.kek").key_id == made.key_id
+    True
     """
 
     def __init__(
@@ -91,6 +95,10 @@ class LocalKeyProvider(KeyProvider):
             ConfigError: if ``path`` exists, or the passphrase is too short. An existing file is
                 never overwritten: everything sealed under it would be lost.
             KeyUnavailableError: if the file system refused, or there is no passphrase.
+
+        >>> made = LocalKeyProvider.generate(folder / "new.kek")
+        >>> made.name, oct((folder / "new.kek").stat().st_mode & 0o777)
+        ('local', '0o600')
         """
         kek, seed = os.urandom(KEY_BYTES), os.urandom(SEED_BYTES)
         record: dict[str, Any] = {

@@ -40,6 +40,9 @@ class FileSecret:
 
     Raises:
         KeyUnavailableError: if, when the secret is read, the file is missing or others can use it.
+
+    >>> FileSecret("/run/secrets/token")
+    FileSecret(path='/run/secrets/token')
     """
 
     path: str
@@ -77,6 +80,9 @@ def read_secret(source: SecretSource, *, what: str) -> str:
     Raises:
         KeyUnavailableError: if the source has no secret, or failed. The error holds nothing that
             the source said.
+
+    >>> read_secret(lambda: "hunter2", what="the token")
+    'hunter2'
     """
     value: object = None
     try:

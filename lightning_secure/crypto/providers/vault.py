@@ -79,6 +79,10 @@ class VaultTransitKeyProvider(ExternalKeyProvider):
 
     One request wraps or unwraps one key, with the context as associated data. Redirects are not
     followed: the token would go along.
+
+    >>> keys = VaultTransitKeyProvider(url="https://vault.example:8200", key="training")
+    >>> keys.name, keys.key_id  # Vault is asked at the first use
+    ('vault-transit', 'transit/training')
     """
 
     _secret = ("token", "the token")

@@ -83,6 +83,14 @@ def erase_shard(
     The partitions of the split get new keys, and all groups of columns lose the shards together.
     Erasing the last shard removes the split. The content digest changes, so a run that trained on
     the rows does not resume on the rest.
+
+    >>> from lightning_secure import LocalKeyProvider, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> new = LocalKeyProvider.generate(folder / "new.kek")
+    >>> settings = {"keys": keys, "rotate_kek_to": new, "retire_kek": True}
+    >>> report = erase_shard(folder / "data", "train", 0, **settings)
+    >>> report.records, report.recoverable
+    (2, False)
     """
     wanted = _whole(numbers)
 
@@ -143,6 +151,14 @@ def erase_subject(
 
     The rows of other subjects keep their order and move together: the split is as long as if the
     erased rows had never been sealed.
+
+    >>> from lightning_secure import EncryptedShardWriter
+    >>> settings = {"split": "train", "keys": keys, "subject_column": "patient"}
+    >>> with EncryptedShardWriter(folder / "data", **settings) as writer:
+    ...     writer.write_batch({"patient": ["jo", "al", "jo"], "age": [34, 51, 35]})
+    >>> report = erase_subject(folder / "data", "train", "jo", keys=keys)
+    >>> report.records, report.recoverable  # the old key still opens an old manifest
+    (2, True)
     """
 
     def chosen(manifest: Manifest, entry: SplitEntry) -> set[int]:

@@ -50,6 +50,12 @@ class ErasureReport:
             for.
         files_left: Files of the erased rows that could not be removed.
         attempts: One for each key that the old manifest was wrapped for, or that is used now.
+
+    >>> from lightning_secure import erase_shard, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> report = erase_shard(folder / "data", "train", 0, keys=keys)
+    >>> report.records, [(attempt.provider, attempt.outcome) for attempt in report.attempts]
+    (2, [('local', 'opened')])
     """
 
     split: str

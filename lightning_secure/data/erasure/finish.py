@@ -49,6 +49,12 @@ def finish_erasure(
         IntegrityError: if the record of it was altered, or its signer is trusted neither by
             ``keys`` nor by ``old``.
         AuditWriteError: if a listener could not record the erasure, which is then still unfinished.
+
+    >>> from lightning_secure import seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> finish_erasure(folder / "data", keys=keys)
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: ... has no unfinished erasure: ...
     """
     folder = folder_of(root)
     pins = Pins(min_generation, manifest_digest)

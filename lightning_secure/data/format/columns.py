@@ -107,7 +107,11 @@ class Column:
         return DTYPES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form that manifests hold."""
+        """Return the form that manifests hold.
+
+        >>> Column("x", "tensor", "float32", (3,)).to_json()
+        {'name': 'x', 'kind': 'tensor', 'dtype': 'float32', 'shape': [3]}
+        """
         return {
             "name": self.name,
             "kind": self.kind,
@@ -122,6 +126,10 @@ class Schema:
 
     Raises:
         DataError: if there is no column, or two have one name.
+
+    >>> schema = Schema((Column("x", "tensor", "float32", (3,)), Column("note", "string")))
+    >>> schema.names, schema.fixed
+    (('x', 'note'), False)
     """
 
     columns: tuple[Column, ...]
@@ -157,6 +165,10 @@ class Schema:
         Raises:
             IntegrityError: if the value does not describe columns: its signer was not this
                 package, or was at fault.
+
+        >>> schema = Schema((Column("x", "tensor", "float32", (3,)),))
+        >>> Schema.from_json(schema.to_json()) == schema
+        True
         """
         types = {"name": str, "kind": str, "dtype": str, "shape": list}
         schema = None
@@ -197,7 +209,12 @@ def segment_lengths(schema: Schema, columns: Mapping[str, ColumnData]) -> Callab
 
 
 def column_offsets(schema: Schema, records: int) -> tuple[dict[str, int], int]:
-    """Return where the columns of a segment of a fixed schema begin, and its length, in bytes."""
+    """Return where the columns of a segment of a fixed schema begin, and its length, in bytes.
+
+    >>> schema = Schema((Column("flag", "tensor", "bool"), Column("x", "tensor", "float32", (3,))))
+    >>> column_offsets(schema, 2)
+    ({'flag': 0, 'x': 8}, 32)
+    """
     offsets: dict[str, int] = {}
     position = 0
     for column in schema.columns:
@@ -260,6 +277,11 @@ def decode_segment(schema: Schema, plaintext: bytearray, *, records: int) -> dic
     Raises:
         ShardCorruptedError: if the plaintext is not what :func:`encode_segment` makes of this
             schema and so many records: its sealer was not this package, or was at fault.
+
+    >>> schema = Schema((Column("age", "tensor", "int64"),))
+    >>> plaintext = encode_segment(schema, {"age": torch.tensor([34, 51])})
+    >>> decode_segment(schema, plaintext, records=2)
+    {'age': tensor([34, 51])}
     """
     result: dict[str, ColumnData] = {}
     position = 0

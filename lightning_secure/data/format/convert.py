@@ -33,6 +33,9 @@ def count_rows(columns: Mapping[str, Sequence[Any]]) -> int:
 
     Raises:
         DataError: if there is no column, or columns differ in length.
+
+    >>> count_rows({"x": [1.0, 2.0], "y": [0, 1]})
+    2
     """
     if not isinstance(columns, Mapping):
         raise DataError(
@@ -77,6 +80,9 @@ def infer_column(name: str, values: Any) -> Column:
 
     Raises:
         DataError: if the values' type cannot be stored.
+
+    >>> infer_column("age", [34, 51])
+    Column(name='age', kind='tensor', dtype='int64', shape=())
     """
     if isinstance(values, Ragged):
         dtype = _known(name, str(values[0].dtype).removeprefix("torch."))
@@ -112,6 +118,10 @@ def convert_column(
 
     Raises:
         DataError: if a value is of another type. The message names the column and never a value.
+
+    >>> column = infer_column("age", [34, 51])
+    >>> convert_column(column, [34, 51], allow_nonfinite=False, first_row=0)
+    tensor([34, 51])
     """
     rows = _normalised(column.name, values)
     if column.kind in ("string", "bytes"):

@@ -67,6 +67,15 @@ def add_recipient(
         WrongKeyError: if ``keys`` cannot open the partition.
         ManifestMismatchError: if no manifest is by a trusted signer, or the manifest is not what
             was pinned. The manifest was left as it is, as for the other functions here.
+
+    >>> from lightning_secure import EncryptedShardDataset, LocalKeyProvider, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> LocalKeyProvider.generate(folder / "jo.kek").key_id == keys.key_id
+    False
+    >>> jo = LocalKeyProvider(folder / "jo.kek", trusted=keys.trusted_signers.values())
+    >>> _ = add_recipient(folder / "data", "train", keys=keys, recipient=jo)
+    >>> EncryptedShardDataset(folder / "data", split="train", keys=jo)[1]
+    (tensor(51),)
     """
     return changed(
         folder_of(root),
@@ -104,6 +113,14 @@ def remove_recipient(
 
     The recipient keeps what it has read, or copied with its keys: the rows are still encrypted
     under the same data keys. Call :func:`rotate_data` as well if the storage is open to it.
+
+    >>> from lightning_secure import LocalKeyProvider, seal
+    >>> jo = LocalKeyProvider.generate(folder / "jo.kek")
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> _ = add_recipient(folder / "data", "train", keys=keys, recipient=jo)
+    >>> left = remove_recipient(folder / "data", "train", keys=keys, key_id=jo.key_id)
+    >>> [wrapped.key_id for wrapped in left.partitions["train"]] == [keys.key_id]
+    True
     """
     return changed(
         folder_of(root),
@@ -141,6 +158,13 @@ def rotate_kek(
 
     One rewrap a partition; partitions of other recipients stay as they are. An old copy of the
     manifest still opens under the old key: destroy that key, or call :func:`rotate_data` too.
+
+    >>> from lightning_secure import EncryptedShardDataset, LocalKeyProvider, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> new = LocalKeyProvider.generate(folder / "new.kek")
+    >>> _ = rotate_kek(folder / "data", keys=keys, to=new)
+    >>> EncryptedShardDataset(folder / "data", split="train", keys=new)[0]
+    (tensor(34),)
     """
     return changed(
         folder_of(root),
@@ -174,6 +198,11 @@ def rotate_partition(
     Raises:
         ConfigError: if there is no such partition, or a recipient was forgotten.
         WrongKeyError: if ``keys`` cannot open the partition.
+
+    >>> from lightning_secure import seal
+    >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> rotate_partition(folder / "data", "train", keys=keys).generation - sealed.generation
+    1
     """
     return changed(
         folder_of(root),
@@ -210,6 +239,13 @@ def rotate_data(
     One segment is in memory at a time, and the split is on the disk twice until the new manifest is
     in place. Each new shard is read back and compared before that. The content digest stays, so a
     run that trained on the split resumes on it.
+
+    >>> from lightning_secure import seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> before = set((folder / "data" / "train").iterdir())
+    >>> _ = rotate_data(folder / "data", "train", keys=keys)
+    >>> before & set((folder / "data" / "train").iterdir())  # all shards are new files
+    set()
     """
     folder, pins = folder_of(root), Pins(min_generation, manifest_digest)
     with rotating(folder, keys=keys, pins=pins):

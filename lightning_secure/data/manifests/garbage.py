@@ -203,6 +203,11 @@ def collect_garbage(
         ConfigError: if ``min_age_s`` is negative.
         ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned;
             nothing was removed.
+
+    >>> from lightning_secure import seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> collect_garbage(folder / "data", keys=keys)  # no sealing has crashed here
+    []
     """
     if not min_age_s >= 0:
         raise ConfigError(f"min_age_s must not be negative, and is {min_age_s}.")

@@ -83,6 +83,15 @@ def check_pins(
     Raises:
         ManifestMismatchError: if the manifest is older than ``min_generation``, or not the one with
             ``digest``. The message ends with ``outcome``.
+
+    >>> from lightning_secure import seal
+    >>> from lightning_secure.crypto.manifest import read_manifest
+    >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> manifest = read_manifest(folder / "data", trusted=keys.trusted_signers)
+    >>> check_pins(manifest, sealed.generation, sealed.manifest_digest)
+    >>> check_pins(manifest, sealed.generation + 1, None)
+    Traceback (most recent call last):
+    lightning_secure.errors.ManifestMismatchError: ...
     """
     if min_generation is not None and manifest.generation < min_generation:
         raise ManifestMismatchError(

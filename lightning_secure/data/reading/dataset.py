@@ -71,6 +71,12 @@ class EncryptedShardDataset(Dataset[Any]):
     It pickles without keys: a worker process asks the key provider for itself. Workers started by
     ``fork`` copy the whole memory of their parent, keys included; the default of no workers needs
     no such copy and is not slower, because decryption is not what takes the time.
+
+    >>> from lightning_secure import seal
+    >>> _ = seal({"age": [34, 51], "note": ["left", "right"]}, folder / "data", keys=keys)
+    >>> dataset = EncryptedShardDataset(folder / "data", split="train", keys=keys, output="dict")
+    >>> len(dataset), dataset[1]
+    (2, {'age': tensor(51), 'note': 'right'})
     """
 
     def __init__(
@@ -138,7 +144,14 @@ class EncryptedShardDataset(Dataset[Any]):
 
     @property
     def manifest(self) -> Manifest:
-        """The verified manifest."""
+        """The verified manifest.
+
+        >>> from lightning_secure import seal
+        >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+        >>> dataset = EncryptedShardDataset(folder / "data", split="train", keys=keys)
+        >>> dataset.manifest.digest == sealed.manifest_digest
+        True
+        """
         return self._manifest
 
     @property
@@ -156,6 +169,13 @@ class EncryptedShardDataset(Dataset[Any]):
         Raises:
             IntegrityError: if an attribute was altered, or its key was exchanged by a version of
                 this package that did not know of it.
+
+        >>> from lightning_secure import EncryptedShardWriter
+        >>> remarks = {"source": "clinic"}
+        >>> with EncryptedShardWriter(folder, split="train", keys=keys, remarks=remarks) as writer:
+        ...     writer.write({"age": 34})
+        >>> EncryptedShardDataset(folder, split="train", keys=keys).attributes["source"]
+        'clinic'
         """
         return self._groups.attributes
 
@@ -168,12 +188,25 @@ class EncryptedShardDataset(Dataset[Any]):
 
         Raises:
             IntegrityError: if an attribute was altered.
+
+        >>> from lightning_secure import AnonymizationPlan, Suppress, seal
+        >>> plan = AnonymizationPlan({"name": Suppress()})
+        >>> _ = seal({"name": ["jo"], "age": [34]}, folder / "data", keys=keys, anonymize=plan)
+        >>> dataset = EncryptedShardDataset(folder / "data", split="train", keys=keys)
+        >>> {name: column.done for name, column in dataset.anonymization_report.columns.items()}
+        {'name': 'suppress', 'age': 'nothing'}
         """
         return AnonymizationReport.of(self.attributes)
 
     @property
     def schema(self) -> Schema:
-        """The split's columns."""
+        """The split's columns.
+
+        >>> from lightning_secure import seal
+        >>> _ = seal({"age": [34, 51], "note": ["left", "right"]}, folder / "data", keys=keys)
+        >>> EncryptedShardDataset(folder / "data", split="train", keys=keys).schema.names
+        ('age', 'note')
+        """
         return self._schema
 
     @property

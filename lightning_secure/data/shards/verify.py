@@ -27,6 +27,12 @@ def verify_shard(storage: Storage, entry: ShardEntry) -> None:
         StorageError: if the storage did not answer, or refused.
 
     Ciphertext that does not belong to its tag is not seen: only a key shows that.
+
+    >>> from lightning_secure import EncryptedShardDataset, seal
+    >>> from lightning_secure.data.storage.opening import open_storage
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> entry = EncryptedShardDataset(folder / "data", split="train", keys=keys).entry.shards[0]
+    >>> verify_shard(open_storage(folder / "data"), entry)
     """
     with contextlib.closing(storage.open(entry)) as file:
         if file.size != entry.size:

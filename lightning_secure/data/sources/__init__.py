@@ -36,6 +36,10 @@ def open_source(source: Any, **options: Any) -> Source:
         ConfigError: if the source is of none of these types, or has no such option.
         MissingExtraError: if a package that it needs is not installed.
         DataError: if the source cannot be read.
+
+    >>> source = open_source({"age": [34, 51]})
+    >>> source.rows, list(source.batches())
+    (2, [{'age': [34, 51]}])
     """
     opener = _opener(source)
     allowed = set(getattr(opener, "options", ()))

@@ -38,6 +38,12 @@ class Fill:
 
     Attributes:
         value: A value of the column's type.
+
+    >>> from lightning_secure.data.sources import open_source
+    >>> import pyarrow as pa
+    >>> table = pa.table({"age": [34, None]})
+    >>> list(open_source(table, nulls={"age": Fill(0)}).batches())
+    [{'age': array([34,  0])}]
     """
 
     value: Any
@@ -57,6 +63,13 @@ class Stack:
 
     Raises:
         ConfigError: if there is no column, one is named twice, or the type cannot be stored.
+
+    >>> from lightning_secure.data.sources import open_source
+    >>> import pyarrow as pa
+    >>> table = pa.table({"height": [1.5, 1.75], "weight": [60.0, 80.0]})
+    >>> source = open_source(table, stack={"x": Stack(columns=("height", "weight"))})
+    >>> next(source.batches())["x"].tolist()
+    [[1.5, 60.0], [1.75, 80.0]]
     """
 
     columns: tuple[str, ...]

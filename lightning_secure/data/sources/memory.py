@@ -30,6 +30,9 @@ class ArraySource(Source):
 
     Raises:
         DataError: if there is no column, or columns differ in length.
+
+    >>> list(ArraySource({"age": np.array([34, 51])}).batches(1))
+    [{'age': array([51])}]
     """
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
@@ -65,6 +68,9 @@ class RowSource(Source):
 
     Args:
         rows: Mappings of values by column. An iterator is used up.
+
+    >>> list(RowSource([{"age": 34}, {"age": 51}]).batches())
+    [{'age': [34, 51]}]
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -99,6 +105,11 @@ class DatasetSource(Source):
 
     Raises:
         DataError: if a sample has not as many parts as there are names.
+
+    >>> rows = torch.utils.data.TensorDataset(torch.zeros(3, 2), torch.arange(3))
+    >>> source = DatasetSource(rows, names=["x", "label"])
+    >>> source.rows, [sorted(batch) for batch in source.batches()]
+    (3, [['label', 'x']])
     """
 
     def __init__(self, dataset: Any, *, names: Sequence[str] | None = None) -> None:

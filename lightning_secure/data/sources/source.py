@@ -107,6 +107,12 @@ class Checksum:
     Source:
         GMAC, SP 800-38D, under a public key and with the count of the string as nonce; the tags
         are hashed with SHA-256.
+
+    >>> one, other = Checksum(), Checksum()
+    >>> one.update(b"ab", b"c")
+    >>> other.update(b"abc")
+    >>> one.hexdigest() == other.hexdigest()
+    False
     """
 
     def __init__(self) -> None:

@@ -203,7 +203,13 @@ class TableSource(Source):
 
 
 def table_source(table: Any, **options: Any) -> TableSource:
-    """Return the source of an Arrow table, record batch or reader; a reader is used up."""
+    """Return the source of an Arrow table, record batch or reader; a reader is used up.
+
+    >>> import pyarrow as pa
+    >>> source = table_source(pa.table({"age": [34, 51]}))
+    >>> source.rows, next(source.batches())["age"].tolist()
+    (2, [34, 51])
+    """
     pa = extra("pyarrow", "tables", what="an Arrow table")
     if isinstance(table, pa.RecordBatchReader):
         return TableSource(
@@ -237,6 +243,11 @@ def pandas_source(frame: Any, **options: Any) -> TableSource:
 
     Raises:
         DataError: if the index has a name, or a column mixes types.
+
+    >>> import pandas as pd
+    >>> source = pandas_source(pd.DataFrame({"age": [34, 51]}))
+    >>> source.rows, next(source.batches())["age"].tolist()
+    (2, [34, 51])
     """
     pa = extra("pyarrow", "tables", what="a DataFrame")
     if any(name is not None for name in frame.index.names):
@@ -303,13 +314,18 @@ def parquet_source(path: Path, **options: Any) -> TableSource:
 
 
 def csv_source(path: Path, **options: Any) -> TableSource:
-    """Return the source of a CSV file with a header line.
+    r"""Return the source of a CSV file with a header line.
 
     Types are read off the first mebibytes unless ``types`` says them: say ``string`` for codes
     with leading zeros. An empty field is a null, except in columns of text.
 
     Raises:
         DataError: if the file cannot be read.
+
+    >>> _ = (folder / "rows.csv").write_text("zip,age\n01069,34\n10115,51\n")
+    >>> batch = next(csv_source(folder / "rows.csv", types={"zip": "string"}).batches())
+    >>> list(batch["zip"]), list(map(int, batch["age"]))
+    (['01069', '10115'], [34, 51])
     """
     pa = extra("pyarrow", "tables", what="CSV")
     csv = extra("pyarrow.csv", "tables", what="CSV")

@@ -55,6 +55,13 @@ class CiphertextCache:
         half download that a dead process left is removed by the next that needs room. After a
         power cut a file may hold zeros; the checks see that. A full disk, or a folder that cannot
         be written, costs the cache and not the run: shards are then read through.
+
+    >>> from lightning_secure import EncryptedShardDataset, seal, upload_split
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> _ = upload_split(folder / "data", "memory://example/cached", split="train", keys=keys)
+    >>> cache = CiphertextCache(folder / "cache", max_bytes=2**30)
+    >>> EncryptedShardDataset("memory://example/cached", split="train", keys=keys, cache=cache)[0]
+    (tensor(34),)
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, max_bytes: int) -> None:

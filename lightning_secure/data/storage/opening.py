@@ -33,6 +33,9 @@ def open_storage(
         ConfigError: if the URL is not accepted, or an option was given that the root has no use
             for.
         MissingExtraError: if the protocol needs a package that is not installed.
+
+    >>> type(open_storage(folder)).__name__, str(open_storage("memory://example/data"))
+    ('LocalStorage', 'memory://example/data')
     """
     path = local_root(root)
     if path is None and not isinstance(root, str | os.PathLike):
@@ -54,6 +57,9 @@ def local_root(root: str | os.PathLike[str] | Storage) -> Path | None:
 
     Raises:
         ConfigError: if ``root`` names no place.
+
+    >>> local_root("file:///srv/data"), local_root("s3://bucket/data")
+    (PosixPath('/srv/data'), None)
     """
     if isinstance(root, LocalStorage):
         return Path(str(root))

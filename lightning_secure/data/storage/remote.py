@@ -67,6 +67,13 @@ class RemoteStorage:
         by :class:`~lightning_secure.data.shards.shard.ShardReader`, so an object that is exchanged,
         also after it was opened, is refused whatever its ETag. No error, log or repr holds
         credentials. It pickles only without them: with a callable, or with options that hold none.
+
+    >>> from lightning_secure import EncryptedShardDataset, seal, upload_split
+    >>> storage = RemoteStorage("memory://example/remote", attempts=2)
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> _ = upload_split(folder / "data", storage, split="train", keys=keys)
+    >>> EncryptedShardDataset(storage, split="train", keys=keys)[1]
+    (tensor(51),)
     """
 
     def __init__(

@@ -44,6 +44,10 @@ class Sealed:
         manifest_digest: Of the same.
         reports: The reports of the anonymisation plan, by split; a split that was found
             complete has its report in its attributes only.
+
+    >>> sealed = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> sealed.generation, len(sealed.manifest_digest)
+    (2, 64)
     """
 
     rows: Mapping[str, int]
@@ -119,6 +123,12 @@ def seal(
         call with ``resume=True`` yields the rows that one without interruption would have yielded,
         each once. With ``anonymize``, it looks again at those that are sealed, so that the report
         is of all rows.
+
+    >>> from lightning_secure import EncryptedShardDataset
+    >>> seal({"age": [34, 51], "ill": [0, 1]}, folder / "data", keys=keys).rows
+    {'train': 2}
+    >>> EncryptedShardDataset(folder / "data", split="train", keys=keys)[0]
+    (tensor(34), tensor(0))
     """
     opened = open_source(source, **options).planned(anonymize)
     identity = _identity(opened, split, source_id)

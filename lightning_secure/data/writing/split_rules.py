@@ -46,6 +46,11 @@ class SplitByRatio(SplitRule):
 
     Raises:
         ConfigError: if the shares are not positive or do not add up to 1, or a name is no split's.
+
+    >>> from lightning_secure import seal
+    >>> rule = SplitByRatio(ratios={"train": 0.8, "val": 0.2}, seed=0, group="patient")
+    >>> seal({"patient": range(100)}, folder / "data", keys=keys, split=rule).rows
+    {'train': 81, 'val': 19}
     """
 
     ratios: Mapping[str, float]
@@ -100,6 +105,11 @@ class SplitByColumn(SplitRule):
 
     Attributes:
         column: A column of text.
+
+    >>> from lightning_secure import seal
+    >>> table = {"age": [34, 51, 29], "part": ["train", "val", "train"]}
+    >>> seal(table, folder / "data", keys=keys, split=SplitByColumn(column="part")).rows
+    {'train': 2, 'val': 1}
     """
 
     column: str
@@ -109,6 +119,11 @@ class SplitByColumn(SplitRule):
 
         Raises:
             DataError: if the column is absent or a value is not the name of a split.
+
+        >>> rule = SplitByColumn(column="part")
+        >>> rows = rule.assign({"part": ["train", "val", "train"]}, 0)
+        >>> rows["train"].tolist(), rows["val"].tolist()
+        ([0, 2], [1])
         """
         values = np.asarray(_column(columns, self.column), dtype=object)
         result = {}

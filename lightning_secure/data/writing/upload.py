@@ -79,6 +79,12 @@ def upload_split(
     offers no such condition, or ignores it, two writers at once can lose one's split, see
     :attr:`RemoteStorage.conditional`. A crash leaves objects that no manifest names and no reader
     opens; on S3 also parts of an upload, which a life-cycle rule removes.
+
+    >>> from lightning_secure import EncryptedShardDataset, seal
+    >>> _ = seal({"age": [34, 51]}, folder / "data", keys=keys)
+    >>> _ = upload_split(folder / "data", "memory://example/data", split="train", keys=keys)
+    >>> len(EncryptedShardDataset("memory://example/data", split="train", keys=keys))
+    2
     """
     storage = open_storage(root, storage_options=storage_options)
     if not isinstance(storage, RemoteStorage):

@@ -91,6 +91,12 @@ class EncryptedShardWriter:
         with EncryptedShardWriter("shards", split="train", keys=keys) as writer:
             for row in rows:
                 writer.write({"x": row.features, "y": row.label})
+
+    >>> with EncryptedShardWriter(folder / "data", split="train", keys=keys) as writer:
+    ...     writer.write({"age": 34, "note": "left ear"})
+    ...     writer.write_batch({"age": [51, 29], "note": ["right ear", "both"]})
+    >>> writer.records
+    3
     """
 
     #: Number of the first shard; those who seal parts of one split have ranges of their own.
@@ -234,6 +240,10 @@ class EncryptedShardWriter:
         Raises:
             DataError: if a column is missing or unknown, or a value does not fit. The row was not
                 taken; those before it were.
+
+        >>> with EncryptedShardWriter(folder / "data", split="train", keys=keys) as writer:
+        ...     for age in (34, 51):
+        ...         writer.write({"age": age})
         """
         if not isinstance(row, Mapping):
             raise DataError(f"a row is a mapping of values by column, not a {type(row).__name__}.")
@@ -249,6 +259,9 @@ class EncryptedShardWriter:
         Raises:
             DataError: if a column is missing or unknown, or a value does not fit. None of the rows
                 was taken.
+
+        >>> with EncryptedShardWriter(folder / "data", split="train", keys=keys) as writer:
+        ...     writer.write_batch({"age": [34, 51], "x": [[0.5, 1.0], [0.0, 2.5]]})
         """
         self.take(columns, copy=True)
 
@@ -328,6 +341,12 @@ class EncryptedShardWriter:
         """Give up: remove what was written. The dataset is as it was before this writer.
 
         What :meth:`close` put into the dataset stays there.
+
+        >>> writer = EncryptedShardWriter(folder / "data", split="train", keys=keys)
+        >>> writer.write({"age": 34})
+        >>> writer.abort()
+        >>> list(folder.rglob("*.lsec"))
+        []
         """
         self._end(keep=False)
 

@@ -94,6 +94,9 @@ def ledger_of(module: nn.Module) -> Ledger | None:
 
     Returns:
         None if no part was ever trained privately.
+
+    >>> ledger_of(nn.Linear(2, 1)) is None  # no private run has trained it
+    True
     """
     found = _found(module)
     own = vars(module).get(_ATTRIBUTE)
@@ -206,6 +209,15 @@ def declare_public_weights(module: Any) -> None:
 
     Raises:
         LedgerError: if the module carries no ledger.
+
+    >>> from lightning_secure import DPConfig
+    >>> from lightning_secure.privacy.run_contract import begin_ledger
+    >>> config = DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, insecure_seed=7)
+    >>> module = nn.Linear(2, 1)
+    >>> keep_ledger(module, begin_ledger(config, rows=600, batch_size=6, planned_steps=int))
+    >>> declare_public_weights(module)
+    >>> ledger_of(module).declared_public
+    1
     """
     ledger = ledger_of(module)
     if ledger is None:

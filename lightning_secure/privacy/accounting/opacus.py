@@ -28,6 +28,9 @@ def epsilon_by_opacus(accountant: str, releases: Sequence[Release], *, delta: fl
 
     Raises:
         PrivacyError: if Opacus cannot account for these releases.
+
+    >>> round(epsilon_by_opacus("opacus-rdp", [Release(4.0, 0.01, 10_000)], delta=1e-5), 4)
+    1.0355
     """
     from opacus.accountants import create_accountant
 

@@ -223,6 +223,9 @@ def calibrate_noise(
         ConfigError: if ``accountant`` is unknown.
         PrivacyError: if earlier releases have used up the budget, or if the accountant cannot show
             so small an epsilon at so small a delta, or shows it without any noise.
+
+    >>> round(calibrate_noise(target_epsilon=1.0, delta=1e-5, sample_rate=0.01, steps=1000), 1)
+    1.4
     """
     require_accountant(accountant, bound=True)
     with announced(f"calibrating the noise of {steps} steps by {accountant}"):
@@ -315,6 +318,10 @@ def affordable_steps(
 
     Returns:
         The last number that fits, up to ``at_most``; of more than 10,000, at most 0.01 % fewer.
+
+    >>> settings = {"noise_multiplier": 1.0, "sample_rate": 0.01}
+    >>> affordable_steps(target_epsilon=2.0, delta=1e-5, **settings)
+    1202
     """
     require_accountant(accountant, bound=True)
 

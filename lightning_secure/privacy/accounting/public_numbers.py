@@ -15,6 +15,12 @@ class PublicNumbers:
             dataset and is treated as public from then on.
         expected_batch_size: Rows a step draws on average; the divisor of the noised sum.
         steps_per_epoch: Draws an epoch.
+
+    >>> public = PublicNumbers(
+    ...     dataset_size=600, dataset_size_declared=True, expected_batch_size=6, steps_per_epoch=100
+    ... )
+    >>> public.sample_rate
+    0.01
     """
 
     dataset_size: int

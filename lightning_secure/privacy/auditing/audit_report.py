@@ -26,6 +26,12 @@ class AuditReport:
         delta: At which all of them hold.
         confidence: Probability, over coins and noise, that the bounds hold.
         trials: Canaries that were guessed about.
+
+    >>> report = AuditReport(
+    ...     method="canary", lower_bound=0.7, claimed=3.0, delta=1e-5, confidence=0.95, trials=1000
+    ... )
+    >>> report.holds
+    True
     """
 
     method: str
@@ -55,6 +61,9 @@ class AuditReport:
 
         Raises:
             PrivacyError: if the claim is disproved.
+
+        >>> settings = {"claimed": 3.0, "delta": 1e-5, "confidence": 0.95, "trials": 1000}
+        >>> AuditReport(method="canary", lower_bound=0.7, **settings).require()
         """
         if not self.holds:
             raise PrivacyError(self._finding())

@@ -53,6 +53,9 @@ def epsilon_of_rates(tpr: Any, fpr: Any, *, delta: float) -> Any:
         delta: Between 0 and 1.
 
     The guess may as well be turned around: the better of both is returned.
+
+    >>> round(float(epsilon_of_rates(0.9, 0.1, delta=0.0)), 4)  # the logarithm of 9
+    2.1972
     """
     tpr, fpr = np.asarray(tpr, float), np.asarray(fpr, float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -67,6 +70,9 @@ def mu_of_rates(tpr: Any, fpr: Any) -> Any:
 
     Source:
         Dong et al. 2019, arXiv:1905.02383, equation 6.
+
+    >>> round(float(mu_of_rates(0.9, 0.1)), 4)
+    2.5631
     """
     from scipy.special import ndtri
 
@@ -145,6 +151,10 @@ def p_value_one_run(
 
     Source:
         Steinke et al. 2023, arXiv:2305.08846, theorem 5.2, as computed in their appendix D.
+
+    >>> settings = {"canaries": 1000, "guesses": 100, "right": 100, "delta": 1e-5}
+    >>> p_value_one_run(epsilon=3.0, **settings) < 0.05 < p_value_one_run(epsilon=4.0, **settings)
+    True
     """
     from scipy.special import expit
     from scipy.stats import binom

@@ -59,6 +59,12 @@ class OneRunAudit:
 
     Raises:
         ConfigError: if there are no canaries, or the number of coins is not that of the canaries.
+
+    >>> canaries = list(range(1000))
+    >>> audit = OneRunAudit(canaries, included=[number % 2 == 0 for number in canaries])
+    >>> scores = torch.tensor([1.0, -1.0] * 500)  # a model that has learnt each canary by heart
+    >>> audit.report(scores, claimed=1.0, delta=1e-5).holds
+    False
     """
 
     def __init__(self, canaries: IndexedRows, *, included: Sequence[bool] | None = None) -> None:
@@ -81,7 +87,14 @@ class OneRunAudit:
         return list(map(bool, self._included))
 
     def among(self, rows: IndexedRows) -> Dataset[Any]:
-        """Return the rows, and behind them those canaries that the coins have chosen."""
+        """Return the rows, and behind them those canaries that the coins have chosen.
+
+        >>> rows, canaries = list(range(100)), list(range(100, 104))
+        >>> audit = OneRunAudit(canaries, included=[True, False, False, True])
+        >>> joined = audit.among(rows)
+        >>> len(joined), joined[100], joined[101], audit.public_size(rows)
+        (102, 100, 103, 102)
+        """
         return _Joined(rows, self._canaries, np.flatnonzero(self._included).tolist())
 
     def public_size(self, rows: IndexedRows) -> int:

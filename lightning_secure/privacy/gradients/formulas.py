@@ -213,6 +213,10 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
 
     Returns:
         Shape ``(batch,)``.
+
+    >>> inputs, grads = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]])
+    >>> linear_ghost_squares(inputs, grads, bias=False).round()  # (2 * 5) ** 2
+    tensor([100.])
     """
     if inputs.ndim == 2:
         squares = grads.square().sum(1)
@@ -235,6 +239,10 @@ def linear_weighted_sum(
 
     Returns:
         Shapes ``(features_out, features_in)`` and ``(features_out,)``.
+
+    >>> inputs, grads = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]])
+    >>> linear_weighted_sum(inputs, grads, torch.tensor([0.5]), bias=False)
+    (tensor([[3., 4.]]), None)
     """
     weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
     rows = grads.flatten(0, -2)
@@ -255,6 +263,10 @@ def linear_per_sample(inputs: Tensor, grads: Tensor, *, bias: bool) -> tuple[Ten
 
     Returns:
         Shapes ``(batch, features_out, features_in)`` and ``(batch, features_out)``.
+
+    >>> inputs, grads = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]])
+    >>> linear_per_sample(inputs, grads, bias=True)
+    (tensor([[[6., 8.]]]), tensor([[2.]]))
     """
     if grads.ndim == 2:
         weight = grads.unsqueeze(2) * inputs.unsqueeze(1)

@@ -34,6 +34,10 @@ class GaussianNoise:
 
     Raises:
         ConfigError: if ``secure`` is given with a seed.
+
+    >>> noise = GaussianNoise()
+    >>> 0.9 < float(noise.add_(torch.zeros(100_000), std=1.0).std()) < 1.1
+    True
     """
 
     def __init__(self, seed: int | None = None, *, secure: bool = False) -> None:

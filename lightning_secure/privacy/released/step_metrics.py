@@ -64,7 +64,12 @@ class ReleasedMetric(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedFraction(ReleasedMetric):
-    """The part of the rows whose gradient was clipped."""
+    """The part of the rows whose gradient was clipped.
+
+    >>> metric = ClippedFraction(noise_multiplier=10.0)
+    >>> metric.values(None, torch.tensor([0.5, 4.0]), max_grad_norm=1.0)
+    tensor([0., 1.])
+    """
 
     @property
     def limits(self) -> Bounds:
@@ -82,6 +87,10 @@ class GradientNorm(ReleasedMetric):
 
     Attributes:
         largest: Norms beyond it count as this much.
+
+    >>> metric = GradientNorm(noise_multiplier=10.0, largest=5.0)
+    >>> metric.limits, metric.values(None, torch.tensor([0.5, 4.0]), max_grad_norm=1.0)
+    ((0.0, 5.0), tensor([0.5000, 4.0000]))
     """
 
     largest: float
@@ -108,6 +117,11 @@ class RowMean(ReleasedMetric):
         entry: Of the dict that ``training_step`` returns: a tensor of one number a row, shape
             ``(rows,)``, each of which depends on that row only.
         bounds: Between which values are moved. Wider ones need more noise.
+
+    >>> metric = RowMean(noise_multiplier=10.0, entry="losses", bounds=(0.0, 2.0))
+    >>> output = {"loss": torch.tensor(0.5), "losses": torch.tensor([0.25, 0.75])}
+    >>> metric.values(output, torch.tensor([0.5, 4.0]), max_grad_norm=1.0)
+    tensor([0.2500, 0.7500])
     """
 
     entry: str

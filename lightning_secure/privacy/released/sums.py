@@ -43,6 +43,11 @@ class PrivacyAccount:
         budget: Epsilon that no release may exceed; None for no limit.
 
     It is kept in memory only.
+
+    >>> account = PrivacyAccount(delta=1e-5, budget=1.0)
+    >>> account.charge(Release(noise_multiplier=10.0, sample_rate=1.0, steps=1))
+    >>> round(account.epsilon(), 2)
+    0.34
     """
 
     delta: float
@@ -58,6 +63,11 @@ class PrivacyAccount:
 
         Raises:
             BudgetExhaustedError: if the release would exceed the budget.
+
+        >>> account = PrivacyAccount(delta=1e-5, budget=1.0)
+        >>> account.charge(Release(noise_multiplier=1.0, sample_rate=1.0, steps=1))
+        Traceback (most recent call last):
+        lightning_secure.errors.BudgetExhaustedError: ...
         """
         after = [*self.releases, release]
         if self.budget is not None and epsilon_by("pld", after, delta=self.delta) > self.budget:
@@ -77,6 +87,9 @@ def require_bounds(bounds: Sequence[float]) -> Bounds:
 
     Raises:
         ConfigError: if the bounds are not two finite numbers, the lower one first.
+
+    >>> require_bounds([0, 2])
+    (0.0, 2.0)
     """
     if len(bounds) == 2 and all(math.isfinite(b) for b in bounds) and bounds[0] < bounds[1]:
         return float(bounds[0]), float(bounds[1])
@@ -92,6 +105,9 @@ def centred(values: Tensor, bounds: Bounds) -> Tensor:
 
     Returns:
         The same shape, float64, or float32 where the device has no float64.
+
+    >>> centred(torch.tensor([-1.0, 0.5, 1.0, 9.0]), (0.0, 2.0)).tolist()
+    [-1.0, -0.5, 0.0, 1.0]
     """
     low, high = bounds
     dtype = torch.float32 if values.device.type == "mps" else torch.float64

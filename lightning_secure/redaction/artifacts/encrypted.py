@@ -69,6 +69,12 @@ def open_artifact(path: str | os.PathLike[str], *, keys: KeyProvider) -> Iterato
     Guarantees:
         What is read is what some holder of the key tracked under this name. It does not show in
         which run: a file of the same name out of another one, put in its place, opens.
+
+    >>> path = folder / "model.bin.encrypted"
+    >>> _ = path.write_bytes(encrypted(b"weights", name="model.bin", keys=keys))
+    >>> with open_artifact(path, keys=keys) as file:
+    ...     file.read()
+    b'weights'
     """
     place = as_path(path, what="path")
     refused = ""
@@ -128,6 +134,13 @@ def decrypt_artifacts(
         WrongKeyError: if a file was encrypted under another key.
         ConfigError: if the target is not empty.
         DataError: if there is no encrypted file.
+
+    >>> path = folder / "model.bin.encrypted"
+    >>> _ = path.write_bytes(encrypted(b"weights", name="model.bin", keys=keys))
+    >>> [file.name for file in decrypt_artifacts(path, folder / "plain", keys=keys)]
+    ['model.bin']
+    >>> (folder / "plain" / "model.bin").read_bytes()
+    b'weights'
     """
     root, folder = as_path(source, what="source"), as_path(target, what="target")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

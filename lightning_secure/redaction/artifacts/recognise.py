@@ -28,6 +28,10 @@ def is_sealed(data: bytes) -> bool:
 
     Text can still be passed off as one on purpose, in part; the check finds files that begin like
     one by chance or by mistake.
+
+    >>> from lightning_secure.redaction.artifacts.encrypted import encrypted
+    >>> is_sealed(encrypted(b"weights", name="model.bin", keys=keys)), is_sealed(b"weights")
+    (True, False)
     """
     if data.startswith(CHECKPOINT.magic):
         body = _stream_body(data, CHECKPOINT)

@@ -94,6 +94,11 @@ def secret_values(text: str, names: KeyNameDetector) -> Iterator[tuple[int, int]
     Not found: what follows the white space in a value without quotes, unless the value has its line
     to itself; a secret under no name, or one that only prose gives away; options of one letter, as
     in ``mysql -pSECRET``.
+
+    >>> from lightning_secure.redaction.detect.secret_names import KeyNameDetector
+    >>> text = "db_password: hunter2"
+    >>> [text[start:end] for start, end in secret_values(text, KeyNameDetector())]
+    ['hunter2']
     """
     plain = text.lower()
     hits = _stems(text, plain)

@@ -27,6 +27,10 @@ class PatternDetector:
         pattern: The expression, in Python's syntax. Its first group is what is found, or all of it
             without a group. How long it takes is the user's to know; rules in a file, as
             :class:`SecretDetector` takes them, cannot take more than linear time.
+
+    >>> detector = PatternDetector("record-number", "MRN-([0-9]+)")
+    >>> list(detector.find("patient MRN-20394"))
+    [Finding(rule='record-number', start=12, end=17)]
     """
 
     def __init__(self, rule: str, pattern: str | re.Pattern[str]) -> None:
@@ -79,7 +83,12 @@ class SecretDetector:
 
 
 class AssignmentDetector:
-    """Finds values that stand after the name of a secret: ``password=...``, ``--api-key ...``."""
+    """Finds values that stand after the name of a secret: ``password=...``, ``--api-key ...``.
+
+    >>> text = "password=hunter2"
+    >>> [text[found.start : found.end] for found in AssignmentDetector().find(text)]
+    ['hunter2']
+    """
 
     def __init__(self) -> None:
         self._names = KeyNameDetector()

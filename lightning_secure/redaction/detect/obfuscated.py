@@ -71,7 +71,11 @@ def folded(text: str) -> str:
 
 
 def looks_alike(text: str) -> bool:
-    """Return whether a character in ``text`` only looks like another one, or like nothing."""
+    r"""Return whether a character in ``text`` only looks like another one, or like nothing.
+
+    >>> looks_alike("password"), looks_alike("p\u0430ssword")
+    (False, True)
+    """
     return not (text.isascii() or _letters().keys().isdisjoint(map(ord, set(text))))
 
 

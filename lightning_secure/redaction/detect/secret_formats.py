@@ -45,6 +45,10 @@ class RuleSet:
 
     Guarantees:
         The time is linear in the length of the text, whatever stands in it: RE2 does not backtrack.
+
+    >>> rules = RuleSet([Rule("ward-token", "wtk_[0-9a-f]{8}", keywords=("wtk_",))])
+    >>> list(rules.find("token wtk_0123abcd"))
+    [Finding(rule='ward-token', start=6, end=18)]
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:

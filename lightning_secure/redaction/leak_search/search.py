@@ -37,6 +37,10 @@ class CanaryHit(NamedTuple):
         label: Which one; its value is not repeated. ``UNSEARCHED`` for what could not be searched.
         path: In which file, with the names of what it was packed in, divided by ``!``.
         form: In which form, for example ``utf-8`` or ``base64``.
+
+    >>> hit = CanaryHit(label="patient 7", path="run/metrics", form="base64")
+    >>> hit.label, hit.form
+    ('patient 7', 'base64')
     """
 
     label: str
@@ -107,6 +111,10 @@ class CanarySearch:
 
         Raises:
             OSError: if a file cannot be read: what was not searched was not found clean.
+
+        >>> _ = (folder / "notes.txt").write_text("for Mary Whitcombe")
+        >>> [hit.label for hit in CanarySearch({"patient 7": "Mary Whitcombe"}).search([folder])]
+        ['patient 7']
         """
         hits: set[CanaryHit] = set()
         for root in map(Path, paths):
@@ -145,6 +153,11 @@ class WriteWatch:
 
     A search of one folder proves nothing about the others. Files that native code opens by itself
     are not seen.
+
+    >>> watch = WriteWatch()
+    >>> _ = (folder / "notes.txt").write_text("left ear")
+    >>> [path.name for path in watch.outside(folder / "run")]
+    ['notes.txt']
     """
 
     def __init__(self) -> None:

@@ -76,6 +76,14 @@ def enforce_mlflow_redaction(
         MissingExtraError: if MLflow is not installed.
         ConfigError: if the environment asks for traces to be sent to a second place, or the policy
             encrypts under other keys than an earlier one.
+
+    >>> from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    >>> enforce_mlflow_redaction()
+    >>> _ = (folder / "notes.txt").write_text("mail jo@clinic.example")
+    >>> store = get_artifact_repository((folder / "artifacts").as_uri())
+    >>> store.log_artifact(str(folder / "notes.txt"))
+    >>> (folder / "artifacts" / "notes.txt").read_text()
+    'mail REDACTED'
     """
     global _enforced
     _refuse_second_exporter()

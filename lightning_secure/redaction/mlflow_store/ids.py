@@ -19,7 +19,11 @@ _LISTED: Final = re.compile(r"%?,?\d{18}(?:,\d{18})*,?%?")
 
 
 def is_id(text: str) -> bool:
-    """Return whether a text has the form of an id that MLflow makes."""
+    """Return whether a text has the form of an id that MLflow makes.
+
+    >>> is_id("53af2b4682a54b3a9a0ef0bd03503277"), is_id("jo@clinic.example")
+    (True, False)
+    """
     return _ID.fullmatch(text) is not None
 
 

@@ -17,7 +17,11 @@ _in_the_clear: Final[set[str | None]] = set()
 
 
 def plain(uri: Any) -> Any:
-    """Return an address without ``secure+`` before it; anything else as it is."""
+    """Return an address without ``secure+`` before it; anything else as it is.
+
+    >>> plain("secure+https://mlflow.example")
+    'https://mlflow.example'
+    """
     return uri.removeprefix(PREFIX) if isinstance(uri, str) else uri
 
 
@@ -32,6 +36,11 @@ def require_tls(uri: Any) -> None:
     Raises:
         ConfigError: if the server is on another host and spoken to without TLS or with an unchecked
             certificate, and this was not allowed; or if the address has a name or a password.
+
+    >>> require_tls("https://mlflow.example")
+    >>> require_tls("http://mlflow.example")
+    Traceback (most recent call last):
+    lightning_secure.errors.ConfigError: ...
     """
     parts = urlsplit(str(plain(uri)))
     if parts.scheme not in ("http", "https"):

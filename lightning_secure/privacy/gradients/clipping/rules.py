@@ -37,6 +37,11 @@ class PerLayerClipping:
 
     Source:
         McMahan et al. 2018, arXiv:1710.06963, section 3.
+
+    >>> from lightning_secure import DPConfig
+    >>> rule = PerLayerClipping(parts={"encoder": 2.0, "head": 1.0})
+    >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, clipping=rule).clipping_rule
+    PerLayerClipping(parts={'encoder': 2.0, 'head': 1.0})
     """
 
     parts: Mapping[str, float] | None = field(default=None, hash=False)
@@ -69,6 +74,11 @@ class AdaptiveClipping:
 
     Source:
         Andrew et al. 2021, arXiv:1905.03871, algorithm 1 and theorem 1.
+
+    >>> from lightning_secure import DPConfig
+    >>> rule = AdaptiveClipping(quantile=0.7)
+    >>> DPConfig(noise_multiplier=1.0, delta=1e-5, max_grad_norm=1.0, clipping=rule).clipping_rule
+    AdaptiveClipping(quantile=0.7, learning_rate=0.2, noise_multiplier=10.0)
     """
 
     quantile: float = 0.5

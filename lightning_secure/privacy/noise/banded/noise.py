@@ -37,6 +37,10 @@ class BandedNoise:
     Raises:
         ConfigError: if a row comes again too soon; see
             :func:`~lightning_secure.privacy.noise.banded.matrix.sensitivity`.
+
+    >>> noise = BandedNoise(GaussianNoise(), bands=2, steps=6, separation=2)
+    >>> round(noise.sensitivity, 4)
+    1.9365
     """
 
     def __init__(

@@ -18,6 +18,12 @@ class FixedOrderBatchSampler(Sampler[list[int]]):
 
     Guarantees:
         From one use of a row to the next it is always ``steps`` batches.
+
+    >>> sampler = FixedOrderBatchSampler(6, steps=3, seed=7)
+    >>> list(sampler) == list(sampler)
+    True
+    >>> sorted(row for batch in sampler for row in batch)
+    [0, 1, 2, 3, 4, 5]
     """
 
     def __init__(self, dataset_size: int, *, steps: int, seed: int | None = None) -> None:

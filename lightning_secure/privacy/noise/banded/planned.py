@@ -10,6 +10,10 @@ class Planned:
 
     Args:
         steps: How many.
+
+    >>> planned = Planned(2)
+    >>> planned.take(), planned.take(), planned.goes_on()
+    (True, False, False)
     """
 
     def __init__(self, steps: int = 0) -> None:
