@@ -332,6 +332,6 @@ def test_what_is_not_ours_is_not_asked_about():
 
 def test_trainers_that_cannot_have_one_are_left_as_they_are(monkeypatch):
     assert [type(one) for one in entry_point.callbacks()] == [entry_point.Introduction]
-    for name in ("plugins.checkpoint", "plugins.hyperparameters", "privacy.ledger"):
+    for name in ("plugins.checkpoint", "plugins.hyperparameters", "privacy.accounting.ledger"):
         monkeypatch.delitem(sys.modules, f"lightning_secure.{name}")
     assert entry_point.callbacks() == []
