@@ -200,7 +200,7 @@ sys.path[:0] = {path!r}
 import test_anonymization_report as t
 from lightning_secure import LocalKeyProvider
 from lightning_secure.data.sources import source
-base._MOST_ROWS = 64
+source._MOST_ROWS = 64
 def killed():
     yield from t.rows(450)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -276,8 +276,8 @@ def test_a_block_of_nulls_only_is_treated_by_the_rule(tmp_path, keys, rule, rows
     ("options", "words"),
     [
         ({"types": {"v": "double"}}, "column 'v' has no such type: column type 'double' is none"),
-        ({"nulls": {"v": 0.0}}, "the rule for nulls of 'v' is a float, and neither 'drop'"),
-        ({"nulls": {"v": {"fill": 0.0}}}, "the rule for nulls of 'v' is a dict"),
+        ({"nulls": {"v": 0.0}}, "rule for column 'v' must be 'drop' or Fill.value., not a float"),
+        ({"nulls": {"v": {"fill": 0.0}}}, "'drop' or Fill.value., not a dict"),
     ],
 )
 def test_rules_that_do_not_exist_are_refused_on_the_driver(tmp_path, keys, options, words):

@@ -119,8 +119,9 @@ def test_a_forked_child_counts_on_and_only_its_own(in_fork, heard):
 
 def test_the_rest_is_told_when_the_process_ends(tmp_path):
     code = (
-        "from lightning_secure import AuditLog, Redactor, events\n"
-        "from lightning_secure.redaction import tally\n"
+        "from lightning_secure import AuditLog, Redactor\n"
+        "from lightning_secure.redaction import finding_counts as tally\n"
+        "from lightning_secure.util import events\n"
         "log, redactor = AuditLog('audit.jsonl'), Redactor()\n"
         "events.subscribe('log', lambda event: log.append(event.action, event.details))\n"
         "with tally.looking('params'):\n"
