@@ -209,9 +209,8 @@ def test_no_bare_error_is_raised_on_purpose():
     inside = {
         "crypto/encoding.py": {"ValueError"},
         "audit/log.py": {"OSError"},
-        "data/writing/progress_log.py": {
-            "OSError"
-        },  # after the operating system's own, and like it
+        # After the operating system's own, and like it.
+        "data/writing/progress_log.py": {"OSError"},
         "util/files.py": {"OSError"},
         "privacy/accounting/loss_transform.py": {"ArithmeticError"},
     }

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
-from lightning_secure.util.files import open_regular, release_lock, require_regular
+from lightning_secure.util.files import open_regular, release_lock
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.ranks import host_name, job_id, rank_of_process
 
@@ -145,12 +145,9 @@ class AuditLog:
 
     def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Without O_NONBLOCK, a pipe that lies there is waited for.
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
         owner = os.getpid()
-        fd = os.open(self._path, flags, 0o600)
+        fd = open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode=0o600)
         try:
-            require_regular(fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
             self._require_kept(fd)

@@ -19,7 +19,6 @@ pin_memory: Final[Callable[[Any], Any]] = _pin_memory
 def is_view(tensor: Tensor) -> bool:
     """Return whether a tensor shares its memory with another one, as autograd knows it.
 
-    >>> import torch
     >>> weight = torch.ones(4)
     >>> is_view(weight), is_view(weight[:2])
     (False, True)
@@ -30,7 +29,6 @@ def is_view(tensor: Tensor) -> bool:
 def writes(tensor: Tensor) -> int:
     """Return how often a tensor was written in place; 0 of one made in inference mode.
 
-    >>> import torch
     >>> weight = torch.ones(4)
     >>> writes(weight), writes(weight.zero_())
     (0, 1)

@@ -29,6 +29,13 @@ def callbacks() -> list[pl.Callback]:
     return [Introduction()] if _OURS & sys.modules.keys() else []
 
 
+def _bring_ledgers(trainer: pl.Trainer) -> None:
+    # Not before Lightning asks for it: a Trainer without any of our parts imports none of them.
+    from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
+
+    bring_ledger_with_weights(trainer.strategy)
+
+
 class Introduction(pl.Callback):
     """Introduces a Trainer's strategy before anything is written, and after something was read.
 
@@ -38,21 +45,17 @@ class Introduction(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a strategy that would write past its CheckpointIO; have others bring ledgers."""
-        from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
-
         introduce(trainer.strategy)
-        bring_ledger_with_weights(trainer.strategy)
+        _bring_ledgers(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for ledgers once more, in parts that the module's own ``setup`` has made."""
-        from lightning_secure.privacy.accounting.carried_ledger import bring_ledger_with_weights
-
-        bring_ledger_with_weights(trainer.strategy)
+        _bring_ledgers(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a checkpoint that was read past it."""
         introduce(trainer.strategy, loaded=bool(trainer.ckpt_path))
-        self.on_fit_start(trainer, pl_module)
+        _bring_ledgers(trainer)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 

@@ -254,7 +254,7 @@ class SteppingStrategy(AccountedStrategy):
         def loss(batch: Any) -> Tensor:
             return loss_of(output(batch))
 
-        loader = required(next(iter(training_loaders(trainer)), None))
+        (loader,) = training_loaders(trainer)  # on_train_start has seen to that
 
         def fetched() -> None:
             for row in range(5):  # each by itself, as they run

@@ -33,32 +33,29 @@ def as_path(value: object, *, what: str) -> Path:
     return Path(text)
 
 
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading and return its descriptor.
+def open_regular(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, mode: int = 0o666
+) -> int:
+    """Open a regular file and return its descriptor, which child processes do not inherit.
+
+    Args:
+        path: The file.
+        flags: Those of ``os.open`` that say how.
+        mode: Of a file that ``flags`` let it make.
 
     Raises:
         OSError: if the file cannot be opened, or is a pipe, a device or a folder: reading such a
             thing could wait for ever or never end.
     """
-    # Without O_NONBLOCK, opening a pipe waits until a process writes to it.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # Without O_NONBLOCK, opening a pipe waits until another process opens its other end.
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     try:
-        require_regular(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
     except BaseException:
         os.close(fd)
         raise
     return fd
-
-
-def require_regular(fd: int) -> None:
-    """Refuse a descriptor that is not one of a regular file.
-
-    Raises:
-        OSError: if the descriptor is one of a pipe, a socket, a device or a folder. Callers turn
-            this error into one of ours.
-    """
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
@@ -191,11 +188,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     ...     (folder / "lock").exists()
     True
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     owner = os.getpid()
-    fd = os.open(path, flags, 0o666)
+    fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
-        require_regular(fd)
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -77,6 +77,17 @@ def require_released(strategy, keys):
     assert 2.9 < strategy.ledger.epsilon() <= 3.0
 
 
+def require_nothing_in_the_clear(folder, names):
+    """No row and no weight stands in a file; written in the clear, both would be found."""
+    weights = names["trainer"].lightning_module.state_dict()
+    row, weight = names["table"]["x"][0], weights["net.0.weight"][0].numpy()
+    torch.save({"row": torch.from_numpy(row), **weights}, folder / "plain.pt")
+    for needle in (row.tobytes(), weight.tobytes()):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert [p.name for p in files if needle in p.read_bytes()] == ["plain.pt"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -90,6 +101,7 @@ def test_the_readmes_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsy
     accuracy, spent = capsys.readouterr().out.splitlines()[-1].split()
     assert 0.85 < float(accuracy.strip("tensor()")) < 0.97
     assert 2.9 < float(spent) <= 3.0
+    require_nothing_in_the_clear(tmp_path, names)
     names |= {"rows": rows}
     for block in blocks[1:]:
         exec(compile(block, "README.md", "exec"), names)

@@ -439,6 +439,22 @@ def test_a_lost_journal_is_begun_anew_with_what_is_declared(tmp_path, ledger):
         restore_journal(ledger, tmp_path, steps=3)
 
 
+def test_an_interruption_while_it_is_read_keeps_no_lock(ledger, tmp_path, monkeypatch):
+    resumed = again(ledger)
+    ledger.close_journal()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_parsed", interrupted)  # a signal cannot be timed so
+        with pytest.raises(KeyboardInterrupt) as held:  # and its traceback holds the file
+            attach_journal(resumed, tmp_path)
+    attach_journal(resumed, tmp_path)
+    assert resumed.steps == ledger.steps
+    del held
+
+
 # ---------------------------------------------------------------- what is no journal, and forks
 
 

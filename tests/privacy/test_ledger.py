@@ -37,6 +37,13 @@ def test_steps_are_entered_and_add_up():
     assert account.epsilon(more_steps=1) > account.epsilon()
 
 
+def test_the_journals_key_is_in_no_repr():
+    account = ledger()
+    key = account.state_dict()["journal_key"]
+    assert len(key) == 64
+    assert key not in repr(account) + repr(account._state())
+
+
 def test_other_noise_is_another_entry():
     account = ledger()
     account.record()

@@ -258,7 +258,7 @@ def rotate_data(
                 "Nothing was rotated."
             )
         # Removes whatever does not make it into a manifest.
-        journal = RemovalList(folder)
+        removals = RemovalList(folder)
         partitions = [before.open_partition(name, keys) for name in entry.partitions]
         resealed = [
             _resealed(folder, group, partition, before)
@@ -273,7 +273,7 @@ def rotate_data(
             ),
             content=entry.content_digest,
         )
-        journal.note(entry.files)
+        removals.note(entry.files)
 
         def exchange(current: Manifest) -> Manifest:
             if current.splits.get(split) != entry:
@@ -334,10 +334,10 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
 def _sweep(root: Path, keys: KeyProvider, pins: Pins) -> None:
     # Where the manifest in place cannot be verified, or is an older one, nothing is removed.
     with contextlib.suppress(IntegrityError):
-        if journal := RemovalList(root):
+        if removals := RemovalList(root):
             manifest = read_manifest(root, trusted=keys.trusted_signers)
             pins.check(manifest, root)
-            journal.sweep(manifest)
+            removals.sweep(manifest)
 
 
 def commit(
@@ -381,7 +381,8 @@ def commit(
 def _resealed(
     root: Path, group: ColumnGroup, partition: PartitionKey, manifest: Manifest
 ) -> tuple[ShardEntry, ...]:
-    schema, storage, journal = Schema.from_json(group.schema), LocalStorage(root), RemovalList(root)
+    schema = Schema.from_json(group.schema)
+    storage, removals = LocalStorage(root), RemovalList(root)
 
     def reader(entry: ShardEntry) -> ShardReader:
         return ShardReader(
@@ -397,7 +398,7 @@ def _resealed(
         # Beside the old file: what was sealed in parallel lies in a folder of its own.
         folder = root / Path(entry.file).parent
         uuid = fresh_uuid(folder, entry.number)
-        journal.note([f"{folder.name}/{shard_name(entry.number, uuid)}"])
+        removals.note([f"{folder.name}/{shard_name(entry.number, uuid)}"])
         with contextlib.closing(reader(entry)) as old:
             sealed = reseal_shard(folder, old, shard_uuid=uuid, partition=partition)
             with contextlib.closing(reader(sealed)) as new:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import re
-import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,13 +20,13 @@ from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
-from lightning_secure.util.files import exclusive_lock, read_regular, sync_directory
+from lightning_secure.util.files import exclusive_lock, open_regular, read_regular, sync_directory
 
 LOCK_NAME: Final = ".lock"
 ROTATION_LOCK_NAME: Final = ".rotate.lock"
 SEALING_JOURNAL_NAME: Final = ".sealing"
-_JOURNAL_NAME: Final = ".leftovers"
-_JOURNAL_LIMIT: Final = 2**29
+_LIST_NAME: Final = ".leftovers"
+_LIST_LIMIT: Final = 2**29
 #: What this package writes below a dataset's root, and nothing else.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
@@ -100,7 +99,7 @@ class RemovalList:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._path = root / _JOURNAL_NAME
+        self._path = root / _LIST_NAME
 
     def __bool__(self) -> bool:
         return self._path.exists()
@@ -134,7 +133,7 @@ class RemovalList:
         """
         reason = None
         try:
-            data = read_regular(self._path, limit=_JOURNAL_LIMIT)
+            data = read_regular(self._path, limit=_LIST_LIMIT)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -154,15 +153,8 @@ class RemovalList:
         return left
 
     def _opened(self) -> int:
-        # Without O_NONBLOCK, opening a pipe waits until a process reads from it.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        reason = None
         try:
-            fd = os.open(self._path, flags | os.O_NONBLOCK, 0o666)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return fd
-            os.close(fd)
-            reason = "not a regular file"
+            return open_regular(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
         except OSError as error:
             reason = error.strerror
         raise self._alien(reason)

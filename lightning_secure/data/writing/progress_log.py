@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import hmac
 import os
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +28,10 @@ from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import SEALING_JOURNAL_NAME
 from lightning_secure.data.shards.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
-from lightning_secure.util.files import release_lock, sync_directory
+from lightning_secure.util.files import open_regular, release_lock, sync_directory
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
-#: A pipe, a device or a link that lies there is opened without waiting for it, and refused.
-_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 #: The longest line that is read, in bytes: a shard's entry has a few hundred for each segment.
 _MAX_LINE: Final = 1 << 26
 _FIELDS: Final = {
@@ -253,10 +250,7 @@ def _open_locked(path: Path) -> int:
     while True:
         reason = fd = None
         try:
-            fd = os.open(path, _FLAGS, 0o666)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                fd, reason = None, "not a regular file"
+            fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             reason = error.strerror
         if fd is None:

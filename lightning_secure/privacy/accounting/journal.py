@@ -38,7 +38,7 @@ from typing import IO, Any, Final, Self
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, LedgerError
 from lightning_secure.privacy.accounting.mechanism import Release, merged
-from lightning_secure.util.files import open_regular, require_regular, sync_directory
+from lightning_secure.util.files import open_regular, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ class Journal:
 
         Args:
             release: The release that is about to happen.
-            at_most: Number of further steps at most, for example because of the
-                budget.
+            at_most: No more steps than these are entered ahead, because the budget affords no more.
 
         Raises:
             LedgerError: if the release could not be written. Nothing may be released.
@@ -199,7 +198,7 @@ class Journal:
         failure: str | None = None
         file: io.FileIO | None = None
         try:
-            file = _opened(path)
+            file = io.FileIO(open_regular(path, os.O_RDWR), "r+")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             raise _absent(path) from None
@@ -270,17 +269,6 @@ def _write(file: Any, data: bytes) -> None:
     while data:
         data = data[file.write(data) :]
     os.fsync(file.fileno())
-
-
-def _opened(path: Path) -> io.FileIO:
-    # Without O_NONBLOCK, a pipe that lies there is waited for.
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        require_regular(fd)
-    except BaseException:
-        os.close(fd)
-        raise
-    return io.FileIO(fd, "r+")
 
 
 def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:

@@ -65,6 +65,13 @@ class Ledger:
     >>> ledger.record()
     >>> ledger.steps, round(ledger.epsilon(), 2), round(ledger.epsilon(more_steps=999), 2)
     (1, 0.2, 1.83)
+    >>> ledger.affords_a_step(3.0), ledger.affords_a_step(0.1)
+    (True, False)
+    >>> Ledger.from_state_dict(ledger.state_dict()).steps
+    1
+    >>> ledger.charge(Release(noise_multiplier=4.0, sample_rate=1.0, steps=1))
+    >>> round(ledger.epsilon(), 2)
+    0.93
     """
 
     delta: float
@@ -154,17 +161,6 @@ class Ledger:
             BudgetExhaustedError: if the release would exceed the budget.
             LedgerError: if the journal cannot be written or, after the fit, not be found. The
                 release must not happen.
-
-        >>> public = PublicNumbers(
-        ...     dataset_size=600,
-        ...     dataset_size_declared=True,
-        ...     expected_batch_size=6,
-        ...     steps_per_epoch=100,
-        ... )
-        >>> ledger = Ledger(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, public=public)
-        >>> ledger.charge(Release(noise_multiplier=4.0, sample_rate=1.0, steps=1))
-        >>> round(ledger.epsilon(), 2)
-        0.93
         """
         limited = self.private and self.budget is not None
         epsilon = self._epsilon([*self.releases, release]) if limited else 0.0
@@ -256,16 +252,6 @@ class Ledger:
 
         The answer is looked up, and computed again only when the steps that are known to fit are
         used up.
-
-        >>> public = PublicNumbers(
-        ...     dataset_size=600,
-        ...     dataset_size_declared=True,
-        ...     expected_batch_size=6,
-        ...     steps_per_epoch=100,
-        ... )
-        >>> ledger = Ledger(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, public=public)
-        >>> ledger.affords_a_step(3.0), ledger.affords_a_step(0.1)
-        (True, False)
         """
         if self.mechanism == "banded" and (begun := self._planned.goes_on()) is not None:
             return begun
@@ -310,17 +296,6 @@ class Ledger:
 
         Raises:
             LedgerError: if the state is not a ledger's.
-
-        >>> public = PublicNumbers(
-        ...     dataset_size=600,
-        ...     dataset_size_declared=True,
-        ...     expected_batch_size=6,
-        ...     steps_per_epoch=100,
-        ... )
-        >>> ledger = Ledger(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, public=public)
-        >>> ledger.record()
-        >>> Ledger.from_state_dict(ledger.state_dict()).steps
-        1
         """
         read: LedgerState | None = None
         with contextlib.suppress(TypeError, KeyError, ValueError):

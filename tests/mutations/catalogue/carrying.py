@@ -47,7 +47,7 @@ CATALOGUE = [
     Mutation(
         "ckpt_path in a plain Trainer brings no ledger",
         "plugins/entry_point.py",
-        "introduce(trainer.strategy)\n        bring_ledger_with_weights(trainer.strategy)\n",
+        "introduce(trainer.strategy)\n        _bring_ledgers(trainer)\n",
         "introduce(trainer.strategy)\n",
         f"{ACCOUNT} -k 'ckpt_path and encrypted-validate'",
     ),
@@ -125,8 +125,8 @@ CATALOGUE = [
     Mutation(
         "parts that setup makes are not looked at",
         "plugins/entry_point.py",
-        "        self.on_fit_start(trainer, pl_module)\n",
-        "",
+        "loaded=bool(trainer.ckpt_path))\n        _bring_ledgers(trainer)\n",
+        "loaded=bool(trainer.ckpt_path))\n",
         f"{ACCOUNT} -k made_in_setup",
     ),
     Mutation(

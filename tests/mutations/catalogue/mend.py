@@ -149,10 +149,16 @@ CATALOGUE = [
     Mutation(
         "a pipe in place of a privacy journal hangs the run",
         "privacy/accounting/journal.py",
-        "os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)",
-        "os.O_RDWR | os.O_CLOEXEC)",
+        'io.FileIO(open_regular(path, os.O_RDWR), "r+")',
+        'io.FileIO(path, "r+")',
         "tests/privacy/test_journal.py -k 'at_once and pipe'",
-        more=(("        require_regular(fd)\n", "        pass\n"),),
+    ),
+    Mutation(
+        "an interruption while a privacy journal is read keeps its lock",
+        "privacy/accounting/journal.py",
+        "                file.close()\n                raise\n",
+        "                raise\n",
+        "tests/privacy/test_journal.py -k keeps_no_lock",
     ),
     Mutation(
         "a line of a privacy journal fills the memory",

@@ -43,7 +43,7 @@ CATALOGUE = [
     Mutation(
         "old shards go before the manifest that does without them",
         "data/key_rotation/rotate.py",
-        "        journal.note(entry.files)\n",
+        "        removals.note(entry.files)\n",
         "        for name in entry.files:\n            (folder / name).unlink()\n",
         "tests/data/test_rotation.py -k cannot_be_recorded",
     ),
