@@ -70,6 +70,36 @@ def test_an_ordinary_model_passes(kind, size):
     check(kind(), cross_entropy, (x[:size], y[:size]), size)
 
 
+def hinge(model, batch):
+    x, y = batch
+    return F.multi_margin_loss(model(x), y)
+
+
+def fitted(size):
+    """A model and rows that it fits, so that no row has a gradient of a hinge or a softmax."""
+    x, y = batch()
+    model = Net()
+    with torch.no_grad():
+        model.a.weight.normal_()
+        model.b.weight.normal_()
+        model.b.bias.copy_(1e4 * F.one_hot(y[0], 3))
+    return model, (x[:size], y[:1].repeat(size))
+
+
+@pytest.mark.parametrize("size", [1, SIZE])
+@pytest.mark.parametrize("loss", [hinge, cross_entropy])
+def test_a_model_that_fits_its_first_rows_passes_and_keeps_its_weights(loss, size):
+    model, data = fitted(size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss(model, data).backward()
+    assert not any(p.grad.any() for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+
+    check(model, loss, data, size)
+
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_reused_and_tied_layers_pass():
     class Tied(Net):
         def __init__(self):
@@ -287,6 +317,17 @@ def test_a_loss_without_the_model_is_refused():
 def test_a_loss_without_the_batch_is_refused():
     with pytest.raises(UnsupportedModelError, match="nothing could be checked"):
         check(Net(), lambda m, b: m(torch.ones_like(b[0])).mean())
+
+
+@pytest.mark.parametrize("loss", [hinge, cross_entropy])
+def test_rows_that_meet_are_seen_in_a_model_that_fits_its_first_rows(loss):
+    def centred(model, batch):
+        x, y = batch
+        return loss(lambda rows: model(rows - rows.mean(0)), (x, y))
+
+    model, data = fitted(SIZE)
+    with pytest.raises(UnsupportedModelError, match="rows are mixed in the forward pass"):
+        check(model, centred, data)
 
 
 def test_gradients_that_are_not_finite_cannot_be_checked():

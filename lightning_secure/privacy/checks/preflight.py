@@ -10,7 +10,8 @@ nothing that a checkpoint holds may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from lightning_secure.privacy.checks.clocks import Snapshot
 from lightning_secure.privacy.checks.counted_trial import settle_counted_means
 from lightning_secure.privacy.checks.loss_graph import ISOLATE, require_linear
 from lightning_secure.privacy.checks.mixed_rows import require_unmoved
-from lightning_secure.privacy.checks.snapshot import Stateful, copied, preserved, uncopied
+from lightning_secure.privacy.checks.snapshot import Kept, Stateful, copied, preserved, uncopied
 from lightning_secure.privacy.checks.stranger_rows import require_strangers_apart
 from lightning_secure.privacy.checks.trial_run import (
     NO_STEP,
@@ -39,6 +40,7 @@ from lightning_secure.privacy.checks.trial_run import (
 from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.float32 import exact_arithmetic
+from lightning_secure.privacy.gradients.rules.layer_rule import widened
 
 _ROWS: Final = 5
 _SIZES: Final = (1, 2)
@@ -102,18 +104,49 @@ def preflight(
         first()
         _require_autograd_agrees(trial, batch, size, rows=1 if isolated else _ROWS)
         if not isolated:
-            _require_apart(trial, batch, size, seeds)
+            _require_apart(trial, batch, size, seeds, kept)
         require_unchanged(before, lambda: Snapshot.of(hold, uncopied), outcome=NO_STEP)
 
 
-def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> None:
+def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds, kept: Kept) -> None:
+    if _seen_apart(trial, batch, size, seeds):
+        return
+    with _shrunk(trial.model, kept):
+        if _seen_apart(trial, batch, size, seeds):
+            return
+    raise UnsupportedModelError(
+        "changing a row does not change its gradient, so nothing could be checked: the "
+        f"loss may not depend on the batch, or be constant. {NO_STEP}"
+    )
+
+
+def _seen_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> bool:
+    """Check that rows are apart; return whether any gradient moved, without which none was seen."""
     # Jitter is for batches whose rows are all alike; it could leave what the model can take.
     if not any(_independent(trial, batch, size, jitter, seeds) for jitter in range(3)):
-        raise UnsupportedModelError(
-            "changing a row does not change its gradient, so nothing could be checked: the "
-            f"loss may not depend on the batch, or be constant. {NO_STEP}"
-        )
+        return False
     require_strangers_apart(trial, batch, size, seeds=seeds)
+    return True
+
+
+@contextlib.contextmanager
+def _shrunk(model: nn.Module, kept: Kept) -> Iterator[None]:
+    """Bring the norm of each parameter down to one while the block runs.
+
+    A trained model may fit all rows of a batch: a hinge is flat there, a softmax of large weights
+    saturates, and no row has a gradient to look at. Smaller weights take the same path off it.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    with torch.no_grad():
+        for parameter in parameters:
+            norm = torch.linalg.vector_norm(parameter, dtype=widened(parameter.dtype))
+            parameter.div_(norm.clamp(min=1))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(kept.of(parameter))
 
 
 def _independent(trial: Trial, batch: Any, size: int, jitter: int, seeds: Seeds) -> bool:

@@ -88,6 +88,20 @@ CATALOGUE = [
         "tests/privacy/test_preflight.py -k few_rows",
     ),
     Mutation(
+        "weights that are shrunk for a trial stay shrunk within the preflight",
+        "privacy/checks/preflight.py",
+        "                parameter.copy_(kept.of(parameter))",
+        "                pass",
+        "tests/privacy/test_preflight.py -k fits_its_first_rows",
+    ),
+    Mutation(
+        "rows of a model that fits them are let pass unseen",
+        "privacy/checks/preflight.py",
+        "        if _seen_apart(trial, batch, size, seeds):\n            return\n    raise",
+        "        return\n    raise",
+        "tests/privacy/test_preflight.py -k fits_its_first_rows",
+    ),
+    Mutation(
         "a little that depends on the number of rows is always taken for rounding",
         "privacy/checks/preflight.py",
         " or draw == _KINKS - 1",
