@@ -17,7 +17,7 @@ from typing import Final
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.util.files import exclusive_lock, open_regular, read_regular, sync_directory
@@ -209,7 +209,7 @@ def collect_garbage(
         before = set(_candidates(folder))
         with locked(folder, LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
-            Pins(min_generation, manifest_digest).check(manifest, folder)
+            Pins(ManifestPin(min_generation, manifest_digest)).check(manifest, folder)
             RemovalList(folder).sweep(manifest)
             oldest = time.time() - min_age_s
             for name in before - manifest.files:

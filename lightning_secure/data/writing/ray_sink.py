@@ -24,7 +24,7 @@ from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.commit import commit_split, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
 from lightning_secure.data.manifests.new_split import require_free
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.sources.arrow import NullRule, Stack, require_rules
 from lightning_secure.data.sources.tables import table_source
@@ -132,7 +132,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "nulls": nulls,
         }
         require_rules(types or {}, nulls or {})
-        self._pins = Pins(min_generation, manifest_digest)
+        self._pins = Pins(ManifestPin(min_generation, manifest_digest))
         # A writer knows which arguments are wrong; this one seals nothing.
         EncryptedShardWriter(
             self._root,

@@ -15,7 +15,7 @@ from lightning_secure.data.format.columns import ColumnData, Schema
 from lightning_secure.data.manifests.commit import commit_splits, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
 from lightning_secure.data.manifests.new_split import NewSplit, require_free
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.writing.close_writers import close_together
@@ -154,7 +154,7 @@ class EncryptedShardWriter:
             anonymize=anonymize,
             allow_nonfinite=allow_nonfinite,
         )
-        pins = Pins(min_generation, manifest_digest)
+        pins = Pins(ManifestPin(min_generation, manifest_digest))
         self._owner = os.getpid()
         self._root, self._spool = open_spool(
             root,
