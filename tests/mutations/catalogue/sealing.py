@@ -74,4 +74,11 @@ CATALOGUE = [
         "if False:",
         "tests/data/test_ray.py -k lost_doubled",
     ),
+    Mutation(
+        "the options of a sealing show a storage's password",
+        "data/writing/seal_options.py",
+        "kw_only=True, repr=False)",
+        "kw_only=True)",
+        "tests/data/test_seal.py -k password",
+    ),
 ]
