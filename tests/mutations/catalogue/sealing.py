@@ -81,4 +81,11 @@ CATALOGUE = [
         "kw_only=True)",
         "tests/data/test_seal.py -k password",
     ),
+    Mutation(
+        "an interruption before the sealing begins is a traceback",
+        "cli/seal.py",
+        "    console, options = Console(stderr=True), dict[str, Any]()\n",
+        "    console = Console(stderr=True)\n",
+        "tests/cli/test_seal.py -k interruption_while",
+    ),
 ]
