@@ -331,7 +331,7 @@ def rotating(root: Path, *, keys: KeyProvider, pin: ManifestPin) -> Iterator[Pin
         try:
             yield pins
         finally:
-            with contextlib.suppress(DataError):  # it was put there meanwhile; the next one says so
+            with contextlib.suppress(DataError):  # put there meanwhile; the next one says so
                 _sweep(root, keys, pins)
 
 
@@ -377,7 +377,7 @@ def commit(
         )
         require_files(root, manifest.files - current.files)
         write_manifest(root, manifest, signer=signer)
-        with contextlib.suppress(DataError):  # what was decided stands
+        with contextlib.suppress(DataError):  # the new manifest stands
             RemovalList(root).sweep(manifest)
     return manifest
 

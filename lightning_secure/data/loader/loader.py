@@ -30,7 +30,7 @@ from lightning_secure.data.reading.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 WINDOW_BYTES: Final = 8 * 1024 * 1024
-#: What a checkpoint may ask for without the loader having been told so: four are in memory.
+#: The window that a checkpoint may ask of any loader, in bytes: four are in memory.
 _TRUSTED_WINDOW_BYTES: Final = 2**30
 
 Transform = Callable[[Any], Any]

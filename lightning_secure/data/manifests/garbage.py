@@ -27,7 +27,7 @@ ROTATION_LOCK_NAME: Final = ".rotate.lock"
 SEALING_JOURNAL_NAME: Final = ".sealing"
 _LIST_NAME: Final = ".leftovers"
 _LIST_LIMIT: Final = 2**29
-#: What this package writes below a dataset's root, and nothing else.
+#: Names of files that this package writes below a dataset's root, and no others.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
 _MANIFEST_TEMPORARY: Final = re.compile(r"\.(manifest\.json|\.erasing)\.[0-9a-f]{16}\.tmp")
@@ -148,7 +148,7 @@ class RemovalList:
             if _SHARD.fullmatch(name) and name not in named and not _removed(self._root, name)
         ]
         if not left:
-            with contextlib.suppress(OSError):  # it then lists what is gone
+            with contextlib.suppress(OSError):  # the list then names what is gone
                 self._path.unlink()
         return left
 

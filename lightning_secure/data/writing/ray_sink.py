@@ -189,7 +189,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             replace=self._options.replace,
             pins=self._pins,
         )
-        self._clear()  # what tasks left that died
+        self._clear()  # of tasks that died
 
     def on_write_failed(self, error: Exception) -> None:
         """Remove what was written, unless a manifest names it; called by Ray on the driver."""

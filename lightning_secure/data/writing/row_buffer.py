@@ -105,7 +105,7 @@ class PendingRows:
         part: Mapping[str, Any],
         rows: int,
     ) -> Prepared | None:
-        # What shards hold is counted, where 1, 1.0 and True are one number.
+        # Values are counted as shards hold them, where 1, 1.0 and True are one number.
         if self._tally is None:
             return None
         return self._tally.prepared(columns, Applied(dict(part), applied.found), rows=rows)
