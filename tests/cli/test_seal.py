@@ -120,7 +120,7 @@ def test_an_interruption_while_the_keys_are_opened_is_one(here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("lightning_secure.cli.seal.provider_of", asked)  # no key is pressed in a test
-        result = run("t.csv", "o")
+        result = run("t.csv", "memory://example/data")
     assert (result.exit_code, "interrupted" in result.output) == (130, True)
 
 
