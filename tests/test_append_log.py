@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import fcntl
+import gc
 import os
+import pickle
 import resource
 import threading
 import time
@@ -63,20 +66,35 @@ def test_lines_that_did_not_reach_the_disk_are_not_there(log, monkeypatch, error
     assert (content(log), log.end) == (b"first\n", 6)
 
 
-def test_a_rest_that_cannot_be_cut_off_is_written_over(log, full, monkeypatch):
+def test_nothing_is_written_behind_a_rest_that_could_not_be_cut_off(log, full, monkeypatch):
     def failing(fd, end):
-        raise OSError
+        raise OSError("unplugged")
 
     log.append(b"first\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", failing)  # no disk fails when a test asks for it
-        with pytest.raises(OSError, match="too large"):
-            log.append(b"second\n")
+        for error in ("too large", "unplugged"):
+            with pytest.raises(OSError, match=error):
+                log.append(b"second\n")
     assert content(log) == b"first\nsecond"
     log.append(b"3rd\n")
-    fd = os.open(f"/proc/self/fd/{log.fd}", os.O_RDONLY)
-    whole = list(whole_lines(fd, limit=100, too_long=""))
-    assert whole == [b"first\n", b"3rd\n"]
+    assert content(log) == b"first\n3rd\n"
+
+
+def test_lines_whose_writer_was_interrupted_right_after_are_cut_off(log):
+    """They are longer than the next ones, which do not lie over all of them."""
+    log.append(b"first\n")
+    os.pwrite(log.fd, b"second, whole\n", log.end)
+    log.append(b"3rd\n")
+    assert content(log) == b"first\n3rd\n"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_open_log_is_not_copied(log, copied):
+    with pytest.raises(TypeError, match="neither copied"):
+        copied(log)
+    gc.collect()
+    log.append(b"first\n")
 
 
 def test_a_log_that_grows_only_is_written_at_its_end(tmp_path):

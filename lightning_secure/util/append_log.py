@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_secure.errors import IntegrityError
 from lightning_secure.util.files import open_regular, release_lock
@@ -63,8 +64,11 @@ class AppendLog:
             flush: Whether the lines must be on the disk before this returns.
 
         Raises:
-            OSError: if the lines could not be written. What was written of them is cut off.
+            OSError: if the lines could not be written. What was written of them is cut off, now or
+                before the next ones are written.
         """
+        if os.fstat(self.fd).st_size > self.end:
+            self.cut(self.end)  # the rest of lines that an error or an interruption left
         written = 0
         try:
             while written < len(lines):
@@ -72,7 +76,7 @@ class AppendLog:
             if flush:
                 os.fsync(self.fd)
         except BaseException:
-            with contextlib.suppress(OSError):  # the next lines are written over the rest
+            with contextlib.suppress(OSError):
                 self.cut(self.end)
             raise
         self.end += written
@@ -89,6 +93,9 @@ class AppendLog:
             release_lock(fd, owner=self.owner)
 
     __del__ = close
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("an open log is neither copied nor pickled: its file would be closed twice")
 
 
 def read_lines(fd: int, *, limit: int) -> Iterator[bytes]:

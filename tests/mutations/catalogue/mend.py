@@ -20,6 +20,20 @@ CATALOGUE = [
         "tests/test_append_log.py -k 'in_part or reach'",
     ),
     Mutation(
+        "a line follows the rest of one that was not written whole",
+        "util/append_log.py",
+        "        if os.fstat(self.fd).st_size > self.end:\n",
+        "        if False:\n",
+        "tests/test_append_log.py -k 'behind or interrupted_right'",
+    ),
+    Mutation(
+        "an open log is closed by its copy",
+        "util/append_log.py",
+        "    def __reduce_ex__(self",
+        "    def _reduce(self",
+        "tests/test_append_log.py -k copied",
+    ),
+    Mutation(
         "a lock is held on a log that was removed",
         "util/append_log.py",
         "while found is None or not path.exists() or not os.path.samestat(found, path.stat()):",
