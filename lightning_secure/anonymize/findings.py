@@ -79,7 +79,7 @@ class Look:
         secrets = SecretDetector(extra_rules)
         self._personal = PersonalDataDetector()
         self._kinds: list[tuple[int, Detector]] = [(ASSIGNED, AssignmentDetector())]
-        # What the screen does not know looks at every text.
+        # Rules of the caller, which the screen does not know, look at every text.
         self._extra: list[Detector] = [
             PatternDetector(f"extra-{i}", pattern) for i, pattern in enumerate(extra_patterns)
         ]

@@ -46,7 +46,7 @@ _PEOPLE: Final = frozenset({
     "resident", "respondent", "school", "spouse", "student", "subject", "teacher", "tenant", "user",
     "victim", "visitor", "witness",
 })  # fmt: skip
-#: What a number of a person is called, after one of ``_PEOPLE``.
+#: Names of a person's number, behind one of ``_PEOPLE``.
 _NUMBERS: Final = frozenset(
     {"code", "id", "identifier", "ids", "key", "no", "nr", "number", "uuid"}
 )

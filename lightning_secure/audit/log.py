@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import AuditChainError, AuditWriteError, DataError, IntegrityError
-from lightning_secure.util.files import open_regular, release_lock
+from lightning_secure.util.append_log import AppendLog, read_lines
+from lightning_secure.util.files import open_regular
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.ranks import host_name, job_id, rank_of_process
 
@@ -145,23 +145,20 @@ class AuditLog:
 
     def _append(self, action: str, details: dict[str, Any], outcome: str) -> str:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = os.getpid()
-        fd = open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode=0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            size = os.fstat(fd).st_size
-            self._require_kept(fd)
+        flags = os.O_CREAT | os.O_APPEND  # a log may be marked, chattr +a, so as to grow only
+        with contextlib.closing(AppendLog(self._path, flags, mode=0o600, wait=True)) as log:
+            self._require_kept(log)
             seq, head = self._seen.seq, self._seen.head
-            if size != self._seen.end:
+            if log.end != self._seen.end:
                 # Another process wrote meanwhile, or this is the first record of this object.
-                seq, head = self._last(fd, size)
+                seq, head = self._last(log)
             record = {
                 "version": _VERSION,
                 "seq": seq,
                 "time": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
                 "action": action,
                 "outcome": outcome,
-                "pid": owner,
+                "pid": os.getpid(),
                 "host": host_name(),
                 "rank": rank_of_process(),
                 "job": job_id(),
@@ -171,34 +168,28 @@ class AuditLog:
             line = canonical_json(record)
             if len(line) >= _MAX_LINE:
                 raise OSError(errno.EMSGSIZE, f"the record is longer than {_MAX_LINE} bytes")
-            written = os.write(fd, line + b"\n")
-            if written != len(line) + 1:
-                os.ftruncate(fd, size)
-                raise OSError(28, "no space left")
-            os.fsync(fd)
-        finally:
-            release_lock(fd, owner=owner)
+            log.append(line + b"\n")
         head = hashlib.sha256(line).hexdigest()
-        self._seen = _Seen(size + written, written, seq + 1, head)
+        self._seen = _Seen(log.end, len(line) + 1, seq + 1, head)
         return head
 
-    def _require_kept(self, fd: int) -> None:
+    def _require_kept(self, log: AppendLog) -> None:
         """Refuse to go on if the last record that this object knows of is not where it was."""
         end, length, _, head = self._seen
-        last = os.pread(fd, length, end - length)
+        last = os.pread(log.fd, length, end - length)
         if length and hashlib.sha256(last[:-1]).hexdigest() != head:
             raise AuditWriteError(
                 f"audit log {str(self._path)!r} no longer holds the record that this process saw "
                 "last: it was cut off, removed or exchanged. Nothing was written to it."
             )
 
-    def _last(self, fd: int, size: int) -> tuple[int, str]:
+    def _last(self, log: AppendLog) -> tuple[int, str]:
         """Return the next number and the hash of the last record of a log that has one."""
         tail = b""
-        start = size
+        start = log.end
         while start > 0 and b"\n" not in tail[:-1] and len(tail) <= _MAX_LINE:
             start = max(0, start - _BLOCK)
-            tail = os.pread(fd, size - start, start)
+            tail = os.pread(log.fd, log.end - start, start)
         if not tail.endswith(b"\n"):
             raise AuditWriteError(
                 f"audit log {str(self._path)!r} ends in the middle of a record, as after a power "
@@ -235,15 +226,11 @@ class AuditLog:
         """
         head, number = _GENESIS, 0
         try:
-            with contextlib.ExitStack() as stack:
-                lines: Iterable[bytes] = ()
-                if self._path.exists():
-                    file = stack.enter_context(os.fdopen(open_regular(self._path), "rb"))
-                    lines = iter(lambda: file.readline(_MAX_LINE), b"")
-                for line in lines:
-                    yield self._checked(number, line, head)
-                    head = hashlib.sha256(line[:-1]).hexdigest()
-                    number += 1
+            fd = open_regular(self._path) if self._path.exists() else None
+            for line in () if fd is None else read_lines(fd, limit=_MAX_LINE):
+                yield self._checked(number, line, head)
+                head = hashlib.sha256(line[:-1]).hexdigest()
+                number += 1
         except OSError as error:
             raise AuditChainError(
                 f"audit log {str(self._path)!r} cannot be read ({error.strerror})."

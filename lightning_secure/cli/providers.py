@@ -35,7 +35,7 @@ class _Kind:
 
 
 _SIGNING: Final = ("signing_key", "trusted", "derivation_key")
-#: What weakens a guarantee (``insecure_...``) is for programs, and no field here.
+#: Options that weaken a guarantee (``insecure_...``) are for programs, and no fields here.
 _KINDS: Final[Mapping[str, _Kind]] = {
     "local": _Kind(provider="LocalKeyProvider", needed=("path",), optional=("trusted",)),
     "passphrase": _Kind(

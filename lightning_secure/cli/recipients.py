@@ -25,10 +25,10 @@ def recipients() -> None:
 def show(root: Path, key_path: Path, **pinned: Any) -> None:
     """Show the recipients of each partition: kind of provider, and id of the key."""
     from lightning_secure.crypto.manifest import read_manifest
-    from lightning_secure.data.manifests.rollback_pins import check_pins
+    from lightning_secure.data.manifests.rollback_pins import ManifestPin
 
     manifest = read_manifest(root, trusted=provider(key_path).trusted_signers)
-    check_pins(manifest, pinned["min_generation"], pinned["manifest_digest"])
+    ManifestPin(**pinned).check(manifest)
     for name, wraps in sorted(manifest.partitions.items()):
         for wrapped in wraps:
             click.echo(f"{name}: {wrapped.provider} {wrapped.key_id}")

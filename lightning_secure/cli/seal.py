@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
@@ -28,6 +29,9 @@ from lightning_secure.cli.providers import provider_of
 from lightning_secure.errors import ConfigError, LightningSecureError
 from lightning_secure.util.files import as_path, atomic_writer
 from lightning_secure.util.yaml_config import known, parsed, typed
+
+if TYPE_CHECKING:
+    from lightning_secure.data.writing.seal import Sealed
 
 #: Keys of the file that are handed on as they are, with their type.
 _PLAIN: Final[Mapping[str, type]] = {
@@ -83,26 +87,12 @@ def seal(
     """
     from lightning_secure.data.writing.seal import seal as run
 
-    console = Console(stderr=True)
+    console, options = Console(stderr=True), dict[str, Any]()
     try:
         options = read_config(config_path)
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("sealing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rows"),
-            TimeRemainingColumn(),
-            console=console,
-        ) as bar:
-            task = bar.add_task("seal", total=None)
+        with _bar(console) as progress:
             result = run(
-                source,
-                destination,
-                resume=not restart,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                **pinned,
-                **options,
+                source, destination, resume=not restart, progress=progress, **pinned, **options
             )
     except ConfigError as error:
         _fail(console, error, 2)
@@ -114,20 +104,40 @@ def seal(
         else:
             console.print("interrupted; the same command goes on where this one got to")
         sys.exit(130)
-    for name, rows in result.rows.items():
-        before = result.resumed[name]
-        note = f" ({before} of them before this call)" if before else ""
-        click.echo(f"{name}: {rows} rows sealed{note}")
-        if report := result.reports.get(name):
-            for line in (*summary(report), f"report {report.digest}"):
-                click.echo(f"  {line}")
-    click.echo(f"generation {result.generation}, manifest {result.manifest_digest}")
+    _tell(result)
     if report_path is not None:
         try:
             _write(report_path, result.reports)
         except (ConfigError, OSError) as error:
             console.print("the rows are sealed, and the manifest has the report for readers")
             _fail(console, error, 4)
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a function that moves a bar of the rows that are sealed."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("sealing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task("seal", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tell(sealed: Sealed) -> None:
+    for name, rows in sealed.rows.items():
+        before = sealed.resumed[name]
+        note = f" ({before} of them before this call)" if before else ""
+        click.echo(f"{name}: {rows} rows sealed{note}")
+        if report := sealed.reports.get(name):
+            for line in (*summary(report), f"report {report.digest}"):
+                click.echo(f"  {line}")
+    click.echo(f"generation {sealed.generation}, manifest {sealed.manifest_digest}")
 
 
 def _write(path: Path, reports: Mapping[str, AnonymizationReport]) -> None:

@@ -14,9 +14,14 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.data.loader.loader import WINDOW_BYTES, EncryptedLoader, Transform
-from lightning_secure.data.manifests.rollback_pins import check_pins
-from lightning_secure.data.reading.dataset import EncryptedShardDataset
+from lightning_secure.data.loader.loader import (
+    WINDOW_BYTES,
+    EncryptedLoader,
+    LoadOptions,
+    Transform,
+)
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
+from lightning_secure.data.reading.dataset import EncryptedShardDataset, ReadOptions
 from lightning_secure.data.reading.samples import Output
 from lightning_secure.data.storage import CiphertextCache, Storage, open_storage
 from lightning_secure.data.storage.remote import Options
@@ -105,7 +110,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         self._storage = open_storage(root, storage_options=storage_options, cache=cache)
         self._keys = keys
         self._transform = transform
-        self._loading: dict[str, Any] = {
+        self._loading: LoadOptions = {
             "batch_size": batch_size,
             "window_bytes": window_bytes,
             "threads": threads,
@@ -115,7 +120,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         self._drop_last = drop_last
         self._train_loader: EncryptedLoader | None = None
         self._resume: Mapping[str, Any] | None = None
-        self._options: dict[str, Any] = {
+        self._options: ReadOptions = {
             "output": output,
             "columns": columns,
             "threads": threads,
@@ -333,7 +338,7 @@ class EncryptedDataModule(pl.LightningDataModule):
         for seen in state_dict.values():
             for dataset in self._datasets.values():
                 if seen.get("dataset") == dataset.manifest.dataset_id.hex():
-                    check_pins(dataset.manifest, seen["generation"], None)
+                    ManifestPin(seen["generation"]).check(dataset.manifest)
                     self._require_from(seen["generation"])
         saved = state_dict.get("train")
         if saved is None or "train" not in self._datasets:

@@ -17,7 +17,7 @@ from lightning_secure.redaction.containers import number_of
 from lightning_secure.redaction.policy import RedactionPolicy
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-# What only reads, or removes by id: nothing of the caller's is stored.
+# Methods that only read, or remove by id: nothing of the caller's is stored.
 _READS: Final = ("get_", "search_", "list_", "download_")
 _HARMLESS: Final = frozenset(
     {"delete_run", "restore_run", "delete_experiment", "restore_experiment", "delete_tag"}

@@ -196,7 +196,7 @@ class RedactingMLFlowLogger(MLFlowLogger):
     @rank_zero_only
     def log_graph(self, model: Module, input_array: Tensor | None = None) -> None:
         """Tag the run with what it is about to train on; graphs are not logged."""
-        # It is by this call that Lightning tells a logger whose run it logs.
+        # By this call Lightning tells a logger whose run it logs.
         trainer = getattr(model, "_trainer", None)
         if isinstance(trainer, pl.Trainer):
             self._tag(self._run_tags.begin(trainer))

@@ -27,7 +27,7 @@ from lightning_secure.redaction.redactor import REDACTED, Redactor
 
 log = logging.getLogger(__name__)
 
-#: What loggers do after a checkpoint was saved that do nothing then.
+#: Hooks of loggers that do nothing after a checkpoint was saved.
 _NOTHING: Final = (Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint)
 
 
@@ -88,7 +88,7 @@ class RedactingLogger(Logger):
         return _rewrapped, (self._logger, self._redactor)
 
     # Lightning asks with isinstance() where a logger keeps its files.
-    @property  # type: ignore[misc] # it cannot be set here
+    @property  # type: ignore[misc] # cannot be set here
     def __class__(self) -> Any:
         return type(self._logger)
 

@@ -21,7 +21,7 @@ _EPSILON: Final = "privacy/epsilon"
 # As MLFlowLogger does with names of metrics: MLflow refuses other characters, and longer names.
 _REFUSED: Final = re.compile(r"[^a-zA-Z0-9_/. -]+")
 _LONGEST: Final = 250
-# What Lightning, and this package's callbacks, log beside a module's metrics.
+# Metrics that Lightning and this package's callbacks log beside a module's own.
 _NO_RELEASE: Final = frozenset({"epoch", "step", _EPSILON, "privacy/delta", "privacy/steps"})
 
 

@@ -233,5 +233,5 @@ class _Payer:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy in another process charged would be missing here.
+        # The charges of a copy in another process would be missing here.
         return {"account": None, "_chosen": False}

@@ -31,7 +31,7 @@ from lightning_secure.util.files import open_regular
 
 log = logging.getLogger(__name__)
 
-#: What a text may be given for, without being looked up as a name.
+#: Types that a text may be given for, without being looked up as a name.
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, enum.Enum, PurePath)
 _CONTAINERS: Final = (dict, list, tuple, set, frozenset)
 

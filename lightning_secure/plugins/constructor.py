@@ -27,7 +27,7 @@ from lightning_secure.errors import ConfigError, IntegrityError
 _PAST_KEYS: Final = ("hparams", "module_arguments")
 _INSTANTIATOR: Final = "_instantiator"
 _CLASS_PATH: Final = "_class_path"
-#: What OmegaConf calls when such a text is read, also with a name that is itself interpolated.
+#: A resolver, which OmegaConf calls when such a text is read; its name may be interpolated too.
 _RESOLVER: Final = re.compile(r"\$\{.*:", re.DOTALL)
 _NAME: Final = re.compile(r"[\w.]{1,200}")
 _PLAIN: Final = (type(None), bool, int, float, str)

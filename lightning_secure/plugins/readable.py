@@ -26,9 +26,9 @@ _HYPERPARAMETERS: Final = {
     "datamodule_hyper_parameters": "hyperparameter of the datamodule",
     "callbacks": "state of the callback",
 }
-#: What pickle raises of objects that have no form for it.
+#: Errors that pickle raises of objects without a form for it.
 _UNPICKLABLE: Final = (pickle.PicklingError, TypeError, AttributeError, RecursionError)
-#: What ``==`` compares as a whole.
+#: Types that ``==`` compares as a whole.
 _COMPARED: Final = (str, int, float, complex, bytes, bytearray, set, frozenset, type)
 #: How torch names what it would import.
 _GLOBAL: Final = re.compile(

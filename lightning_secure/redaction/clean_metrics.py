@@ -41,7 +41,7 @@ def known_clean(entities: Sequence[Any], redactors: Sequence[Redactor]) -> bool:
         name, value, timestamp, step, model_id, dataset, digest, run_id = fields.values()
         if (
             type(name) is not str
-            or not name[:1].isalpha()  # it may be the text of a container, which is looked into
+            or not name[:1].isalpha()  # the text of a container, perhaps, which is looked into
             or (type(value) is not float and type(value) is not int)
             or type(timestamp) is not int
             or type(step) is not int

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 from lightning_secure.redaction import redactor as redactor_module
 from lightning_secure.redaction.redactor import REDACTED, Redactor
 
-#: What every record has, and what formatters add to it; everything else came by ``extra=``.
+#: Attributes of every record, and those that formatters add; all others came by ``extra=``.
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _DROPPED: Final = "a log record could not be checked for secrets and personal data and was dropped"
 _UNCHECKED: Final = "its text could not be checked for secrets and personal data"
@@ -229,7 +229,7 @@ def _text_of(error: BaseException) -> str:
 def _print(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     del kind, trace
     if sys.stderr is not None:
-        print(_text_of(error), file=sys.stderr)  # noqa: T201 # what an excepthook is for
+        print(_text_of(error), file=sys.stderr)  # noqa: T201 # an excepthook prints
 
 
 def _print_of_thread(args: Any) -> None:

@@ -89,7 +89,7 @@ binaries='refuse', strict=False)
                 "binaries='encrypt' and keys are given together: nothing can be encrypted without "
                 "keys, and keys alone encrypt nothing."
             )
-        given: Any = self.allow  # it may come from a file
+        given: Any = self.allow  # a file may have given it
         if not isinstance(given, Mapping) or not set(given) <= set(SINKS):
             raise ConfigError(
                 f"allow must map sinks ({', '.join(SINKS)}) to the names that pass in each."

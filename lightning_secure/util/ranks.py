@@ -18,7 +18,7 @@ _JOBS: Final = (
     "JOB_ID",
     "AWS_BATCH_JOB_ID",
 )
-#: What torchrun calls a job that was given no id.
+#: Names that torchrun gives to a job without an id.
 _UNNAMED: Final = frozenset({"", "none"})
 _LONGEST: Final = 128
 

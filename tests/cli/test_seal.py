@@ -114,6 +114,16 @@ def test_an_interrupted_sealing_goes_on_by_itself(here, monkeypatch):
     assert dataset().__getitems__(range(200)).batch()[1].tolist() == list(range(200))
 
 
+def test_an_interruption_while_the_keys_are_opened_is_one(here, monkeypatch):
+    def asked(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_secure.cli.seal.provider_of", asked)  # no key is pressed in a test
+        result = run("t.csv", "memory://example/data")
+    assert (result.exit_code, "interrupted" in result.output) == (130, True)
+
+
 @pytest.mark.parametrize(
     ("config", "status", "words"),
     [

@@ -142,12 +142,12 @@ def test_no_line_of_a_journal_follows_one_that_was_not_written_whole(tmp_path, k
     writer = EncryptedShardWriter(tmp_path, threads=1, **options)
     journal = writer._state._journal
     writer.write_batch({"x": X[:200], "y": Y[:200]})
-    size = os.fstat(journal._fd).st_size
+    size = os.fstat(journal._log.fd).st_size
     with full(size + 99), pytest.raises(OSError, match="too large"):
         journal.start(8, bytes(16))
     with pytest.raises(OSError, match="an earlier line"):  # there is room again
         journal.start(9, bytes(16))
-    assert os.fstat(journal._fd).st_size == size
+    assert os.fstat(journal._log.fd).st_size == size
     writer.suspend()
 
 

@@ -13,11 +13,13 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lightning_secure.crypto.manifest import MANIFEST_NAME
 from lightning_secure.data.format.columns import Column, Schema
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
 from lightning_secure.data.reading.dataset import EncryptedShardDataset
 from lightning_secure.data.shards import shard
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.writing import split_layout, writer
 from lightning_secure.data.writing.seal import seal
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
 from lightning_secure.data.writing.split_rules import SplitByColumn, SplitByRatio
 from lightning_secure.data.writing.writer import EncryptedShardWriter
@@ -411,3 +413,10 @@ def test_progress_is_told(tmp_path, keys):
     seal({"y": Y}, tmp_path, keys=keys, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (ROWS, ROWS)
     assert (tmp_path / MANIFEST_NAME).exists()
+
+
+def test_the_password_of_a_storage_is_in_no_text(tmp_path, keys):
+    given = {"anonymize": None, "allow_nonfinite": False, "replace": False, "pin": ManifestPin()}
+    given |= {"segment_bytes": 64, "shard_bytes": 64, "schema": None}
+    options = SealOptions(**given, storage_options={"password": "left ear"})
+    assert "left ear" not in f"{options!r} {options}"

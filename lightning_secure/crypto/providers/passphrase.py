@@ -22,7 +22,7 @@ from lightning_secure.errors import ConfigError, IntegrityError
 MIN_CHARACTERS: Final = 12
 _NONCE_BYTES: Final = 12
 _SALT_BYTES: Final = 16
-#: What a file may ask for, lowest and highest, so that a hostile one cannot exhaust the machine.
+#: Costs that a file may ask for, lowest and highest: a hostile one cannot exhaust the machine.
 _BOUNDS: Final = {"memory_kib": (65536, 262144), "iterations": (3, 8), "lanes": (1, 8)}
 _DEFAULT: Final = {"memory_kib": 65536, "iterations": 3, "lanes": 4}
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lightning_secure.data.erasure.erasure_report import ErasureReport, conclude
 from lightning_secure.data.key_rotation.rotate import commit, rotating
 from lightning_secure.data.manifests.garbage import RemovalList
 from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.writing.subjects import SubjectPseudonyms
 from lightning_secure.errors import (
@@ -102,10 +103,14 @@ def erase_shard(
             )
         return wanted
 
-    pins = Pins(min_generation, manifest_digest)
-    return _erase(
-        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
-    )
+    return _Erasure(
+        root=folder_of(root),
+        split=split,
+        keys=keys,
+        recipients=recipients,
+        to=rotate_kek_to,
+        retire_kek=retire_kek,
+    ).run(chosen, ManifestPin(min_generation, manifest_digest))
 
 
 def _whole(numbers: Any) -> set[int]:
@@ -174,90 +179,110 @@ def erase_subject(
             raise DataError(f"split {split!r} has no rows of this subject. Nothing was erased.")
         return numbers
 
-    pins = Pins(min_generation, manifest_digest)
-    return _erase(
-        folder_of(root), split, chosen, keys, recipients, rotate_kek_to, pins, retire_kek=retire_kek
-    )
+    return _Erasure(
+        root=folder_of(root),
+        split=split,
+        keys=keys,
+        recipients=recipients,
+        to=rotate_kek_to,
+        retire_kek=retire_kek,
+    ).run(chosen, ManifestPin(min_generation, manifest_digest))
 
 
-def _erase(
-    root: Path,
-    split: str,
-    chosen: Callable[[Manifest, SplitEntry], set[int]],
-    keys: KeyProvider,
-    recipients: Sequence[KeyProvider],
-    to: KeyProvider | None,
-    pins: Pins,
-    *,
-    retire_kek: bool,
-) -> ErasureReport:
-    if retire_kek and to is None:
-        raise ConfigError(
-            "retire_kek=True needs rotate_kek_to=: destroying the only key would lose the whole "
-            "dataset. Nothing was erased."
-        )
-    with rotating(root, keys=keys, pins=pins):
-        if os.path.lexists(root / RECORD_NAME):
+@dataclass(frozen=True, kw_only=True)
+class _Erasure:
+    """One erasure: of which split, by which keys."""
+
+    root: Path
+    split: str
+    keys: KeyProvider
+    recipients: Sequence[KeyProvider]
+    to: KeyProvider | None
+    retire_kek: bool
+
+    def run(
+        self, chosen: Callable[[Manifest, SplitEntry], set[int]], pin: ManifestPin
+    ) -> ErasureReport:
+        """Erase the shards that ``chosen`` returns the numbers of."""
+        if self.retire_kek and self.to is None:
             raise ConfigError(
-                f"an earlier erasure in {str(root)!r} broke off before its end: call "
+                "retire_kek=True needs rotate_kek_to=: destroying the only key would lose the "
+                "whole dataset. Nothing was erased."
+            )
+        root, keys = self.root, self.keys
+        with rotating(root, keys=keys, pin=pin) as pins:
+            self._require_none_pending()
+            before = read_manifest(root, trusted=keys.trusted_signers)
+            pins.check(before, root)
+            entry = self._entry(before)
+            numbers = chosen(before, entry)
+            record = UnfinishedErasure(
+                split=self.split,
+                numbers=frozenset(numbers),
+                before=before,
+                key=(keys.name, keys.key_id),
+                retire=self.retire_kek,
+            )
+            RemovalList(root).note(shard.file for _, shard in record.erased)
+            with record.pending(root, keys, self._signer()):
+                after = commit(
+                    root,
+                    lambda current: self._changed(current, entry, numbers),
+                    keys=keys,
+                    signer=(self.to or keys).signer,
+                    event=("data.erase", {"split": self.split, "shards": len(numbers)}),
+                    pins=pins,
+                )
+            return conclude(
+                root,
+                record,
+                keys=keys,
+                to=self.to,
+                recipients=self.recipients,
+                generation=after.generation,
+            )
+
+    def _require_none_pending(self) -> None:
+        if os.path.lexists(self.root / RECORD_NAME):
+            raise ConfigError(
+                f"an earlier erasure in {str(self.root)!r} broke off before its end: call "
                 f"finish_erasure() first, or remove {RECORD_NAME} if it is not yours. Nothing more "
                 "was erased."
             )
-        before = read_manifest(root, trusted=keys.trusted_signers)
-        pins.check(before, root)
-        entry = before.splits.get(split)
+
+    def _entry(self, manifest: Manifest) -> SplitEntry:
+        entry = manifest.splits.get(self.split)
         if entry is None:
             raise ConfigError(
-                f"{str(root)!r} has no split {split!r}; its splits are {sorted(before.splits)}. "
-                "Nothing was erased."
+                f"{str(self.root)!r} has no split {self.split!r}; its splits are "
+                f"{sorted(manifest.splits)}. Nothing was erased."
             )
-        numbers = chosen(before, entry)
-        record = UnfinishedErasure(
-            split=split,
-            numbers=frozenset(numbers),
-            before=before,
-            key=(keys.name, keys.key_id),
-            retire=retire_kek,
-        )
+        return entry
 
-        def change(current: Manifest) -> Manifest:
-            if current.splits.get(split) != entry:
-                UnfinishedErasure.remove(root)
-                raise ConfigError(
-                    f"split {split!r} was sealed anew meanwhile. What was sealed stands, and "
-                    "nothing was erased from it."
-                )
-            changed = current
-            for partition in entry.partitions:
-                changed = rotation.rekeyed(
-                    changed, partition, keys=keys, recipients=recipients, to=to
-                )
-            changed = _without(changed, split, numbers)
-            held = {key.key_id for keys_ in changed.partitions.values() for key in keys_}
-            if to is not None and keys.key_id in held:
-                changed = rotation.with_kek(changed, keys=keys, to=to)
-            return changed
-
-        RemovalList(root).note(shard.file for _, shard in record.erased)
-        with record.pending(root, keys, _signer(keys, to)):
-            after = commit(
-                root,
-                change,
-                keys=keys,
-                signer=(to or keys).signer,
-                event=("data.erase", {"split": split, "shards": len(numbers)}),
-                pins=pins,
+    def _changed(self, current: Manifest, entry: SplitEntry, numbers: set[int]) -> Manifest:
+        """Return the manifest without the shards, and with new keys of the split's partitions."""
+        if current.splits.get(self.split) != entry:
+            UnfinishedErasure.remove(self.root)
+            raise ConfigError(
+                f"split {self.split!r} was sealed anew meanwhile. What was sealed stands, and "
+                "nothing was erased from it."
             )
-        return conclude(
-            root, record, keys=keys, to=to, recipients=recipients, generation=after.generation
-        )
+        changed = current
+        for partition in entry.partitions:
+            changed = rotation.rekeyed(
+                changed, partition, keys=self.keys, recipients=self.recipients, to=self.to
+            )
+        changed = _without(changed, self.split, numbers)
+        held = {key.key_id for wrapped in changed.partitions.values() for key in wrapped}
+        if self.to is not None and self.keys.key_id in held:
+            changed = rotation.with_kek(changed, keys=self.keys, to=self.to)
+        return changed
 
-
-def _signer(keys: KeyProvider, to: KeyProvider | None) -> Signer:
-    """Return who signs until the new manifest stands: the one whom readers of the old trust."""
-    with contextlib.suppress(KeyUnavailableError):
-        return keys.signer
-    return (to or keys).signer
+    def _signer(self) -> Signer:
+        """Return the signer until the new manifest stands: readers of the old one trust it."""
+        with contextlib.suppress(KeyUnavailableError):
+            return self.keys.signer
+        return (self.to or self.keys).signer
 
 
 def _without(manifest: Manifest, split: str, numbers: set[int]) -> Manifest:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_secure.crypto.keys import KeyProvider
-from lightning_secure.crypto.manifest import read_manifest
+from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.data.erasure.erasure_report import ErasureReport, conclude
 from lightning_secure.data.key_rotation.rotate import rotating
 from lightning_secure.data.manifests.pending_erasure import RECORD_NAME, UnfinishedErasure
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError
 from lightning_secure.util import events
@@ -57,33 +58,13 @@ def finish_erasure(
     lightning_secure.errors.ConfigError: ... has no unfinished erasure: ...
     """
     folder = folder_of(root)
-    pins = Pins(min_generation, manifest_digest)
-    with rotating(folder, keys=keys, pins=pins):
-        trusted = {**(old.trusted_signers if old else {}), **keys.trusted_signers}
-        record = UnfinishedErasure.read(folder, trusted=trusted)
+    present = (keys.name, keys.key_id)
+    pin = ManifestPin(min_generation, manifest_digest)
+    with rotating(folder, keys=keys, pin=pin) as pins:
         current = read_manifest(folder, trusted=keys.trusted_signers)
         pins.check(current, folder)
-        if record is not None and not record.happened(current):
-            UnfinishedErasure.remove(folder)
-            record = None
-        if record is None:
-            raise ConfigError(
-                f"{str(root)!r} has no unfinished erasure: one that was interrupted before its "
-                "manifest was in place erased nothing. Nothing was done."
-            )
-        present = (keys.name, keys.key_id)
-        if old is not None and (old.name, old.key_id) != record.key:
-            raise ConfigError(
-                f"the erasure in {str(root)!r} was begun with key {record.key[1]!r}, and key "
-                f"{old.key_id!r} was given as the old one. Nothing was done; {RECORD_NAME} stays."
-            )
-        ordered = record.retire and not record.retired and record.key != present
-        if ordered and old is None and not old_is_gone:
-            raise ConfigError(
-                f"the erasure in {str(root)!r} was to destroy key {record.key[1]!r}, which opens "
-                "old copies unless it is gone. Give it as the old key, or say that it is gone "
-                f"(old_is_gone, --old-key-is-gone). Nothing was done; {RECORD_NAME} stays."
-            )
+        record = _unfinished(folder, current, keys, old)
+        _require_old_key(folder, record, present, old, old_is_gone=old_is_gone)
         events.announce(
             "data.erase.finish",
             {
@@ -101,4 +82,43 @@ def finish_erasure(
             to=None if same else keys,
             recipients=recipients,
             generation=current.generation,
+        )
+
+
+def _unfinished(
+    folder: Path, current: Manifest, keys: KeyProvider, old: KeyProvider | None
+) -> UnfinishedErasure:
+    """Return the record of an erasure that the manifest in place shows."""
+    trusted = {**(old.trusted_signers if old else {}), **keys.trusted_signers}
+    record = UnfinishedErasure.read(folder, trusted=trusted)
+    if record is not None and record.happened(current):
+        return record
+    if record is not None:
+        UnfinishedErasure.remove(folder)
+    raise ConfigError(
+        f"{str(folder)!r} has no unfinished erasure: one that was interrupted before its manifest "
+        "was in place erased nothing. Nothing was done."
+    )
+
+
+def _require_old_key(
+    folder: Path,
+    record: UnfinishedErasure,
+    present: tuple[str, str],
+    old: KeyProvider | None,
+    *,
+    old_is_gone: bool,
+) -> None:
+    """Raise ConfigError if the old key is another, or is missing and was to be destroyed."""
+    if old is not None and (old.name, old.key_id) != record.key:
+        raise ConfigError(
+            f"the erasure in {str(folder)!r} was begun with key {record.key[1]!r}, and key "
+            f"{old.key_id!r} was given as the old one. Nothing was done; {RECORD_NAME} stays."
+        )
+    ordered = record.retire and not record.retired and record.key != present
+    if ordered and old is None and not old_is_gone:
+        raise ConfigError(
+            f"the erasure in {str(folder)!r} was to destroy key {record.key[1]!r}, which opens "
+            "old copies unless it is gone. Give it as the old key, or say that it is gone "
+            f"(old_is_gone, --old-key-is-gone). Nothing was done; {RECORD_NAME} stays."
         )

@@ -189,7 +189,7 @@ def _batched(column: Column, rows: Tensor | list[Any]) -> Tensor:
         raise _mismatch(column, "a value of another type")
     if not _plain(rows):
         raise _mismatch(column, f"{array.dtype} values")
-    # What int64 cannot hold is uint64 here, and would wrap around.
+    # A uint64 that int64 cannot hold would wrap around.
     wraps = not floating and array.dtype == np.uint64 and bool((array > _INT64_MAX).any())
     tensor = torch.as_tensor(array.astype("float64" if floating else "int64"))
     if wraps or (not floating and bool((tensor.to(target) != tensor).any())):

@@ -33,7 +33,7 @@ from lightning_secure.data.manifests.garbage import (
     require_files,
 )
 from lightning_secure.data.manifests.pending_erasure import UnfinishedErasure
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.shards.scratch import Scratch
 from lightning_secure.data.shards.shard import ShardReader, fresh_uuid, reseal_shard, shard_name
 from lightning_secure.data.storage import LocalStorage
@@ -81,7 +81,7 @@ def add_recipient(
         folder_of(root),
         lambda current: rotation.with_recipient(current, partition, keys=keys, recipient=recipient),
         keys=keys,
-        pins=Pins(min_generation, manifest_digest),
+        pin=ManifestPin(min_generation, manifest_digest),
         event=("data.recipient.add", {"partition": partition, "recipient": recipient.key_id}),
     )
 
@@ -128,7 +128,7 @@ def remove_recipient(
             current, partition, keys=keys, key_id=key_id, recipients=recipients
         ),
         keys=keys,
-        pins=Pins(min_generation, manifest_digest),
+        pin=ManifestPin(min_generation, manifest_digest),
         event=("data.recipient.remove", {"partition": partition, "recipient": key_id}),
     )
 
@@ -171,7 +171,7 @@ def rotate_kek(
         lambda current: rotation.with_kek(current, keys=keys, to=to),
         keys=keys,
         signer=signer or to.signer,
-        pins=Pins(min_generation, manifest_digest),
+        pin=ManifestPin(min_generation, manifest_digest),
         event=("data.rotate.kek", {"from": keys.key_id, "to": to.key_id}),
     )
 
@@ -208,7 +208,7 @@ def rotate_partition(
         folder_of(root),
         lambda current: rotation.rekeyed(current, partition, keys=keys, recipients=recipients),
         keys=keys,
-        pins=Pins(min_generation, manifest_digest),
+        pin=ManifestPin(min_generation, manifest_digest),
         event=("data.rotate.partition", {"partition": partition}),
     )
 
@@ -247,8 +247,8 @@ def rotate_data(
     >>> before & set((folder / "data" / "train").iterdir())  # all shards are new files
     set()
     """
-    folder, pins = folder_of(root), Pins(min_generation, manifest_digest)
-    with rotating(folder, keys=keys, pins=pins):
+    folder, pin = folder_of(root), ManifestPin(min_generation, manifest_digest)
+    with rotating(folder, keys=keys, pin=pin) as pins:
         before = read_manifest(folder, trusted=keys.trusted_signers)
         pins.check(before, folder)
         entry = before.splits.get(split)
@@ -299,24 +299,28 @@ def changed(
     *,
     keys: KeyProvider,
     event: tuple[str, Mapping[str, str | int]],
-    pins: Pins,
+    pin: ManifestPin,
     signer: Signer | None = None,
 ) -> Manifest:
     """Put the next generation of a manifest in place, alone among rotations and writers."""
     signer = signer or keys.signer
-    with rotating(root, keys=keys, pins=pins):
+    with rotating(root, keys=keys, pin=pin) as pins:
         return commit(root, change, keys=keys, signer=signer, event=event, pins=pins)
 
 
 @contextlib.contextmanager
-def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
+def rotating(root: Path, *, keys: KeyProvider, pin: ManifestPin) -> Iterator[Pins]:
     """Hold the rotation lock; clear leftovers away before and after.
+
+    Yields:
+        The pins that each manifest which is changed is compared with.
 
     Raises:
         ManifestMismatchError: if there is no manifest by a trusted signer, or not what was pinned.
         ConfigError: if the lock is no file that this process may lock.
         DataError: if the list of leftovers is no file that can be read.
     """
+    pins = Pins(pin)
     if not (root / MANIFEST_NAME).is_file():  # before a lock file is made there
         read_manifest(root, trusted=keys.trusted_signers)
     with locked(root, ROTATION_LOCK_NAME):
@@ -325,9 +329,9 @@ def rotating(root: Path, *, keys: KeyProvider, pins: Pins) -> Iterator[None]:
         _sweep(root, keys, pins)
         UnfinishedErasure.settle(root, keys)
         try:
-            yield
+            yield pins
         finally:
-            with contextlib.suppress(DataError):  # it was put there meanwhile; the next one says so
+            with contextlib.suppress(DataError):  # put there meanwhile; the next one says so
                 _sweep(root, keys, pins)
 
 
@@ -373,7 +377,7 @@ def commit(
         )
         require_files(root, manifest.files - current.files)
         write_manifest(root, manifest, signer=signer)
-        with contextlib.suppress(DataError):  # what was decided stands
+        with contextlib.suppress(DataError):  # the new manifest stands
             RemovalList(root).sweep(manifest)
     return manifest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import torch
 from torch.utils.data import DataLoader
@@ -30,10 +30,19 @@ from lightning_secure.data.reading.threads import threads_to_use
 from lightning_secure.errors import ConfigError, ManifestMismatchError
 
 WINDOW_BYTES: Final = 8 * 1024 * 1024
-#: What a checkpoint may ask for without the loader having been told so: four are in memory.
+#: The window that a checkpoint may ask of any loader, in bytes: four are in memory.
 _TRUSTED_WINDOW_BYTES: Final = 2**30
 
 Transform = Callable[[Any], Any]
+
+
+class LoadOptions(TypedDict):
+    """The arguments of :class:`EncryptedLoader` that all splits of a dataset share."""
+
+    batch_size: int
+    window_bytes: int
+    threads: int | None
+    num_workers: int
 
 
 class EncryptedLoader:

@@ -107,7 +107,7 @@ class Pipeline:
                 del filling
             batch, parts = self._take(parts, need)
             yield batch
-            # What the user lets go of is to be free for the next window.
+            # A batch that the user lets go of is free for the next window.
             del batch
 
     def _take(

@@ -17,7 +17,7 @@ from typing import Final
 
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.errors import ConfigError, DataError, IntegrityError
 from lightning_secure.util.files import exclusive_lock, open_regular, read_regular, sync_directory
@@ -27,7 +27,7 @@ ROTATION_LOCK_NAME: Final = ".rotate.lock"
 SEALING_JOURNAL_NAME: Final = ".sealing"
 _LIST_NAME: Final = ".leftovers"
 _LIST_LIMIT: Final = 2**29
-#: What this package writes below a dataset's root, and nothing else.
+#: Names of files that this package writes below a dataset's root, and no others.
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec")
 _TEMPORARY: Final = re.compile(r"\.shard-[0-9]{5,10}-[0-9a-f]{8}\.lsec\.[0-9a-f]{16}\.tmp")
 _MANIFEST_TEMPORARY: Final = re.compile(r"\.(manifest\.json|\.erasing)\.[0-9a-f]{16}\.tmp")
@@ -148,7 +148,7 @@ class RemovalList:
             if _SHARD.fullmatch(name) and name not in named and not _removed(self._root, name)
         ]
         if not left:
-            with contextlib.suppress(OSError):  # it then lists what is gone
+            with contextlib.suppress(OSError):  # the list then names what is gone
                 self._path.unlink()
         return left
 
@@ -209,7 +209,7 @@ def collect_garbage(
         before = set(_candidates(folder))
         with locked(folder, LOCK_NAME):
             manifest = read_manifest(folder, trusted=keys.trusted_signers)
-            Pins(min_generation, manifest_digest).check(manifest, folder)
+            Pins(ManifestPin(min_generation, manifest_digest)).check(manifest, folder)
             RemovalList(folder).sweep(manifest)
             oldest = time.time() - min_age_s
             for name in before - manifest.files:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_secure.crypto.entries import SplitEntry
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.crypto.manifest import Manifest, read_manifest
 from lightning_secure.data.format.columns import ColumnData, Schema
-from lightning_secure.data.manifests.rollback_pins import check_pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
 from lightning_secure.data.reading.batch_buffers import Buffers, Ints, Rows
 from lightning_secure.data.reading.column_groups import OpenGroups, schema_of
 from lightning_secure.data.reading.decode_rows import Filler
@@ -36,6 +36,16 @@ from lightning_secure.util.validate import whole_number
 _SEGMENTS_A_THREAD: Final = 8
 #: Threads that read shorter segments spend more on taking the interpreter from each other.
 _WORTH_A_THREAD_BYTES: Final = 16 * 1024
+
+
+class ReadOptions(TypedDict):
+    """The arguments of :class:`EncryptedShardDataset` that all splits of a dataset share."""
+
+    output: Output
+    columns: Sequence[str] | None
+    threads: int | None
+    min_generation: int | None
+    manifest_digest: str | None
 
 
 class EncryptedShardDataset(Dataset[Any]):
@@ -101,13 +111,12 @@ class EncryptedShardDataset(Dataset[Any]):
         self._output: Output = output
         self._columns = _distinct(columns)
         self._threads = threads_to_use(threads)
-        self._min_generation = min_generation
-        self._manifest_digest = manifest_digest
+        self._pin = ManifestPin(min_generation, manifest_digest)
         self._open()
 
     def _open(self) -> None:
         manifest = read_manifest(self._storage, trusted=self._keys.trusted_signers)
-        check_pins(manifest, self._min_generation, self._manifest_digest)
+        self._pin.check(manifest)
         if self._split not in manifest.splits:
             known = ", ".join(repr(name) for name in manifest.splits) or "none yet"
             raise ConfigError(
@@ -365,9 +374,8 @@ class EncryptedShardDataset(Dataset[Any]):
             "_output": self._output,
             "_columns": self._columns,
             "_threads": self._threads,
-            "_min_generation": self._min_generation,
             # The copy reads the bytes that this one verified, or none.
-            "_manifest_digest": self._manifest.digest,
+            "_pin": ManifestPin(self._pin.min_generation, self._manifest.digest),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

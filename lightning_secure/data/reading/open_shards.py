@@ -98,7 +98,7 @@ class ShardSet:
                 * len(self._groups.schemas)
                 > _OPEN_SEGMENTS
             ):
-                # It closes when the last thread that reads has let go of it.
+                # The reader closes when the last thread that reads has let go of it.
                 self._readers.popitem(last=False)
         return reader
 

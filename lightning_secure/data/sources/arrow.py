@@ -49,7 +49,7 @@ class Fill:
     value: Any
 
 
-#: What happens to a null: its row is left out, or a value takes its place.
+#: The fate of a null: its row is left out, or a value takes its place.
 NullRule = Literal["drop"] | Fill
 
 

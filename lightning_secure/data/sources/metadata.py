@@ -13,8 +13,8 @@ from typing import Final
 from lightning_secure.errors import DataError
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
-#: What decides how pixels come out, with the bytes that each may have. Colour profiles (iCCP) are
-#: not on the list: they hold text of their own.
+#: Chunks that decide how pixels come out, with the bytes that each may have. Colour profiles
+#: (iCCP) are not on the list: they hold text of their own.
 _PNG_CHUNKS: Final = {
     b"IHDR": range(13, 14),
     b"PLTE": range(3, 769),

@@ -32,7 +32,7 @@ from lightning_secure.errors import ConfigError, MissingExtraError, StorageError
 from lightning_secure.util.fork_lock import ForkLock
 from lightning_secure.util.validate import positive, positive_int
 
-#: What fsspec's file system is made with, or something that returns it afresh.
+#: Arguments of fsspec's file system, or a function that returns them afresh.
 Options = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 _MANIFEST_LIMIT: Final = MAX_MANIFEST_BYTES
@@ -262,7 +262,7 @@ class RemoteStorage:
         timeout = self._timeout
         if local is not None:
             arguments = (str(local), *arguments)
-            timeout *= 1 + local.stat().st_size // self.range_bytes  # it is one call for all
+            timeout *= 1 + local.stat().st_size // self.range_bytes  # one call sends all
         renewed = False
         reason = ""
         for attempt in range(self._attempts):
@@ -277,7 +277,7 @@ class RemoteStorage:
             except Exception as error:  # noqa: BLE001 - each protocol has errors of its own
                 failure = error
             reason, kind = type(failure).__name__, kind_of(failure)
-            failure = None  # it may hold credentials: it is neither chained nor kept
+            failure = None  # credentials may be in the error: it is neither chained nor kept
             if kind == "missing":
                 raise _missing()
             if kind == "exists":
@@ -319,7 +319,7 @@ class RemoteStorage:
             limits: dict[str, Any] = {
                 "connect_timeout": self._timeout,
                 "read_timeout": self._timeout,
-                "retries": {"total_max_attempts": 1},  # it is this class that tries again
+                "retries": {"total_max_attempts": 1},  # this class tries again
             }
             if not self._insecure:
                 limits["http_session_cls"] = direct_session()

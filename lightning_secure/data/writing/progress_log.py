@@ -8,9 +8,7 @@ journal holds a keyed digest only, so that no guess of the plaintext can be test
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import hmac
 import os
@@ -28,7 +26,8 @@ from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.garbage import SEALING_JOURNAL_NAME
 from lightning_secure.data.shards.shard import shard_name
 from lightning_secure.errors import ConfigError, IntegrityError
-from lightning_secure.util.files import open_regular, release_lock, sync_directory
+from lightning_secure.util.append_log import AppendLog, whole_lines
+from lightning_secure.util.files import sync_directory
 
 JOURNAL_NAME: Final = SEALING_JOURNAL_NAME
 PAYLOAD_TYPE: Final = "application/vnd.lightning-secure.sealing.v1+json"
@@ -118,14 +117,13 @@ class ProgressLog:
         self._seq = 0
         self._digest = ""
         self._broken = False
-        self._owner = os.getpid()
-        self._fd = _open_locked(self._path)
+        self._log = _open_locked(self._path)
         sync_directory(folder)
 
     @property
     def empty(self) -> bool:
         """Whether nothing is written down."""
-        return os.fstat(self._fd).st_size == 0
+        return self._log.end == 0
 
     def read(self) -> Progress | None:
         """Return what the journal says, or None if nothing was begun.
@@ -138,26 +136,20 @@ class ProgressLog:
         progress: Progress | None = None
         self._seq, self._digest = 0, ""
         whole = 0
-        with open(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            for line in iter(lambda: file.readline(_MAX_LINE), b""):
-                if not line.endswith(b"\n"):
-                    if len(line) >= _MAX_LINE:
-                        raise IntegrityError(
-                            f"the sealing's journal {str(self._path)!r} has a line of more than "
-                            f"{_MAX_LINE} bytes, which is no sealer's. Nothing was sealed; start "
-                            "anew with resume=False."
-                        )
-                    break
-                kind, record = self._parse(line[:-1])
-                progress = _apply(progress, kind, record)
-                whole += len(line)
-        os.ftruncate(self._fd, whole)
+        too_long = (
+            f"the sealing's journal {str(self._path)!r} has a line of more than {_MAX_LINE} bytes, "
+            "which is no sealer's. Nothing was sealed; start anew with resume=False."
+        )
+        for line in whole_lines(os.dup(self._log.fd), limit=_MAX_LINE, too_long=too_long):
+            kind, record = self._parse(line[:-1])
+            progress = _apply(progress, kind, record)
+            whole += len(line)
+        self._log.cut(whole)
         return progress
 
     def clear(self) -> None:
         """Forget what was written; the file stays, locked."""
-        os.ftruncate(self._fd, 0)
+        self._log.cut(0)
         self._seq, self._digest = 0, ""
 
     def begin(self, progress: Progress) -> None:
@@ -196,12 +188,9 @@ class ProgressLog:
         Args:
             remove: Whether the file goes: the sealing is over, one way or the other.
         """
-        if self._fd < 0:
-            return
-        if remove:
+        if remove and self._log.fd >= 0:
             self._path.unlink(missing_ok=True)
-        release_lock(self._fd, owner=self._owner)
-        self._fd = -1
+        self._log.close()
 
     def _append(self, kind: str, record: Mapping[str, Any], *, flush: bool = True) -> None:
         payload = canonical_json(
@@ -210,20 +199,13 @@ class ProgressLog:
         line = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=self._signer) + b"\n"
         if self._broken:
             raise OSError(errno.EIO, "an earlier line of the sealing's journal was not written")
-        whole = os.lseek(self._fd, 0, os.SEEK_END)
-        view = memoryview(line)
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-            if flush:
-                os.fsync(self._fd)
-            self._seq, self._digest = self._seq + 1, hashlib.sha256(payload).hexdigest()
+            self._log.append(line, flush=flush)
         except BaseException:
             # Shards that other threads finish are written down after this: not behind half a line.
             self._broken = True
-            with contextlib.suppress(OSError):  # what is left of it has no end, and is not read
-                os.ftruncate(self._fd, whole)
             raise
+        self._seq, self._digest = self._seq + 1, hashlib.sha256(payload).hexdigest()
 
     def _parse(self, line: bytes) -> tuple[str, dict[str, Any]]:
         what = f"the sealing's journal {str(self._path)!r}"
@@ -246,27 +228,17 @@ class ProgressLog:
         return kind, record
 
 
-def _open_locked(path: Path) -> int:
-    while True:
-        reason = fd = None
-        try:
-            fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        except OSError as error:
-            reason = error.strerror
-        if fd is None:
-            raise ConfigError(f"the journal {str(path)!r} cannot be opened ({reason}).")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise ConfigError(
-                f"split {path.parent.name!r} of {str(path.parent.parent)!r} is being sealed by "
-                "another process or writer. Nothing was done."
-            ) from None
-        # The lock's last holder may have removed the file between our opening and locking.
-        if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
-            return fd
-        os.close(fd)
+def _open_locked(path: Path) -> AppendLog:
+    try:
+        return AppendLog(path, os.O_CREAT | os.O_NOFOLLOW)
+    except BlockingIOError:
+        raise ConfigError(
+            f"split {path.parent.name!r} of {str(path.parent.parent)!r} is being sealed by "
+            "another process or writer. Nothing was done."
+        ) from None
+    except OSError as error:
+        reason = error.strerror
+    raise ConfigError(f"the journal {str(path)!r} cannot be opened ({reason}).")
 
 
 def _apply(progress: Progress | None, kind: str, record: dict[str, Any]) -> Progress:

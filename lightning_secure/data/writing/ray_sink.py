@@ -24,14 +24,15 @@ from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.manifests.commit import commit_split, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
 from lightning_secure.data.manifests.new_split import require_free
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.sources.arrow import NullRule, Stack, require_rules
 from lightning_secure.data.sources.tables import table_source
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.storage.opening import folder_of
 from lightning_secure.data.writing.resume import SealingState
-from lightning_secure.data.writing.writer import EncryptedShardWriter
+from lightning_secure.data.writing.seal_options import SealOptions
+from lightning_secure.data.writing.writer import SplitWriter
 from lightning_secure.errors import DataError, IntegrityError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -117,14 +118,15 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
         self._root = folder_of(root).absolute()
         self._split = split
         self._keys = keys
-        self._replace = replace
-        self._writing: dict[str, Any] = {
-            "segment_bytes": segment_bytes,
-            "shard_bytes": shard_bytes,
-            "schema": schema,
-            "anonymize": anonymize,
-            "allow_nonfinite": allow_nonfinite,
-        }
+        self._options = SealOptions(
+            segment_bytes=segment_bytes,
+            shard_bytes=shard_bytes,
+            schema=schema,
+            anonymize=anonymize,
+            allow_nonfinite=allow_nonfinite,
+            replace=replace,
+            pin=ManifestPin(min_generation, manifest_digest),
+        )
         self._reading: dict[str, Any] = {
             "columns": columns,
             "types": types,
@@ -132,17 +134,9 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             "nulls": nulls,
         }
         require_rules(types or {}, nulls or {})
-        self._pins = Pins(min_generation, manifest_digest)
+        self._pins = Pins(self._options.pin)
         # A writer knows which arguments are wrong; this one seals nothing.
-        EncryptedShardWriter(
-            self._root,
-            split=split,
-            keys=keys,
-            replace=replace,
-            min_generation=min_generation,
-            manifest_digest=manifest_digest,
-            **self._writing,
-        ).abort()
+        SplitWriter(self._root, split, keys, self._options).abort()
         self._dataset = open_or_start(self._root, split, keys, pins=self._pins)
         _, self._wrapped = PartitionKey.create(self._dataset.dataset_id, split, keys)
         # A folder of its own: whatever a dead task left there is not another sealing's.
@@ -192,10 +186,10 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             entry,
             partitions={self._split: self._wrapped},
             keys=self._keys,
-            replace=self._replace,
+            replace=self._options.replace,
             pins=self._pins,
         )
-        self._clear()  # what tasks left that died
+        self._clear()  # of tasks that died
 
     def on_write_failed(self, error: Exception) -> None:
         """Remove what was written, unless a manifest names it; called by Ray on the driver."""
@@ -213,7 +207,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
     def _check(
         self, parts: list[dict[str, Any]], shards: tuple[ShardEntry, ...], rows: int, dropped: int
     ) -> PartitionKey:
-        require_free(self._dataset, self._root, self._split, replace=self._replace)
+        require_free(self._dataset, self._root, self._split, replace=self._options.replace)
         if not parts:
             raise DataError(
                 f"the dataset has no rows for split {self._split!r}, and an empty split is most "
@@ -246,7 +240,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
 
     def _types_of_nulls(self, table: pa.Table) -> dict[str, str]:
         """Return the schema's types for the columns of a block that hold nulls only."""
-        schema, rules = self._writing["schema"], self._reading["nulls"] or {}
+        schema, rules = self._options.schema, self._reading["nulls"] or {}
         if schema is None:
             return {}
         scalar = {
@@ -271,7 +265,7 @@ class EncryptedShardDatasink(_Base or object):  # type: ignore[misc] # ray ships
             # Of a block in which a column holds nulls only, Arrow knows no type.
             options["types"] = {**self._types_of_nulls(table), **options.get("types", {})}
             source = table_source(table, **options)
-            source.planned(self._writing["anonymize"])
+            source.planned(self._options.anonymize)
             part.remarks = {**source.remarks, **part.remarks}
             yield from source.batches()
             part.dropped += source.dropped
@@ -300,7 +294,7 @@ def _form(column: Mapping[str, Any] | None) -> str:
     return f"{ragged}{column['dtype']}{shape}"
 
 
-class _Part(EncryptedShardWriter):
+class _Part(SplitWriter):
     """Seals the rows of one task, and commits nothing."""
 
     def __init__(self, sink: EncryptedShardDatasink, *, task: int) -> None:
@@ -311,16 +305,15 @@ class _Part(EncryptedShardWriter):
         self.entries: tuple[ShardEntry, ...] = ()
         self.columns: list[dict[str, Any]] = []
         self.dropped = 0
-        super().__init__(
-            sink._root, split=sink._split, keys=sink._keys, replace=True, **sink._writing
-        )
+        options = dataclasses.replace(sink._options, replace=True)
+        super().__init__(sink._root, sink._split, sink._keys, options)
         self.remarks = self._pending.described
         self._folder = sink._folder
 
     def _open_dataset(self) -> Manifest:
         return self._sink._dataset
 
-    def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
+    def _begin(self, dataset: Manifest) -> SealingState:
         sink = self._sink
         partition = _open(dataset, sink._split, sink._wrapped, sink._keys)
         return SealingState(partition, sink._wrapped, folder=sink._folder)

@@ -17,6 +17,7 @@ from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.shards.shard import ShardReader
 from lightning_secure.data.storage import LocalStorage
 from lightning_secure.data.writing.progress_log import Progress, ProgressLog, source_mark
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.errors import ConfigError, IntegrityError, ShardCorruptedError
 from lightning_secure.util import events
 
@@ -68,10 +69,8 @@ class SealingState:
         dataset: Manifest,
         folder: Path,
         keys: KeyProvider,
+        options: SealOptions,
         *,
-        source_id: str,
-        settings: Mapping[str, Any],
-        resume: bool,
         require_free: Callable[[Manifest], None],
     ) -> SealingState:
         """Return the state of a sealing with a journal.
@@ -80,9 +79,8 @@ class SealingState:
             dataset: The dataset's manifest.
             folder: The split's folder.
             keys: Unwraps the split's key to resume, and signs the journal.
-            source_id: Names the state of the source.
-            settings: What else decides how rows and shards come out, as JSON values.
-            resume: Whether to go on from an earlier sealing; otherwise its shards are removed.
+            options: Of the sealing, with a ``source_id``. Without ``resume``, the shards of an
+                earlier sealing are removed.
             require_free: Raises ConfigError if a split that was sealed from something else is there
                 and may not be replaced.
 
@@ -93,7 +91,8 @@ class SealingState:
                 not read.
             IntegrityError: if the journal or a shard is not what the earlier sealing left.
         """
-        identity = canonical_json([source_id, dict(settings)]).decode()
+        settings, resume = options.settings, options.resume
+        identity = canonical_json([options.identity, settings]).decode()
         journal = ProgressLog(folder, keys)
         try:
             if resume and (done := _sealed(dataset, folder, keys, identity)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_secure.anonymize import AnonymizationPlan, AnonymizationReport
+from lightning_secure.anonymize import AnonymizationReport
 from lightning_secure.anonymize.plan import Applied
 from lightning_secure.anonymize.tally import Prepared, Tally
 from lightning_secure.crypto.keys import KeyProvider
@@ -20,6 +20,7 @@ from lightning_secure.data.format.convert import (
     joined,
     require_names,
 )
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.subjects import by_subject, taken
 from lightning_secure.errors import DataError
@@ -31,10 +32,7 @@ class PendingRows:
     Args:
         layout: Of the split.
         keys: The source of the keys of pseudonyms.
-        schema: The columns, if they are known before the first row.
-        shard_bytes: Plaintext in a portion, in bytes.
-        anonymize: The plan for identifying columns.
-        allow_nonfinite: Whether NaN and infinities pass.
+        options: Of the sealing.
 
     Attributes:
         schema: The columns, once they are known.
@@ -42,24 +40,16 @@ class PendingRows:
         unseen: How many rows were sealed before and are missing in the report.
     """
 
-    def __init__(
-        self,
-        layout: SplitLayout,
-        keys: KeyProvider,
-        *,
-        schema: Schema | None,
-        shard_bytes: int,
-        anonymize: AnonymizationPlan | None,
-        allow_nonfinite: bool,
-    ) -> None:
-        self.schema = schema
+    def __init__(self, layout: SplitLayout, keys: KeyProvider, options: SealOptions) -> None:
+        anonymize = options.anonymize
+        self.schema = options.schema
         self.rows = self.unseen = 0
         self._layout = layout
-        self._shard_bytes = shard_bytes
+        self._shard_bytes = options.shard_bytes
         self._plan = anonymize
         self._anonymizer = anonymize.bind(keys) if anonymize is not None else None
         self._tally = Tally(anonymize) if anonymize is not None else None
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite = options.allow_nonfinite
         self._bytes = 0
         self._parts: list[Mapping[str, ColumnData]] = []
         self._subjects: list[bytes] = []
@@ -115,7 +105,7 @@ class PendingRows:
         part: Mapping[str, Any],
         rows: int,
     ) -> Prepared | None:
-        # What shards hold is counted, where 1, 1.0 and True are one number.
+        # Values are counted as shards hold them, where 1, 1.0 and True are one number.
         if self._tally is None:
             return None
         return self._tally.prepared(columns, Applied(dict(part), applied.found), rows=rows)

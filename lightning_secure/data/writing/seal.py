@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from lightning_secure.crypto.encoding import canonical_json
 from lightning_secure.crypto.keys import KeyProvider
 from lightning_secure.data.format.columns import Schema
 from lightning_secure.data.format.convert import Ragged, count_rows
+from lightning_secure.data.manifests.rollback_pins import ManifestPin
 from lightning_secure.data.sources import Source, open_source
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.opening import local_root
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.writing.close_writers import close_together
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.data.writing.shard_queue import DEFAULT_THREADS, ShardPool
 from lightning_secure.data.writing.split_rules import SplitRule
 from lightning_secure.data.writing.spool import remove_own
-from lightning_secure.data.writing.writer import EncryptedShardWriter
+from lightning_secure.data.writing.writer import SplitWriter
 from lightning_secure.errors import ConfigError, DataError
 
 #: Told of the rows taken so far, and of how many there will be if that is known.
@@ -137,58 +139,77 @@ def seal(
             "this source cannot tell whether it is what it was, so nothing can be resumed from it: "
             "pass source_id= in the first call and in this one. Nothing was sealed."
         )
-    with ShardPool(threads) as pool, contextlib.ExitStack() as stack:
-        if spool is None and local_root(root) is None:
-            # One for all splits, which otherwise would begin a dataset each.
-            spool = tempfile.mkdtemp(prefix="lightning-secure-")
-            stack.callback(remove_own, Path(spool), os.getpid())
-
-        def writer(name: str) -> EncryptedShardWriter:
-            return stack.enter_context(
-                EncryptedShardWriter(
-                    root,
-                    split=name,
-                    keys=keys,
-                    segment_bytes=segment_bytes,
-                    shard_bytes=shard_bytes,
-                    schema=schema,
-                    anonymize=anonymize,
-                    allow_nonfinite=allow_nonfinite,
-                    replace=replace,
-                    threads=pool,
-                    source_id=identity,
-                    resume=resume,
-                    remarks=opened.remarks,
-                    min_generation=min_generation,
-                    manifest_digest=manifest_digest,
-                    storage_options=storage_options,
-                    spool=spool,
-                )
-            )
-
-        if isinstance(split, str):
-            writers = {split: writer(split)}
-            resumed = {split: writers[split].records}
-            _pour(opened, writers[split], progress)
-        else:
-            writers, resumed = _distribute(opened, split, writer, progress)
-        empty = [name for name, one in writers.items() if one.records == 0]
-        if empty or not writers:
-            raise DataError(
-                f"the source has no rows for split {', '.join(map(repr, empty)) or '(any)'}, and "
-                "an empty split is most often a mistake upstream. The dataset was left as it was."
-            )
-        manifest = close_together(list(writers.values()))
-        return Sealed(
-            rows={name: one.records for name, one in writers.items()},
-            resumed=resumed,
-            generation=manifest.generation,
-            manifest_digest=manifest.digest,
-            reports={n: report for n, one in writers.items() if (report := one.report) is not None},
+    with (
+        ShardPool(threads) as pool,
+        _one_spool(root, spool) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        sealing = SealOptions(
+            segment_bytes=segment_bytes,
+            shard_bytes=shard_bytes,
+            schema=schema,
+            anonymize=anonymize,
+            allow_nonfinite=allow_nonfinite,
+            replace=replace,
+            source_id=identity,
+            resume=resume,
+            remarks=opened.remarks,
+            pin=ManifestPin(min_generation, manifest_digest),
+            storage_options=storage_options,
+            spool=folder,
         )
 
+        def writer(name: str) -> SplitWriter:
+            return stack.enter_context(SplitWriter(root, name, keys, sealing, threads=pool))
 
-def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | None) -> None:
+        return _sealed(opened, split, writer, progress)
+
+
+@contextlib.contextmanager
+def _one_spool(
+    root: str | os.PathLike[str] | Storage, spool: str | os.PathLike[str] | None
+) -> Iterator[str | os.PathLike[str] | None]:
+    """Yield the spool; a temporary one for all splits, which otherwise would have one each."""
+    if spool is not None or local_root(root) is not None:
+        yield spool
+        return
+    folder, owner = Path(tempfile.mkdtemp(prefix="lightning-secure-")), os.getpid()
+    try:
+        yield folder
+    finally:
+        remove_own(folder, owner)
+
+
+def _sealed(
+    source: Source,
+    split: str | SplitRule,
+    writer: Callable[[str], SplitWriter],
+    progress: Progress | None,
+) -> Sealed:
+    """Seal a source's rows by the writers of its splits, and put these into the manifest."""
+    if isinstance(split, str):
+        writers = {split: writer(split)}
+        resumed = {split: writers[split].records}
+        _pour(source, writers[split], progress)
+    else:
+        writers, resumed = _distribute(source, split, writer, progress)
+    empty = [name for name, one in writers.items() if one.records == 0]
+    if empty or not writers:
+        raise DataError(
+            f"the source has no rows for split {', '.join(map(repr, empty)) or '(any)'}, and an "
+            "empty split is most often a mistake upstream. The dataset was left as it was."
+        )
+    manifest = close_together(list(writers.values()))
+    return Sealed(
+        rows={name: one.records for name, one in writers.items()},
+        resumed=resumed,
+        generation=manifest.generation,
+        manifest_digest=manifest.digest,
+        reports={n: report for n, one in writers.items() if (report := one.report) is not None},
+    )
+
+
+def _pour(source: Source, writer: SplitWriter, progress: Progress | None) -> None:
     if writer.complete:
         return
     for columns in source.batches(writer.records - writer.unseen):
@@ -199,9 +220,7 @@ def _pour(source: Source, writer: EncryptedShardWriter, progress: Progress | Non
                 progress(writer.records, source.rows)
 
 
-def _after_unseen(
-    writer: EncryptedShardWriter, columns: Mapping[str, Any]
-) -> Mapping[str, Any] | None:
+def _after_unseen(writer: SplitWriter, columns: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Have rows that are sealed already counted for the report, and return the others."""
     rows = count_rows(columns)
     again = min(writer.unseen, rows)
@@ -214,11 +233,11 @@ def _after_unseen(
 def _distribute(
     source: Source,
     rule: SplitRule,
-    writer: Callable[[str], EncryptedShardWriter],
+    writer: Callable[[str], SplitWriter],
     progress: Progress | None,
-) -> tuple[dict[str, EncryptedShardWriter], dict[str, int]]:
+) -> tuple[dict[str, SplitWriter], dict[str, int]]:
     """Hand each row to its split's writer, but for those that were sealed before."""
-    writers: dict[str, EncryptedShardWriter] = {}
+    writers: dict[str, SplitWriter] = {}
     resumed: dict[str, int] = {}
     left: dict[str, int] = {}
     row = 0

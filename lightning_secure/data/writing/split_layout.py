@@ -74,11 +74,6 @@ class SplitLayout:
             self._subject_key = self._keys[self._split].seal_subject_key(key)
 
     @property
-    def plain(self) -> bool:
-        """Whether there is nothing but one key for all columns and subjects."""
-        return len(self.partitions) == 1 and not self.by_subject
-
-    @property
     def by_subject(self) -> bool:
         """Whether each shard holds the rows of one subject."""
         return self._subject_column is not None

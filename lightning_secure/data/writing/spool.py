@@ -14,8 +14,9 @@ from lightning_secure.crypto.manifest import MANIFEST_NAME, Manifest, read_manif
 from lightning_secure.data.manifests.new_split import require_free
 from lightning_secure.data.manifests.rollback_pins import Pins
 from lightning_secure.data.storage.opening import local_root, open_storage
-from lightning_secure.data.storage.remote import Options, RemoteStorage
+from lightning_secure.data.storage.remote import RemoteStorage
 from lightning_secure.data.storage.storage import Storage
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.data.writing.upload import (
     current_manifest,
     require_same_dataset,
@@ -33,11 +34,10 @@ class Spool:
         storage: Where it is sent.
         split: Name of the split.
         keys: Checks the storage's manifest.
-        replace: Whether a split of this name may be replaced there.
-        resume: Whether it may be there because it was sealed to its end; then no room is needed.
+        options: Of the sealing. With ``resume``, the split may be there because it was sealed to
+            its end, so no room is needed. ``spool`` is kept afterwards; by default it is a
+            temporary folder that is removed. It holds what the storage will hold, encrypted.
         pins: Pins of the storage's manifest, compared now and when it is replaced.
-        folder: Kept afterwards; by default a temporary folder that is removed. It holds what the
-            storage will hold, encrypted.
 
     Raises:
         ConfigError: if the split exists there, or the folder holds another dataset than the
@@ -52,27 +52,25 @@ class Spool:
         *,
         split: str,
         keys: KeyProvider,
-        replace: bool,
+        options: SealOptions,
         pins: Pins,
-        resume: bool = False,
-        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self._storage = storage
         self._split = split
         self._keys = keys
-        self._replace = replace
+        self._replace = options.replace
         self._pins = pins
         current, _, data = current_manifest(storage, keys)
         pins.check(current, storage)
         self._there = current
-        if not resume:
+        if not options.resume:
             self.require_free()
-        if folder is None:
+        if options.spool is None:
             self.folder = Path(tempfile.mkdtemp(prefix="lightning-secure-"))
         else:
-            self.folder = as_path(folder, what="spool")
+            self.folder = as_path(options.spool, what="spool")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if folder is None:
+        if options.spool is None:
             self._finalizer = weakref.finalize(self, remove_own, self.folder, os.getpid())
         path = self.folder / MANIFEST_NAME
         if path.exists():
@@ -130,11 +128,8 @@ def open_spool(
     *,
     split: str,
     keys: KeyProvider,
-    replace: bool,
-    resume: bool,
+    options: SealOptions,
     pins: Pins,
-    storage_options: Options | None,
-    folder: str | os.PathLike[str] | None,
 ) -> tuple[Path, Spool | None]:
     """Return the folder to seal a split in and, if that is not its place yet, the way there.
 
@@ -142,17 +137,9 @@ def open_spool(
         ConfigError: if the URL is not accepted, something was given that a folder has no use for,
             or as for :class:`Spool`.
     """
-    storage = open_storage(root, storage_options=storage_options)
+    storage = open_storage(root, storage_options=options.storage_options)
     if isinstance(storage, RemoteStorage):
-        spool = Spool(
-            storage,
-            split=split,
-            keys=keys,
-            replace=replace,
-            resume=resume,
-            pins=pins,
-            folder=folder,
-        )
+        spool = Spool(storage, split=split, keys=keys, options=options, pins=pins)
         return spool.folder, spool
     path = local_root(storage)
     if path is None:
@@ -160,7 +147,7 @@ def open_spool(
             f"a {type(storage).__name__} can be read and not sealed to. Give a folder or a URL. "
             "Nothing was sealed."
         )
-    if folder is not None:
+    if options.spool is not None:
         raise ConfigError(
             f"spool= needs a URL, and {str(path)!r} is not one. Leave it out. Nothing was sealed."
         )

@@ -17,7 +17,7 @@ from lightning_secure.crypto.manifest import MANIFEST_NAME, PAYLOAD_TYPE, Manife
 from lightning_secure.crypto.rotation import successor
 from lightning_secure.crypto.signing import seal_envelope
 from lightning_secure.data.manifests.new_split import NewSplit, require_free, with_split
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.shards.verify import verify_shard
 from lightning_secure.data.storage.local_files import LocalStorage
 from lightning_secure.data.storage.opening import open_storage
@@ -90,7 +90,7 @@ def upload_split(
     if not isinstance(storage, RemoteStorage):
         raise ConfigError(f"{str(storage)!r} is no remote storage; copy the folder instead.")
     here = as_path(source, what="source")
-    pins = Pins(min_generation, manifest_digest)
+    pins = Pins(ManifestPin(min_generation, manifest_digest))
     return upload_splits(here, storage, [split], keys=keys, replace=replace, pins=pins)
 
 

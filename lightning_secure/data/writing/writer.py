@@ -15,12 +15,13 @@ from lightning_secure.data.format.columns import ColumnData, Schema
 from lightning_secure.data.manifests.commit import commit_splits, open_or_start
 from lightning_secure.data.manifests.garbage import remove_unnamed
 from lightning_secure.data.manifests.new_split import NewSplit, require_free
-from lightning_secure.data.manifests.rollback_pins import Pins
+from lightning_secure.data.manifests.rollback_pins import ManifestPin, Pins
 from lightning_secure.data.storage import Storage
 from lightning_secure.data.storage.remote import Options
 from lightning_secure.data.writing.close_writers import close_together
 from lightning_secure.data.writing.resume import SealingState
 from lightning_secure.data.writing.row_buffer import PendingRows
+from lightning_secure.data.writing.seal_options import SealOptions
 from lightning_secure.data.writing.shard_queue import ShardPool, ShardQueue
 from lightning_secure.data.writing.split_layout import SplitLayout
 from lightning_secure.data.writing.spool import open_spool
@@ -32,71 +33,15 @@ from lightning_secure.errors import (
 )
 
 
-class EncryptedShardWriter:
-    """Seals the rows of one split.
+class SplitWriter:
+    """Seals the rows of one split; :class:`EncryptedShardWriter` is its public face.
 
     Args:
-        root: The dataset's folder, made if it does not exist, an fsspec URL such as
-            ``s3://bucket/dataset``, or a :class:`RemoteStorage`. Splits of one dataset share it.
-        split: Name of the split, for example ``train``.
+        root: The dataset's folder, URL or storage.
+        split: Name of the split.
         keys: Guards the key under which the split is sealed, and signs the manifest.
-        segment_bytes: Plaintext length of a segment, in bytes. One segment is read to get any of
-            its rows: small ones suit random access, large ones streaming.
-        shard_bytes: Plaintext held in memory, and so the size of a shard, in bytes.
-        schema: The columns. By default they are read off the first row.
-        anonymize: The plan for identifying columns, applied before a row is encrypted.
-        allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
-        column_keys: For columns that not every reader may see, the name of the key that they are
-            sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their
-            own in the partition ``SPLIT.sensitive``; the others in the partition ``SPLIT``. Who
-            is given which is up to :func:`~lightning_secure.add_recipient`.
-        subject_column: The column that says whose a row is, as text or a whole number. Each
-            subject's rows are sealed under keys of its own, so that
-            :func:`~lightning_secure.erase_subject` can destroy them. The ids are read
-            before ``anonymize`` changes the column. Give rows ordered by subject: each time
-            ``shard_bytes`` are full, every subject among them gets a shard, of 4 KiB at least.
-        replace: Whether an existing split of this name may be replaced. Its recipients besides
-            ``keys`` do not become those of the new one.
-        threads: How many shards are encrypted and written side by side, each a copy of
-            ``shard_bytes`` in memory; or a pool that several writers share.
-        source_id: Names the state of what the rows come from, for example a version or a digest.
-            With it the sealing can be resumed after a crash, by a call with the same arguments;
-            for a URL, only in a ``spool`` that is kept.
-        resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
-            says how many rows are sealed already: the caller goes on with the next. If there is
-            nothing to go on from, the sealing begins.
-        remarks: Goes into the signed manifest: where the rows come from, what was done to them.
-            Those whose names begin with ``encrypted.`` are seen by readers of the split only.
-        min_generation: The oldest generation of the dataset that is built on. An older state, put
-            back in its place, is refused when the sealing begins and again, under the lock, when
-            the split is put into the manifest.
-        manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
-        storage_options: For a URL, see :class:`RemoteStorage`.
-        spool: For a URL, the folder that the split is sealed in before it is sent, see
-            :func:`upload_split`. It is kept; a temporary one, the default, is not.
-
-    Raises:
-        ConfigError: if an argument is wrong, the split exists, the folder cannot be written, or
-            what would be resumed was sealed from another source or with other arguments.
-        ManifestMismatchError: if the manifest in place is not what was pinned.
-        KeyUnavailableError: if the provider has no signing key, so it cannot seal.
-        IntegrityError: if the folder holds a manifest that is not this provider's, or what would be
-            resumed is not what this provider's holder left.
-        StorageError: if a remote storage did not answer, or refused.
-
-    Use it as a context manager. The rows can be read once the block has ended without an error;
-    until then, and for good after an error or a crash, they are in no manifest and cannot be
-    read. No plaintext is written at any time.
-
-        with EncryptedShardWriter("shards", split="train", keys=keys) as writer:
-            for row in rows:
-                writer.write({"x": row.features, "y": row.label})
-
-    >>> with EncryptedShardWriter(folder / "data", split="train", keys=keys) as writer:
-    ...     writer.write({"age": 34, "note": "left ear"})
-    ...     writer.write_batch({"age": [51, 29], "note": ["right ear", "both"]})
-    >>> writer.records
-    3
+        options: Everything else, which the splits of one sealing share.
+        threads: How many shards are encrypted and written side by side, or a pool.
     """
 
     #: Number of the first shard; those who seal parts of one split have ranges of their own.
@@ -105,103 +50,51 @@ class EncryptedShardWriter:
     def __init__(
         self,
         root: str | os.PathLike[str] | Storage,
-        *,
         split: str,
         keys: KeyProvider,
-        segment_bytes: int = 65536,
-        shard_bytes: int = 64 * 1024 * 1024,
-        schema: Schema | None = None,
-        anonymize: AnonymizationPlan | None = None,
-        allow_nonfinite: bool = False,
-        column_keys: Mapping[str, str] | None = None,
-        subject_column: str | None = None,
-        replace: bool = False,
+        options: SealOptions,
+        *,
         threads: int | ShardPool = 1,
-        source_id: str | None = None,
-        resume: bool = False,
-        remarks: Mapping[str, str] | None = None,
-        min_generation: int | None = None,
-        manifest_digest: str | None = None,
-        storage_options: Options | None = None,
-        spool: str | os.PathLike[str] | None = None,
     ) -> None:
         if not NAME_PATTERN.fullmatch(split):
             raise ConfigError(
                 f"split={split!r} is not a name of 1 to 64 letters, digits, '.', '_' and '-'."
             )
-        if segment_bytes < 1:
-            raise ConfigError(f"segment_bytes must be at least 1, not {segment_bytes}.")
-        if shard_bytes < segment_bytes:
-            raise ConfigError(
-                f"shard_bytes must be at least segment_bytes={segment_bytes}, not {shard_bytes}."
-            )
-        if resume and source_id is None:
-            raise ConfigError(
-                "resume=True needs source_id=, which names the state of the source: without it the "
-                "remaining rows cannot be matched with those that are sealed."
-            )
-        self._layout = SplitLayout(split, column_keys or {}, subject_column)
-        if source_id is not None and not self._layout.plain:
-            raise ConfigError(
-                "a sealing with column_keys or subject_column cannot be resumed: leave source_id "
-                "out. Nothing was sealed."
-            )
-        self._pending = PendingRows(
-            self._layout,
-            keys,
-            schema=schema,
-            shard_bytes=shard_bytes,
-            anonymize=anonymize,
-            allow_nonfinite=allow_nonfinite,
-        )
-        pins = Pins(min_generation, manifest_digest)
+        self._layout = SplitLayout(split, options.column_keys or {}, options.subject_column)
+        self._pending = PendingRows(self._layout, keys, options)
+        pins = Pins(options.pin)
         self._owner = os.getpid()
         self._root, self._spool = open_spool(
-            root,
-            split=split,
-            keys=keys,
-            replace=replace,
-            resume=resume,
-            pins=pins,
-            storage_options=storage_options,
-            folder=spool,
+            root, split=split, keys=keys, options=options, pins=pins
         )
         self._pins = pins if self._spool is None else Pins()  # a spool has generations of its own
         self._split = split
         self._keys = keys
-        self._segment_bytes = segment_bytes
-        #: All that decides what rows and shards come of a source, as JSON values.
-        self._settings: Mapping[str, Any] = {
-            "segment_bytes": segment_bytes,
-            "shard_bytes": shard_bytes,
-            "schema": schema.to_json() if schema else None,
-            "anonymize": anonymize.describe() if anonymize else None,
-            "allow_nonfinite": allow_nonfinite,
-        }
-        self._replace, self._remarks = replace, dict(remarks or {})
+        self._options = options
+        self._remarks = dict(options.remarks or {})
         self._folder = self._root / split
         self._pool = threads if isinstance(threads, ShardPool) else ShardPool(threads)
         self._own_pool = self._pool is not threads
         try:
-            self._start(anonymize.identity(source_id) if anonymize else source_id, resume=resume)
+            self._state = self._start()
         except BaseException:
             if self._spool:
                 self._spool.close()
             raise
-        self._pending.schema = self._state.schema or schema
+        self._pending.schema = self._state.schema or options.schema
         self._queue = ShardQueue(self._pool, entries=self._state.shards, on_done=self._state.done)
         self._begun_rows = sum(entry.records for entry in self._state.shards)
-        self._pending.unseen = self._begun_rows if anonymize and not self.complete else 0
+        self._pending.unseen = self._begun_rows if options.anonymize and not self.complete else 0
         self._closed = self._over = False
 
-    def _start(self, source_id: str | None, *, resume: bool) -> None:
+    def _start(self) -> SealingState:
         dataset = self._open_dataset()
-        if not resume:
+        if not self._options.resume:
             self._require_free(dataset)
-        self._state = self._begin(dataset, source_id, resume=resume)
-        self._layout.create_keys(
-            dataset.dataset_id, self._keys, own=(self._state.partition, self._state.wrapped)
-        )
+        state = self._begin(dataset)
+        own = (state.partition, state.wrapped)
+        self._layout.create_keys(dataset.dataset_id, self._keys, own=own)
+        return state
 
     @property
     def records(self) -> int:
@@ -327,7 +220,7 @@ class EncryptedShardWriter:
         if not new:
             return self._open_dataset()  # others may have written since it was opened
         return commit_splits(
-            self._root, new, keys=self._keys, replace=self._replace, pins=self._pins
+            self._root, new, keys=self._keys, replace=self._options.replace, pins=self._pins
         )
 
     def _send(self, manifest: Manifest, splits: Sequence[str]) -> Manifest:
@@ -392,7 +285,7 @@ class EncryptedShardWriter:
             records=records,
             schema=schema,
             number=number,
-            segment_bytes=self._segment_bytes,
+            segment_bytes=self._options.segment_bytes,
             subject=subject,
             uuid=self._state.start(number, schema),
         ):
@@ -402,17 +295,11 @@ class EncryptedShardWriter:
     def _open_dataset(self) -> Manifest:
         return open_or_start(self._root, self._split, self._keys, pins=self._pins)
 
-    def _begin(self, dataset: Manifest, source_id: str | None, *, resume: bool) -> SealingState:
-        if source_id is None:
+    def _begin(self, dataset: Manifest) -> SealingState:
+        if self._options.source_id is None:
             return SealingState.fresh(dataset, self._folder, self._keys)
         return SealingState.written_down(
-            dataset,
-            self._folder,
-            self._keys,
-            source_id=source_id,
-            settings=self._settings,
-            resume=resume,
-            require_free=self._require_free,
+            dataset, self._folder, self._keys, self._options, require_free=self._require_free
         )
 
     def _require_free(self, dataset: Manifest) -> None:
@@ -422,7 +309,7 @@ class EncryptedShardWriter:
             dataset,
             self._root,
             self._split,
-            replace=self._replace,
+            replace=self._options.replace,
             partitions=self._layout.partitions,
         )
 
@@ -450,3 +337,112 @@ class EncryptedShardWriter:
             self._pool.close()
         if self._spool:
             self._spool.close()
+
+
+class EncryptedShardWriter(SplitWriter):
+    """Seals the rows of one split.
+
+    Args:
+        root: The dataset's folder, made if it does not exist, an fsspec URL such as
+            ``s3://bucket/dataset``, or a :class:`RemoteStorage`. Splits of one dataset share it.
+        split: Name of the split, for example ``train``.
+        keys: Guards the key under which the split is sealed, and signs the manifest.
+        segment_bytes: Plaintext length of a segment, in bytes. One segment is read to get any of
+            its rows: small ones suit random access, large ones streaming.
+        shard_bytes: Plaintext held in memory, and so the size of a shard, in bytes.
+        schema: The columns. By default they are read off the first row.
+        anonymize: The plan for identifying columns, applied before a row is encrypted.
+        allow_nonfinite: Whether NaN and infinities are sealed rather than refused.
+        column_keys: For columns that not every reader may see, the name of the key that they are
+            sealed under, for example ``{"diagnosis": "sensitive"}``. They lie in shards of their
+            own in the partition ``SPLIT.sensitive``; the others in the partition ``SPLIT``. Who
+            is given which is up to :func:`~lightning_secure.add_recipient`.
+        subject_column: The column that says whose a row is, as text or a whole number. Each
+            subject's rows are sealed under keys of its own, so that
+            :func:`~lightning_secure.erase_subject` can destroy them. The ids are read
+            before ``anonymize`` changes the column. Give rows ordered by subject: each time
+            ``shard_bytes`` are full, every subject among them gets a shard, of 4 KiB at least.
+        replace: Whether an existing split of this name may be replaced. Its recipients besides
+            ``keys`` do not become those of the new one.
+        threads: How many shards are encrypted and written side by side, each a copy of
+            ``shard_bytes`` in memory; or a pool that several writers share.
+        source_id: Names the state of what the rows come from, for example a version or a digest.
+            With it the sealing can be resumed after a crash, by a call with the same arguments;
+            for a URL, only in a ``spool`` that is kept.
+        resume: Whether to go on from the last shard that such a sealing finished. ``records`` then
+            says how many rows are sealed already: the caller goes on with the next. If there is
+            nothing to go on from, the sealing begins.
+        remarks: Goes into the signed manifest: where the rows come from, what was done to them.
+            Those whose names begin with ``encrypted.`` are seen by readers of the split only.
+        min_generation: The oldest generation of the dataset that is built on. An older state, put
+            back in its place, is refused when the sealing begins and again, under the lock, when
+            the split is put into the manifest.
+        manifest_digest: The only manifest that is built on, as SHA-256 in hexadecimal.
+        storage_options: For a URL, see :class:`RemoteStorage`.
+        spool: For a URL, the folder that the split is sealed in before it is sent, see
+            :func:`upload_split`. It is kept; a temporary one, the default, is not.
+
+    Raises:
+        ConfigError: if an argument is wrong, the split exists, the folder cannot be written, or
+            what would be resumed was sealed from another source or with other arguments.
+        ManifestMismatchError: if the manifest in place is not what was pinned.
+        KeyUnavailableError: if the provider has no signing key, so it cannot seal.
+        IntegrityError: if the folder holds a manifest that is not this provider's, or what would be
+            resumed is not what this provider's holder left.
+        StorageError: if a remote storage did not answer, or refused.
+
+    Use it as a context manager. The rows can be read once the block has ended without an error;
+    until then, and for good after an error or a crash, they are in no manifest and cannot be
+    read. No plaintext is written at any time.
+
+        with EncryptedShardWriter("shards", split="train", keys=keys) as writer:
+            for row in rows:
+                writer.write({"x": row.features, "y": row.label})
+
+    >>> with EncryptedShardWriter(folder / "data", split="train", keys=keys) as writer:
+    ...     writer.write({"age": 34, "note": "left ear"})
+    ...     writer.write_batch({"age": [51, 29], "note": ["right ear", "both"]})
+    >>> writer.records
+    3
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        *,
+        split: str,
+        keys: KeyProvider,
+        segment_bytes: int = 65536,
+        shard_bytes: int = 64 * 1024 * 1024,
+        schema: Schema | None = None,
+        anonymize: AnonymizationPlan | None = None,
+        allow_nonfinite: bool = False,
+        column_keys: Mapping[str, str] | None = None,
+        subject_column: str | None = None,
+        replace: bool = False,
+        threads: int | ShardPool = 1,
+        source_id: str | None = None,
+        resume: bool = False,
+        remarks: Mapping[str, str] | None = None,
+        min_generation: int | None = None,
+        manifest_digest: str | None = None,
+        storage_options: Options | None = None,
+        spool: str | os.PathLike[str] | None = None,
+    ) -> None:
+        options = SealOptions(
+            segment_bytes=segment_bytes,
+            shard_bytes=shard_bytes,
+            schema=schema,
+            anonymize=anonymize,
+            allow_nonfinite=allow_nonfinite,
+            column_keys=column_keys,
+            subject_column=subject_column,
+            replace=replace,
+            source_id=source_id,
+            resume=resume,
+            remarks=remarks,
+            pin=ManifestPin(min_generation, manifest_digest),
+            storage_options=storage_options,
+            spool=spool,
+        )
+        super().__init__(root, split, keys, options, threads=threads)

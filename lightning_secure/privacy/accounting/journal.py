@@ -26,18 +26,17 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hmac
-import io
 import logging
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import Any, Final, Self
 
 from lightning_secure.crypto.encoding import canonical_json, parse_json_object
 from lightning_secure.errors import IntegrityError, LedgerError
 from lightning_secure.privacy.accounting.mechanism import Release, merged
+from lightning_secure.util.append_log import AppendLog, whole_lines
 from lightning_secure.util.files import open_regular, sync_directory
 
 log = logging.getLogger(__name__)
@@ -58,17 +57,17 @@ class Journal:
     Args:
         path: The file.
         key: For its authentication codes, 32 bytes.
-        file: The opened file, unbuffered, positioned behind its last whole line.
+        file: The open log, which ends with its last whole line.
         totals: The totals in that line.
         mac: Of that line.
     """
 
-    def __init__(self, path: Path, *, key: bytes, file: Any, totals: Totals, mac: bytes) -> None:
+    def __init__(
+        self, path: Path, *, key: bytes, file: AppendLog, totals: Totals, mac: bytes
+    ) -> None:
         self._path = path
         self._key = key
         self._file = file
-        self._owner = os.getpid()
-        self._end = file.tell()
         self._mac = mac
         self._entered = dict(totals)
         self._used = dict(totals)
@@ -96,7 +95,7 @@ class Journal:
         Raises:
             LedgerError: if the release could not be written. Nothing may be released.
         """
-        if os.getpid() != self._owner:
+        if os.getpid() != self._file.owner:
             raise LedgerError(
                 f"the privacy journal {str(self._path)!r} belongs to the process that this one was "
                 "forked from, which does not see what is released here. The step was not taken. "
@@ -116,9 +115,9 @@ class Journal:
 
         If that cannot be written, the next to resume is charged for it.
         """
-        if self._file.closed:
+        if self._file.fd < 0:
             return
-        if os.getpid() != self._owner:  # what its parent entered is its parent's to give back
+        if os.getpid() != self._file.owner:  # what its parent entered is its parent's to give back
             self._file.close()
             return
         try:
@@ -127,10 +126,8 @@ class Journal:
         except LedgerError as error:
             log.warning("%s The next fit is charged for steps that were not taken.", error)
         finally:
-            # By hand: worker processes may have inherited the file, and with it the lock.
             with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
+                self._file.close()
 
     def _ahead(self) -> int:
         """Return how many steps to enter now, from how long the last ones took."""
@@ -146,20 +143,15 @@ class Journal:
         line, mac = _line({"releases": _listed(totals), "settled": settled}, self._mac, self._key)
         failure = None
         try:
-            self._file.seek(self._end)
-            _write(self._file, line)
+            self._file.append(line)
         except OSError as error:
             failure = error.strerror or type(error).__name__
-            # A line that is there in part would spoil the next one.
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
         if failure is not None:
             raise LedgerError(
                 f"the privacy journal {str(self._path)!r} could not be written: {failure}. What "
                 "is not entered there is not released: the step was not taken."
             )
         self._mac, self._entered = mac, dict(totals)
-        self._end += len(line)
 
     @classmethod
     def create(cls, path: Path, *, key: bytes, run_id: str, totals: Totals) -> Self:
@@ -168,25 +160,23 @@ class Journal:
         Raises:
             LedgerError: if the journal exists, or cannot be written.
         """
-        failure, file = None, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "xb", buffering=0)  # noqa: SIM115 # stays open
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            head, mac = _line({"format": _FORMAT, "run_id": run_id}, bytes(32), key)
-            entry, mac = _line({"releases": _listed(totals), "settled": True}, mac, key)
-            _write(file, head + entry)
-            sync_directory(path.parent)
+            with contextlib.ExitStack() as failing:
+                file = AppendLog(path, os.O_CREAT | os.O_EXCL)
+                failing.callback(file.close)
+                head, mac = _line({"format": _FORMAT, "run_id": run_id}, bytes(32), key)
+                entry, mac = _line({"releases": _listed(totals), "settled": True}, mac, key)
+                file.append(head + entry)
+                sync_directory(path.parent)
+                failing.pop_all()
+                return cls(path, key=key, file=file, totals=totals, mac=mac)
         except OSError as error:
             failure = error.strerror or type(error).__name__
-        if failure is not None or file is None:
-            if file is not None:
-                file.close()
-            raise LedgerError(
-                f"the privacy journal {str(path)!r} cannot be begun: {failure}. Give a directory "
-                "that can be written and is kept, PrivateStrategy(journal=...). No step was taken."
-            )
-        return cls(path, key=key, file=file, totals=totals, mac=mac)
+        raise LedgerError(
+            f"the privacy journal {str(path)!r} cannot be begun: {failure}. Give a directory "
+            "that can be written and is kept, PrivateStrategy(journal=...). No step was taken."
+        )
 
     @classmethod
     def open(cls, path: Path, *, key: bytes, run_id: str) -> Self:
@@ -195,36 +185,23 @@ class Journal:
         Raises:
             LedgerError: if the journal is absent, was altered, or is in use.
         """
-        failure: str | None = None
-        file: io.FileIO | None = None
         try:
-            file = io.FileIO(open_regular(path, os.O_RDWR), "r+")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.ExitStack() as failing:  # an interruption must not keep the lock
+                file = AppendLog(path)
+                failing.callback(file.close)
+                totals, mac, whole = _parsed(os.dup(file.fd), key=key, run_id=run_id)
+                file.cut(whole)  # the rest of a line that a crash has torn was never relied on
+                failing.pop_all()
+                return cls(path, key=key, file=file, totals=totals, mac=mac)
         except FileNotFoundError:
             raise _absent(path) from None
         except BlockingIOError:
             failure = "it is in use: another process, or another Trainer of this one, trains the "
             failure += "same run now. Two branches at once cannot see what the other spends"
+        except IntegrityError as error:
+            failure = str(error).rstrip(".")
         except OSError as error:
             failure = f"it cannot be read: {error.strerror or type(error).__name__}"
-        else:
-            try:
-                reader = io.BufferedReader(file)
-                totals, mac, whole = _parsed(reader, key=key, run_id=run_id)
-                reader.detach()
-                # What a crash left of a line was never relied on.
-                file.truncate(whole)
-                file.seek(whole)
-                return cls(path, key=key, file=file, totals=totals, mac=mac)
-            except IntegrityError as error:
-                failure = str(error).rstrip(".")
-            except OSError as error:
-                failure = f"it cannot be written: {error.strerror or type(error).__name__}"
-            except BaseException:  # an interruption must not keep the lock
-                file.close()
-                raise
-        if file is not None:
-            file.close()
         raise LedgerError(f"privacy journal {str(path)!r}: {failure}. No step was taken.")
 
 
@@ -236,8 +213,7 @@ def read_totals(path: Path, *, key: bytes, run_id: str) -> Totals:
     """
     failure = ""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            return _parsed(file, key=key, run_id=run_id)[0]
+        return _parsed(open_regular(path), key=key, run_id=run_id)[0]
     except FileNotFoundError:
         raise _absent(path) from None
     except IntegrityError as error:
@@ -265,13 +241,7 @@ def _line(body: dict[str, Any], before: bytes, key: bytes) -> tuple[bytes, bytes
     return canonical_json({**body, "mac": mac.hex()}) + b"\n", mac
 
 
-def _write(file: Any, data: bytes) -> None:
-    while data:
-        data = data[file.write(data) :]
-    os.fsync(file.fileno())
-
-
-def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:
+def _parsed(fd: int, *, key: bytes, run_id: str) -> tuple[Totals, bytes, int]:
     """Return what a journal says, its last code, and how many of its bytes are whole lines.
 
     Raises:
@@ -280,11 +250,8 @@ def _parsed(file: IO[bytes], *, key: bytes, run_id: str) -> tuple[Totals, bytes,
     end, mac = 0, bytes(32)
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-        if not line.endswith(b"\n"):
-            if len(line) >= _MAX_LINE:
-                raise IntegrityError(f"line {number} is too long for what a run writes")
-            break  # what a crash left
+    too_long = "a line is too long for what a run writes"
+    for number, line in enumerate(whole_lines(fd, limit=_MAX_LINE, too_long=too_long), 1):
         body = parse_json_object(line, what=f"line {number}")
         body.pop("mac", None)
         expected, mac = _line(body, mac, key)

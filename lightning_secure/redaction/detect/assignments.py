@@ -15,7 +15,7 @@ _ASSIGNMENT: Final = re.compile(
     r"(?<![\w.\-/])(?P<name>[\w.\-/\[\]]++(?: [\w.\-/]++){0,3}?)(?P<quote>\\*+[\"'`])?\]?[ \t]*+"
     r"(?P<sign>:=|=>|==|=|:|%3[aAdD])(?P<space>[ \t]*+)"
 )
-# It begins with a letter of its own, for that is searched for fast.
+# A flag begins with a letter of its own, for that is searched for fast.
 _FLAG: Final = re.compile(
     r"(?P<name>-(?<![\w.\-/]-)-?[A-Za-z][\w\-]*+)(?:[\"']?,?\s++(?=[^\s-])|[\"'],(?=[\"'][^-]))"
 )
@@ -49,7 +49,7 @@ _SCHEME: Final = re.compile(
 _WHOLE_LINE: Final = re.compile(r"authorization$|cookies?$", re.IGNORECASE)
 _LINE_START: Final = re.compile(r"[ \t]*(?:- +)?[\"']?")
 _SPACE: Final = re.compile(r"\s*+")
-# What stands before the first item of a list of YAML, or before the text of a key below it.
+# The space before the first item of a YAML list, or before the text of a key below it.
 _ITEM: Final = re.compile(r"\s*+(?:- +)?+")
 _JSON_VALUE: Final = frozenset("\"'[{")
 _DEFAULT: Final = re.compile(r"[ \t]*=[ \t]*(?=\S)")
@@ -65,8 +65,8 @@ _WORD: Final = re.compile(
 _CLOSING: Final = ",;)]}>\"'`\\"
 _LINE: Final = re.compile(r"[^\r\n]*+")
 
-# What follows a name without a sign, and one of what each cannot do without, in lower case: one
-# literal at a time, for alternatives are searched for slowly.
+# Forms in which a value follows a name without a sign, each with the literals that it needs one
+# of, in lower case: one at a time, for alternatives are searched for slowly.
 _OTHERS: Final = tuple(
     (pattern, tuple(map(re.compile, needed)))
     for pattern, needed in (

@@ -24,7 +24,7 @@ _EMAIL: Final = re.compile(
 )
 # Numbers of people are looked for where so many digits stand near each other.
 _DIGITS: Final = re.compile(r"\d(?:[ .()/+\-]{0,3}\d){6,}+", re.ASCII)
-# What has digits only, but telephone numbers: nine at least, with at most a sign between two.
+# Numbers of digits only, but of no telephone: nine at least, with at most a sign between two.
 _NINE: Final = re.compile(r"(?<![\w.-])\d(?:[ .+-]?\d){8}", re.ASCII)
 _FRACTION: Final = re.compile(r"\d{1,2}\.\d+|\d+\.\d{1,2}", re.ASCII)
 _IPV4: Final = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\w)", re.ASCII)
@@ -133,12 +133,12 @@ _NATIONALS: Final = (
     _National("be-nn", _form(r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d"), 11, "be.nn"),
     _National("ch-ahv", _form(r"756\.?\d{4}\.?\d{4}\.?\d\d"), 13, "ch.ssn"),
 )
-# What has letters, and is looked for in the whole text; the others lie within a run of digits.
+# Numbers with letters, looked for in the whole text; the others lie within a run of digits.
 _LETTERED: Final = ("gb-nino", "fr-nir-2a", "it-codicefiscale", "es-dni", "es-nie", "fi-hetu")
 _WITH_LETTERS: Final = tuple(national for national in _NATIONALS if national.rule in _LETTERED)
 _OF_DIGITS: Final = tuple(national for national in _NATIONALS if national.rule not in _LETTERED)
 
-# What one of them needs, in RE2's syntax: most texts hold none of it, and one look tells.
+# A part that each of them needs, in RE2's syntax: one look tells that most texts hold none.
 _NUMBER: Final = r"\d(?:[ .()/+\-]{0,3}\d){6}"
 _LETTERS: Final = (
     r"(?i:(?:\b|_)(?:[a-z]{2}\d\d(?:[ -]?[a-z\d]){11}|(?:[a-z]{2} ?\d\d ?\d\d ?\d\d ?[a-dt]"
@@ -277,7 +277,7 @@ def _checked(text: str, start: int, end: int) -> Iterator[Finding]:
 def _emails(text: str) -> Iterator[Finding]:
     position, at = 0, text.find("@")
     while at >= 0:
-        # It begins so near before its @ that all before need not be looked through.
+        # An address begins so near before its @ that all before need not be looked through.
         match = _EMAIL.search(text, max(position, at - _LOCAL))
         if match is None:
             return

@@ -24,8 +24,8 @@ from lightning_secure.redaction.detect.personal_data import LOOKS
 from lightning_secure.redaction.detect.secret_formats import built_in_rules
 from lightning_secure.redaction.detect.secret_names import STEMS
 
-#: What a text may hold, as bits: personal data, the format of a secret, a value after its name, or
-#: one of these in another spelling.
+#: Contents that a text may have, as bits: personal data, the format of a secret, a value after its
+#: name, or one of these in another spelling.
 PERSONAL: Final = 1
 SECRET: Final = 2
 ASSIGNED: Final = 4

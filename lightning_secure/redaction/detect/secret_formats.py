@@ -191,8 +191,8 @@ def built_in_rules() -> RuleSet:
     return RuleSet([*detect_secrets_rules(), *_rules_of(vendors, "vendors.toml")])
 
 
-# What every match of a plugin's expressions holds. A plugin that is not named here, as one that a
-# newer detect-secrets may bring, is tried on every text.
+# Words of which every match of a plugin's expressions holds one. A plugin that is not named
+# here, as one that a newer detect-secrets may bring, is tried on every text.
 _KEYWORDS: Final = {
     "ArtifactoryDetector": ("akc", "ap"),
     "AWSKeyDetector": ("a3t", "abia", "acca", "akia", "asia", "aws"),

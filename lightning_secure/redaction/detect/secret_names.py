@@ -68,7 +68,7 @@ _QUALIFIERS: Final = frozenset({
     "txt", "uat", "uk", "us", "v", "val", "value", "values", "write",
 })  # fmt: skip
 
-# What a tokenizer calls a token, and how tokens are counted.
+# Names of a tokenizer's tokens, and of counts of tokens.
 _VOCABULARY: Final = frozenset({
     "additional", "assistant", "audio", "begin", "blank", "boa", "boi", "bos", "cls", "codec",
     "completion", "context", "decoder", "delay", "delimiter", "draft", "drop", "end",

@@ -19,7 +19,7 @@ from zipfile import ZipFile, is_zipfile
 
 #: How deep archives may lie in archives.
 _MAX_DEPTH: Final = 8
-#: What one file may unpack to, in bytes.
+#: The most that one file may unpack to, in bytes.
 _MAX_BYTES: Final = 1 << 28
 _PIECE: Final = 1 << 16
 
@@ -221,7 +221,7 @@ def _member(data: bytes, start: int, allowance: _Allowance) -> _Opened | None:
     if flags & 1 or method not in (_STORED, _DEFLATED):
         return _Opened("member", b"", None)
     if method == _STORED:
-        # It lies there as it is; only that its end is missing can be seen, if it says where it is.
+        # The content lies there as it is. A missing end is seen if the header tells its place.
         return None if body + header[7] <= len(data) else _Opened("member", b"", None)
     content, stop = _inflated("member", data, body, allowance)
     return _Opened("member", content, stop)

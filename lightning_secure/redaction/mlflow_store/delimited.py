@@ -37,7 +37,7 @@ def by_columns(text: str, *, between: str, redact: Callable[[str, str], str]) ->
         rows = []
     if not secret:
         return text
-    if not rows:  # it has such a column, and nothing shows where
+    if not rows:  # such a column is there, and nothing shows where
         return head + redact(text[len(head) :], next(iter(secret.values())))
     for row in rows[1:]:
         for place, name in secret.items():

@@ -18,8 +18,8 @@ from lightning_secure.redaction.mlflow_store.values import Policy
 from lightning_secure.redaction.redactor import REDACTED
 
 _MARK: Final = "_lightning_secure_guarded"
-# What MLflow's methods call of each other was given what is redacted already. Other threads begin
-# outside, and redact once more.
+# Set while a method of MLflow runs: the methods that it calls get redacted values already. Other
+# threads begin outside, and redact once more.
 _INSIDE: Final[ContextVar[bool]] = ContextVar("lightning_secure_inside", default=False)
 
 

@@ -135,7 +135,7 @@ class Policy:
             name = match["name"].strip('`"')
             return side + match["is"] + _QUOTED.sub(lambda m: literal(m, name), match["text"])
 
-        # What is not compared is in a list, or a name between backticks.
+        # Other quotes are in a list, or around a name between backticks.
         pieces, position = [], 0
         for match in _COMPARED.finditer(text):
             pieces += [_QUOTED.sub(literal, text[position : match.start()]), compared(match)]

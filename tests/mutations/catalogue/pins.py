@@ -40,7 +40,7 @@ CATALOGUE = [
     Mutation(
         "a dataset is begun where another was pinned",
         "data/manifests/rollback_pins.py",
-        "if self._least > 0 or self._digest is not None:",
+        "if self._pin.min_generation or self._pin.manifest_digest is not None:",
         "if False:",
         f"{ROLLBACK} -k begun_where",
     ),

@@ -57,8 +57,8 @@ CATALOGUE = [
     Mutation(
         "an erased shard keeps its partition key",
         "data/erasure/erase.py",
-        "            for partition in entry.partitions:\n                changed",
-        "            for partition in ():\n                changed",
+        "        for partition in entry.partitions:\n            changed",
+        "        for partition in ():\n            changed",
         "tests/data/test_erasure.py -k do_not_open_the_erased",
     ),
     Mutation(

@@ -74,4 +74,18 @@ CATALOGUE = [
         "if False:",
         "tests/data/test_ray.py -k lost_doubled",
     ),
+    Mutation(
+        "the options of a sealing show a storage's password",
+        "data/writing/seal_options.py",
+        "kw_only=True, repr=False)",
+        "kw_only=True)",
+        "tests/data/test_seal.py -k password",
+    ),
+    Mutation(
+        "an interruption before the sealing begins is a traceback",
+        "cli/seal.py",
+        "    console, options = Console(stderr=True), dict[str, Any]()\n",
+        "    console = Console(stderr=True)\n",
+        "tests/cli/test_seal.py -k interruption_while",
+    ),
 ]

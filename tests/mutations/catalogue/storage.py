@@ -66,7 +66,7 @@ CATALOGUE = [
     Mutation(
         "pins are ignored",
         "data/reading/dataset.py",
-        "        check_pins(manifest, self._min_generation, self._manifest_digest)\n",
+        "        self._pin.check(manifest)\n",
         "",
         f"{STORAGE} -k 'rolled_back or another_dataset'",
     ),

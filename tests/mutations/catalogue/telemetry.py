@@ -175,7 +175,7 @@ CATALOGUE = [
     Mutation(
         "an audit log is begun anew under the process that writes it",
         "audit/log.py",
-        "            self._require_kept(fd)\n",
+        "            self._require_kept(log)\n",
         "",
         "tests/audit/test_log.py -k begun_anew",
     ),
