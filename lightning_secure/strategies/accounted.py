@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_secure.errors import PrivacyError
 from lightning_secure.privacy.accounting.carried_ledger import bring_ledger, write_ledger
 from lightning_secure.privacy.accounting.ledger import Ledger, require_account
 from lightning_secure.privacy.accounting.ledger_state import CHECKPOINT_KEY
 from lightning_secure.privacy.accounting.mechanism import Release
+from lightning_secure.privacy.collective import Collective, Single
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.strategies.account import announce_plain
 from lightning_secure.strategies.steps import required, stop_before_any_minimum
-
-T = TypeVar("T")
 
 
 class AccountedStrategy(Strategy):
@@ -43,6 +42,8 @@ class AccountedStrategy(Strategy):
     """
 
     asks_checkpoint_io: ClassVar[bool] = True
+    #: The processes that train together.
+    talks_to: ClassVar[type[Collective]] = Single
 
     def __init__(
         self, config: DPConfig, *, journal: str | Path | None = None, **options: Any
@@ -52,6 +53,7 @@ class AccountedStrategy(Strategy):
         self._journal = journal
         self._ledger: Ledger | None = None
         self._restored: Ledger | None = None
+        self._collective = self.talks_to()
 
     @property
     def ledger(self) -> Ledger | None:
@@ -86,9 +88,10 @@ class AccountedStrategy(Strategy):
         Raises:
             LedgerError: if the checkpoint is to be trained further and has no account.
         """
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        if self._module.trainer.state.fn == TrainerFn.FITTING:
-            self._restored = require_account(checkpoint)
+        with self._collective.together():
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+            if self._module.trainer.state.fn == TrainerFn.FITTING:
+                self._restored = require_account(checkpoint)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -96,19 +99,21 @@ class AccountedStrategy(Strategy):
         load = partial(super().load_model_state_dict, checkpoint, strict=strict)
         bring_ledger(self._module, checkpoint, load)
 
-    # Where several processes train together, they go on or fail together.
-
-    def _together(self) -> AbstractContextManager[None]:
-        """Run a block in every process, which goes on in none if it fails in one."""
-        return nullcontext()
-
-    def _once(self, action: Callable[[], T]) -> T:
-        """Run something in one process, and return its result in every one."""
-        return action()
-
     def _charge(self, ledger: Ledger, release: Release) -> None:
         """Enter a single release in the account that every process has, or in none."""
-        ledger.charge(release)
+
+        def charged() -> PrivacyError | None:
+            try:
+                ledger.charge(release)
+            except PrivacyError as error:
+                return error
+            return None
+
+        # The first process has the journal. What it cannot charge, all refuse for its reason.
+        if (refused := self._collective.once(charged)) is not None:
+            self._collective.fail(refused)
+        if self._collective.rank > 0:
+            ledger.enter(release)
 
     @property
     def _module(self) -> pl.LightningModule:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_secure.compat.lightning import (
@@ -41,6 +40,7 @@ from lightning_secure.privacy.gradients.clipping.rules import ClippingRule, Flat
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
+from lightning_secure.privacy.randomness import FreshRandomness
 from lightning_secure.privacy.released.adaptive_bound import clip_bound, follow, with_count
 from lightning_secure.privacy.released.step_metrics import (
     ReleasedMetric,
@@ -55,7 +55,6 @@ from lightning_secure.strategies.banded import BandedFit
 from lightning_secure.strategies.expected import ExpectedBatch
 from lightning_secure.strategies.measurements import uncounted
 from lightning_secure.strategies.options import require_no_accumulation
-from lightning_secure.strategies.randomness import FreshRandomness
 from lightning_secure.strategies.steps import loss_of, required, withheld
 from lightning_secure.strategies.telemetry import PUBLIC_METRICS, GuardedResults
 
@@ -150,7 +149,11 @@ class SteppingStrategy(AccountedStrategy):
             hands it to callbacks, ``optimizer_step`` and ``on_before_backward``. With it, entries
             of the module's dict that ``public_metrics`` names.
         """
-        with self._whole(), self._until_combined():
+        engine = required(self._engine)
+        with (
+            self._collective.unsharded(self._module),
+            self._collective.until_summed(engine.parameters),
+        ):
             return self._sum_chunks(*args, **kwargs)
 
     def _sum_chunks(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -188,6 +191,10 @@ class SteppingStrategy(AccountedStrategy):
         return told if self._told is None else self._told
 
     def _chunk(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        with self._collective.alone(self._module):
+            return self._clip(chunk, rest, kwargs)
+
+    def _clip(self, chunk: Chunk, rest: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         engine = required(self._engine)
         if self._preflight_due:
             self._preflight(chunk, rest, kwargs)
@@ -239,7 +246,8 @@ class SteppingStrategy(AccountedStrategy):
         results = required(self._results)
         results.muted = True
         try:
-            yield
+            with self._collective.trial(self._module):
+                yield
         finally:
             results.muted = False
 
@@ -326,7 +334,7 @@ class SteppingStrategy(AccountedStrategy):
         The chunks went backward already; this is where Lightning expects gradients to appear.
         """
         ledger, engine = required(self._ledger), required(self._engine)
-        with self._until_combined():
+        with self._collective.until_summed(engine.parameters):
             self.precision_plugin.pre_backward(closure_loss, self._module)
             engine.require_covered(self._module.named_parameters())
             groups = self.optimizers[0].param_groups
@@ -336,9 +344,11 @@ class SteppingStrategy(AccountedStrategy):
             ledger.record()
         engine.release(
             self._gradient_noise(),
-            noise_multiplier=self._noise_multiplier(),
+            noise_multiplier=ledger.noise_multiplier if self._collective.adds_noise else 0.0,
             expected_batch_size=ledger.public.expected_batch_size,
-            combine=self._combine,
+            combine=lambda sums, noised: self._collective.sum(
+                sums, engine.homes, noised=noised, noises=int(ledger.noise_multiplier > 0)
+            ),
         )
         for parameter in (p for group in groups for p in group["params"]):
             if not parameter.requires_grad:  # thawed in training_step only, it has one of autograd
@@ -398,29 +408,6 @@ class SteppingStrategy(AccountedStrategy):
         metric = PrivateSum(bounds, noise_multiplier=noise_multiplier, public_rows=public_rows)
         total, count = metric.summed(values)
         return float(metric.released(total, count, account=self._account(), noise=self._noise))
-
-    # Where several processes train together, their sums become one, with the noise in it once.
-
-    def _until_combined(self) -> AbstractContextManager[None]:
-        """Run a part of a step, which is taken in no process if the part fails in one."""
-        return nullcontext()
-
-    def _noise_multiplier(self) -> float:
-        """Return that of the noise which this process adds."""
-        return required(self._ledger).noise_multiplier
-
-    def _combine(self, sums: dict[Parameter, Tensor], noised: bool) -> None:
-        """Add up the sums of all processes, in the dict; one of them was ``noised``."""
-
-    # Where weights are sharded over processes:
-
-    def _whole(self) -> AbstractContextManager[None]:
-        """Have every weight whole in this process while a block runs."""
-        return nullcontext()
-
-    def _homes(self) -> dict[Parameter, Parameter]:
-        """Return, for each whole parameter that has one, the sharded one in its place."""
-        return {}
 
     def optimizer_step(
         self,

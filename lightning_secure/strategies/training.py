@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
 
 from lightning_secure.compat.lightning import (
     exchange_before_transfer,
@@ -23,7 +21,9 @@ from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.checks.repeat_trials import Repeats
 from lightning_secure.privacy.checks.repeated_rows import require_distinct_rows
 from lightning_secure.privacy.gradients.engine import GradientEngine
+from lightning_secure.privacy.randomness import FreshRandomness
 from lightning_secure.privacy.run_contract import begin_ledger, require_same_promise
+from lightning_secure.privacy.sampling import seed_of_rank
 from lightning_secure.strategies.account import (
     account_of,
     lend_account,
@@ -44,6 +44,12 @@ from lightning_secure.strategies.options import (
     require_trainer_options,
 )
 from lightning_secure.strategies.private_loader import PrivateDataLoader, require_plain_loader
+from lightning_secure.strategies.same_rows import require_same_rows
+from lightning_secure.strategies.statements import (
+    model_statement,
+    optimizer_statement,
+    require_same,
+)
 from lightning_secure.strategies.stepping import SteppingStrategy
 from lightning_secure.strategies.steps import required, spare_logical_batch
 from lightning_secure.strategies.telemetry import GuardedResults
@@ -61,15 +67,19 @@ class PrivateTraining(SteppingStrategy):
         """Check the Trainer's options, prepare the model, and put the hooks on it."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self._module
+        # Before weights are sent around, which takes the same shapes in every process.
+        require_same(self._collective, lambda: model_statement(module))
         restored, self._restored = self._restored, None
         # A module that was trained privately before goes on with its own account.
         self._ledger = restored or account_of(module)
         if fitting:
-            with self._together():
+            seed = seed_of_rank(self.config.insecure_seed, self._collective.rank)
+            self._randomness = FreshRandomness(seed, stream=1)
+            with self._collective.together():
                 self.precision_plugin = fixed_scale(self.precision_plugin, self.config)
                 require_trainer_options(trainer, module, self.precision_plugin, self.config)
                 stop_system_metrics()
-            with self._together():  # apart: sharded weights are gathered
+            with self._collective.together():  # apart: sharded weights are gathered
                 if self._ledger is not None:
                     require_same_weights(module, self._ledger)
                     self._ledger.release_beside(self._released.noise_multipliers)
@@ -80,16 +90,19 @@ class PrivateTraining(SteppingStrategy):
         super().setup(trainer)
         if not fitting:
             return
-        with self._together():
+        with self._collective.together():
             require_optimizers(self.optimizers)
-        self._require_same_optimizer()
-        with self._whole(), self._together():
+        require_same(
+            self._collective,
+            lambda: optimizer_statement(self.optimizers, self.lr_scheduler_configs, module),
+        )
+        with self._collective.unsharded(module), self._collective.together():
             self._engine = GradientEngine(
                 module,
                 max_grad_norm=self.config.max_grad_norm,
                 loss_scale=self.config.loss_scale or 1.0,
                 clipping=self.config.clipping_rule,
-                homes=self._homes(),
+                homes=self._collective.homes(),
             )
             self._engine.attach()
             if self._ledger is not None:
@@ -107,20 +120,20 @@ class PrivateTraining(SteppingStrategy):
         trainer = self._module.trainer
         if not trainer.training:
             return dataloader
-        with self._together():
+        with self._collective.together():
             loader = require_plain_loader(dataloader)
             require_distinct_rows(loader.dataset)
-        rank, world_size = self._part(loader)
+        require_same_rows(self._collective, loader, begins=self._ledger is None, config=self.config)
         rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
         if self._ledger is None:
-            batch_size = (loader.batch_size or 1) * world_size
+            batch_size = (loader.batch_size or 1) * self._collective.size
             self._carry(partial(self._begun, rows, batch_size))
         public = required(self._ledger).public
         if self.config.mechanism == "banded":
             self._begin_banded(trainer, rows)
-        expected = -(-public.expected_batch_size // world_size)
+        expected = -(-public.expected_batch_size // self._collective.size)
         self._expected = ExpectedBatch(expected)
-        with self._together():
+        with self._collective.together():
             require_public_throughput(trainer, self._expected)
         return PrivateDataLoader(
             loader,
@@ -131,8 +144,8 @@ class PrivateTraining(SteppingStrategy):
             else self.config.max_physical_batch_size or _rarely_exceeded(expected),
             seed=self.config.insecure_seed,
             secure=self.config.secure_noise,
-            rank=rank,
-            world_size=world_size,
+            rank=self._collective.rank,
+            world_size=self._collective.size,
             order=None if self._banded is None else self._banded.sampler,
         )
 
@@ -185,18 +198,11 @@ class PrivateTraining(SteppingStrategy):
                 ledger.affords_a_step(self.config.target_epsilon)
             return ledger
 
-        self._ledger = ledger = self._once(covered)
+        self._ledger = ledger = self._collective.once(covered)
         if ledger is not None:
             keep_ledger(self._module, ledger, covers=trainable_names(self._module))
-            with self._together():
+            with self._collective.together():
                 require_same_promise(self.config, ledger)
-
-    def _part(self, loader: DataLoader[Any]) -> tuple[int, int]:
-        """Return which part of how many parts of a loader's rows this process draws from."""
-        return 0, 1
-
-    def _require_same_optimizer(self) -> None:
-        """Make sure that all processes that train together have set up the same optimizer."""
 
     def teardown(self) -> None:
         """Take the hooks off the model again, and settle the journal."""

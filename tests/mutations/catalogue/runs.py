@@ -23,7 +23,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a worker's own function brings the seed back",
-        "strategies/randomness.py",
+        "privacy/randomness.py",
         "            self._user(worker)\n            randomness.seed_all()\n",
         "            self._user(worker)\n",
         f"{RUNS} -k workers_own",
