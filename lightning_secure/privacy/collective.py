@@ -25,39 +25,44 @@ _BUCKET_BYTES: Final = 32 * 2**20
 class Collective(Protocol):
     """The processes that take each step together: all of them, or none.
 
-    :class:`Single`, :class:`Processes` and :class:`~lightning_secure.privacy.sharding.Sharded`
-    implement it.
+    Attributes:
+        rank: Number of this process, from 0. It draws from every ``size``-th row, from this one on.
+        size: Number of processes.
+
+    What stands here is what one process does by itself.
     """
 
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0. It draws from every ``size``-th row, from this one on."""
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
+    rank: int = 0
+    size: int = 1
 
     @property
     def adds_noise(self) -> bool:
         """Whether this is the one process that adds the noise to its sums."""
+        return True
 
     def together(self) -> AbstractContextManager[None]:
         """Run a block in every process; if it fails in one, it fails in all."""
+        return nullcontext()
 
     def once(self, action: Callable[[], T]) -> T:
         """Run an action in the first process, and return its result in every one."""
+        return action()
 
     def alone(self, model: nn.Module) -> AbstractContextManager[None]:
         """Run a chunk, in which nothing is exchanged: each process has its own number of chunks."""
+        return nullcontext()
 
     def trial(self, model: nn.Module) -> AbstractContextManager[None]:
         """Run trial rows within :meth:`alone`, with whole weights in the state of the model."""
+        return nullcontext()
 
     def unsharded(self, model: nn.Module) -> AbstractContextManager[None]:
         """Have every weight whole in this process while a block runs."""
+        return nullcontext()
 
     def homes(self) -> Parameters:
         """Return the sharded parameter for each whole one, within :meth:`unsharded`."""
+        return {}
 
     def until_summed(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Run a part of a step before :meth:`sum`; if it fails in one process, that fails in all.
@@ -65,6 +70,7 @@ class Collective(Protocol):
         Args:
             parameters: Those of the sums, in the same order in every process.
         """
+        return nullcontext()
 
     def sum(
         self, sums: dict[nn.Parameter, Tensor], homes: Parameters, *, noised: bool, noises: int
@@ -80,57 +86,33 @@ class Collective(Protocol):
         Raises:
             PrivacyError: if another process has failed, or the noise is in the sums otherwise.
         """
+        self._require_noised(noises, 0, int(noised))
+
+    def _require_noised(self, noises: int, failed: int, found: int) -> None:
+        if failed:
+            self.fail(_failed_elsewhere())
+        if found != noises:
+            self.fail(
+                PrivacyError(
+                    f"{found} processes added noise in this step, and exactly one has to. The "
+                    "step was not taken."
+                )
+            )
 
     def fail(self, error: LightningSecureError) -> NoReturn:
-        """Raise an error that every process raises."""
+        """Raise an error that every process raises.
 
-
-class Single:
-    """One process: it has all rows and weights, and waits for no other."""
-
-    rank = 0
-    size = 1
-    adds_noise = True
-
-    def together(self) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-    def once(self, action: Callable[[], T]) -> T:
-        """Run the action."""
-        return action()
-
-    def alone(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-    def trial(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-    def unsharded(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the block: weights are whole."""
-        return nullcontext()
-
-    def homes(self) -> Parameters:
-        """Return none: each parameter is its own."""
-        return {}
-
-    def until_summed(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-    def sum(
-        self, sums: dict[nn.Parameter, Tensor], homes: Parameters, *, noised: bool, noises: int
-    ) -> None:
-        """Leave the sums as they are."""
-
-    def fail(self, error: LightningSecureError) -> NoReturn:
-        """Raise the error."""
+        Raises:
+            LightningSecureError: if called: always.
+        """
         raise error
 
 
-class Processes:
+class Single(Collective):
+    """One process: it has all rows and weights, and waits for no other."""
+
+
+class Processes(Collective):
     """Several processes, each with all weights and its own part of the rows.
 
     The first process adds the noise to its sums. Then the sums of all are added up, and all have
@@ -219,18 +201,6 @@ class Processes:
         finally:
             self._alone = False
 
-    def trial(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-    def unsharded(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the block: weights are whole."""
-        return nullcontext()
-
-    def homes(self) -> Parameters:
-        """Return none: each parameter is its own."""
-        return {}
-
     @contextlib.contextmanager
     def until_summed(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """Run a part of a step; if it fails, the others learn so where they add up their sums."""
@@ -251,17 +221,6 @@ class Processes:
         counts = self._added([0, int(noised)], [sums[parameter] for parameter in homes])
         self._require_noised(noises, *counts)
 
-    def _require_noised(self, noises: int, failed: int, found: int) -> None:
-        if failed:
-            self.fail(_failed_elsewhere())
-        if found != noises:
-            self.fail(
-                PrivacyError(
-                    f"{found} processes added noise in this step, and exactly one has to. The "
-                    "step was not taken."
-                )
-            )
-
     @contextlib.contextmanager
     def _telling(self, tell: Callable[[], Any]) -> Iterator[None]:
         """Tell the others if the block fails, where they will next look for it."""
@@ -274,14 +233,33 @@ class Processes:
             raise
 
     def _added(self, counts: Sequence[int], tensors: Sequence[Tensor] = ()) -> list[int]:
-        return add_over_processes(tensors, counts, device=self._device)
+        """Add up tensors over all processes, in place, and return the sums of counts.
+
+        Every process has the same sums, to the bit: each element is added up once, and the result
+        is sent to all.
+        """
+        total = torch.tensor(counts, dtype=torch.int64, device=self._device)
+
+        def exchange() -> list[int]:
+            pending = distributed.all_reduce(total, async_op=True)
+            for bucket in _buckets(tensors):
+                alone = len(bucket) == 1 and bucket[0].is_contiguous()
+                flat = bucket[0] if alone else torch.cat([tensor.reshape(-1) for tensor in bucket])
+                distributed.all_reduce(flat)
+                if not alone:
+                    start = 0
+                    for tensor in bucket:
+                        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+                        start += tensor.numel()
+            if pending is not None:
+                pending.wait()
+            sums: list[int] = total.tolist()
+            return sums
+
+        return answered(exchange)
 
     def fail(self, error: LightningSecureError) -> NoReturn:
-        """Raise an error that every process raises.
-
-        Raises:
-            LightningSecureError: if called: always.
-        """
+        """Raise an error that every process raises."""
         self._failure = error
         raise error
 
@@ -291,46 +269,6 @@ class Processes:
         if exception is not known and distributed.is_initialized():
             with contextlib.suppress(Exception):
                 _disconnect()
-
-
-def add_over_processes(
-    tensors: Sequence[Tensor], counts: Sequence[int], *, device: torch.device
-) -> list[int]:
-    """Add up tensors over all processes, in place, and small counts with them.
-
-    Args:
-        tensors: In each process as many, of the same shapes and types.
-        counts: Whole numbers, as many in each process.
-        device: Of the tensors.
-
-    Returns:
-        The sums of the counts.
-
-    Raises:
-        PrivacyError: if another process has gone, or did not answer in time.
-
-    Guarantees:
-        Every process has the same sums, to the bit: each element is added up once, and what comes
-        of it is sent to all.
-    """
-    total = torch.tensor(counts, dtype=torch.int64, device=device)
-
-    def exchange() -> list[int]:
-        pending = distributed.all_reduce(total, async_op=True)
-        for bucket in _buckets(tensors):
-            alone = len(bucket) == 1 and bucket[0].is_contiguous()
-            flat = bucket[0] if alone else torch.cat([tensor.reshape(-1) for tensor in bucket])
-            distributed.all_reduce(flat)
-            if not alone:
-                start = 0
-                for tensor in bucket:
-                    tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-                    start += tensor.numel()
-        _finished(pending)
-        sums: list[int] = total.tolist()
-        return sums
-
-    return answered(exchange)
 
 
 def answered(exchange: Callable[[], T]) -> T:
@@ -363,11 +301,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def _finished(work: Any) -> None:
-    if work is not None:
-        work.wait()
 
 
 def _failed_elsewhere() -> PrivacyError:

@@ -26,8 +26,8 @@ from lightning_secure.privacy.sharding import (
     require_gatherable,
     share_unsharded,
 )
+from lightning_secure.privacy.step import required
 from lightning_secure.strategies.processes import SeveralProcesses
-from lightning_secure.strategies.steps import required
 
 
 class WholeCheckpointsStrategy(ModelParallelStrategy):

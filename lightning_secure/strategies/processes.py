@@ -58,19 +58,6 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
     There is one account: the first process keeps the journal, gives the others its account at the
     start, and all enter the same steps.
 
-    Args:
-        config: The privacy configuration.
-        public_metrics: Names of metrics, logged while training, that do not depend on the rows.
-        journal: Directory of the run's journal; None for the default.
-        accelerator: For Lightning's strategy, like the others.
-        parallel_devices: The same.
-        cluster_environment: The same.
-        checkpoint_io: The same.
-        precision_plugin: The same.
-        process_group_backend: The same.
-        timeout: How long a process waits for the others before it fails.
-        unknown: Refused.
-
     Raises:
         ConfigError: if an argument is unknown.
 
@@ -140,7 +127,7 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         self._collective.connect(self.root_device)
         require_same(
             self._collective,
-            lambda: run_statement(self._module.trainer, self.config, self._public_metrics),
+            lambda: run_statement(self._module.trainer, self.config, self._step.public),
         )
 
     def setup(self, trainer: pl.Trainer) -> None:

@@ -277,7 +277,7 @@ def test_a_name_needs_a_promise_and_then_stands_for_it():
         strategy = L.Trainer(strategy=name, accelerator="cpu", devices=1, logger=False).strategy
         assert type(strategy) is kind
         assert strategy.config is CONFIG
-        assert "lr" in strategy._public_metrics
+        assert "lr" in strategy._step.public
 
 
 @pytest.mark.parametrize("kind", [PrivateDDPStrategy, PrivateFSDPStrategy])

@@ -53,7 +53,7 @@ CATALOGUE = [
     Mutation(
         "models are compared after weights were sent around",
         "strategies/training.py",
-        "        require_same(self._collective, lambda: model_statement(module))\n",
+        "        require_same(collective, lambda: model_statement(module))\n",
         "",
         f"{AGREE} -k 'named and extra_layer'",
     ),
@@ -74,7 +74,7 @@ CATALOGUE = [
     Mutation(
         "each process trains for as long as it was told",
         "strategies/processes.py",
-        "lambda: run_statement(self._module.trainer, self.config, self._public_metrics)",
+        "lambda: run_statement(self._module.trainer, self.config, self._step.public)",
         "lambda: {}",
         f"{AGREE} -k 'named and epochs'",
     ),

@@ -55,7 +55,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a release is in the account of the first process only",
-        "strategies/accounted.py",
+        "privacy/step.py",
         "            ledger.enter(release)\n",
         "            pass\n",
         f"{DDP} -k paid_for",

@@ -9,9 +9,9 @@ RUNS = "tests/attacks/test_runs.py"
 CATALOGUE = [
     Mutation(
         "masks follow from the user's seed",
-        "strategies/stepping.py",
-        "with self._randomness.apart(self.root_device), uncounted(",
-        "with uncounted(",
+        "privacy/step.py",
+        "with self._randomness.apart(around.device):",
+        "if True:",
         f"{RUNS} -k dropout",
     ),
     Mutation(
@@ -30,7 +30,7 @@ CATALOGUE = [
     ),
     Mutation(
         "the loss without noise is handed out",
-        "strategies/steps.py",
+        "privacy/step.py",
         '    loss = torch.full((), float("nan"), device=device)\n',
         "    loss = loss_of(last).detach()\n",
         f"{RUNS} -k nobody_is_told",
@@ -38,27 +38,27 @@ CATALOGUE = [
     Mutation(
         "a checkpoint gets the account of the last fit",
         "strategies/training.py",
-        "        self._ledger = restored or account_of(module)\n        if fitting:\n",
-        "        if fitting:\n            self._ledger = restored or account_of(module)\n",
+        "        step.ledger = restored or account_of(module)\n        if fitting:\n",
+        "        if fitting:\n            step.ledger = restored or account_of(module)\n",
         f"{RUNS} -k own_weights",
     ),
     Mutation(
         "training without noise in between is not noticed",
         "strategies/training.py",
-        "                    require_same_weights(module, self._ledger)\n",
+        "                    require_same_weights(module, step.ledger)\n",
         "",
         f"{RUNS} -k in_between",
     ),
     Mutation(
         "accumulation that begins later passes",
-        "strategies/stepping.py",
-        "        require_no_accumulation(self._module.trainer)\n",
+        "strategies/training.py",
+        "            require_no_accumulation(trainer)\n",
         "",
         f"{RUNS} -k begins_later",
     ),
     Mutation(
         "autograd's own gradient stays where the optimizer finds it",
-        "strategies/stepping.py",
+        "privacy/step.py",
         "                parameter.grad = None\n",
         "                pass\n",
         "tests/strategies/test_private.py -k thawed_within",
