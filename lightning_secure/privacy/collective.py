@@ -29,7 +29,7 @@ class Collective(Protocol):
         rank: Number of this process, from 0. It draws from every ``size``-th row, from this one on.
         size: Number of processes.
 
-    What stands here is what one process does by itself.
+    The methods here are those of one process by itself.
     """
 
     rank: int = 0

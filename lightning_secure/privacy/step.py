@@ -155,15 +155,14 @@ class PrivateStep:
         return engine is not None
 
     def take(self, around: Surroundings) -> Iterator[Any]:
-        """Take one step of DP-SGD, in two parts.
+        """Take one step of DP-SGD, in two parts; the caller's hooks run between them.
 
         Args:
             around: Runs the model.
 
         Yields:
-            The output that hooks may see, before anything is released: not a number for the loss,
-            with the public entries of a dict. Then the released metrics of the step, by name; the
-            noised gradient is in ``.grad`` of the parameters.
+            The output that hooks may see, before anything is released. Then the released metrics
+            of the step, by name, with the noised gradient in ``.grad`` of the parameters.
 
         Raises:
             BudgetExhaustedError: if the step would exceed ``target_epsilon``.

@@ -32,7 +32,7 @@ CATALOGUE = [
         "the loss without noise is handed out",
         "privacy/step.py",
         '    loss = torch.full((), float("nan"), device=device)\n',
-        "    loss = loss_of(last).detach()\n",
+        "    loss = loss_of(output).detach()\n",
         f"{RUNS} -k nobody_is_told",
     ),
     Mutation(
