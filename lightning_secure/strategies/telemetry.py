@@ -63,22 +63,16 @@ class GuardedResults(_ResultCollection):
         finally:
             self.muted = False
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Take in what a step logs: once, in the first of its chunks.
+    def begin_chunk(self) -> None:
+        """Begin a chunk of the step: only the first one logs."""
+        self.again, self._begun = self._begun, True
 
-        A step that has drawn nothing, and so has not logged, counts like the one before it.
-        """
-        self._begun = False
-        yield
-        self.again = False
+    def end_step(self) -> None:
+        """Count a step that has drawn nothing, and so has not logged, like the one before it."""
         if not self._begun:
             for (fx, name), (args, kwargs) in self._last.items():
                 super().log(fx, name, *args, **kwargs)
-
-    def begin_chunk(self) -> None:
-        """Begin a chunk of the step."""
-        self.again, self._begun = self._begun, True
+        self.again = self._begun = False
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Keep the value if its name is public; otherwise say once that it was withheld."""

@@ -348,8 +348,9 @@ class PrivateTraining(Strategy):
         """
         self._taking = None
         taking = self._step.take(self._around(batch, rest, named))
-        with uncounted(self._module.trainer), required(self._results).step():
+        with uncounted(self._module.trainer):
             told = next(taking)
+        required(self._results).end_step()
         self._taking = taking
         return told
 

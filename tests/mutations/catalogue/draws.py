@@ -42,8 +42,8 @@ CATALOGUE = [
     Mutation(
         "the profiler counts chunks",
         "strategies/training.py",
-        "with uncounted(self._module.trainer), required(",
-        "with required(",
+        "with uncounted(self._module.trainer):",
+        "if True:",
         f"{EXPECTED} -k profiler_counts",
     ),
     Mutation(
