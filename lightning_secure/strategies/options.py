@@ -194,25 +194,6 @@ def _exact_precision(precision: Precision) -> bool:
     return type(precision) in (Precision, DoublePrecision)
 
 
-def require_every_batch(trainer: pl.Trainer, epoch: int) -> None:
-    """Refuse that rows in a fixed order come again before the others had their turn.
-
-    Args:
-        trainer: May end epochs early.
-        epoch: Steps of an epoch.
-
-    Raises:
-        UnsupportedTrainerOptionError: if the Trainer ends epochs early.
-    """
-    limit = trainer.limit_train_batches
-    if limit < epoch if isinstance(limit, int) else limit != 1.0:
-        raise UnsupportedTrainerOptionError(
-            f"limit_train_batches={limit} would bring some rows back "
-            "before the others had their turn. Leave it out, or use mechanism='poisson'. No "
-            "step was taken."
-        )
-
-
 def planned_steps(trainer: pl.Trainer, config: DPConfig, steps_per_epoch: int) -> int:
     """Return the steps that the budget must last for.
 

@@ -63,7 +63,6 @@ from lightning_secure.strategies.options import (
     carry_ledger,
     fixed_scale,
     planned_steps,
-    require_every_batch,
     require_no_accumulation,
     require_optimizers,
     require_trainer_options,
@@ -270,7 +269,12 @@ class PrivateTraining(Strategy):
                 "several training DataLoaders, or it is to be loaded anew "
                 "(reload_dataloaders_every_n_epochs). The next step was not taken."
             )
-        require_every_batch(trainer, epoch)
+        limit = trainer.limit_train_batches
+        if limit < epoch if isinstance(limit, int) else limit != 1.0:
+            raise UnsupportedTrainerOptionError(
+                f"limit_train_batches={limit} would bring some rows back before the others had "
+                "their turn. Leave it out, or use mechanism='poisson'. No step was taken."
+            )
         # At least one, so that it can be said what the noise would have been.
         steps = max(1, planned_steps(trainer, self.config, epoch) - trainer.global_step)
         self._step.banded = BandedFit(
@@ -376,10 +380,6 @@ class PrivateTraining(Strategy):
             results.begin_chunk()
             return moved(data)
 
-        def fetch(rows: Sequence[int], *before_collating: Callable[[], None]) -> Any:
-            (loader,) = training_loaders(trainer)  # on_train_start has seen to that
-            return loader.trial_batch(rows, *before_collating)
-
         def checkpoint_alone() -> dict[str, Any]:
             if trainer.world_size > 1:  # which may not run trial rows in this step
                 return {"hyper_parameters": dict(module.hparams)}
@@ -397,7 +397,8 @@ class PrivateTraining(Strategy):
             backward=lambda loss: self.precision_plugin.backward(loss, module, self.optimizers[0]),
             optimized=lambda: [p for g in self.optimizers[0].param_groups for p in g["params"]],
             muted=results.muting,
-            fetch=fetch,
+            # There is one loader: on_train_start has seen to that.
+            fetch=lambda *rows: training_loaders(trainer)[0].trial_batch(*rows),
             stateful=lambda: [
                 *self.optimizers,
                 *(item.scheduler for item in self.lr_scheduler_configs),

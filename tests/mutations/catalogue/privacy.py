@@ -185,4 +185,18 @@ CATALOGUE = [
         'return {**self.__dict__, "_handles": [], ',
         f"{GRADIENTS} -k pickled",
     ),
+    Mutation(
+        "a step is released before it is charged",
+        "privacy/step.py",
+        "            self._charge(around)\n        self._add_noise(around)\n",
+        "            pass\n        self._add_noise(around)\n        self._charge(around)\n",
+        "tests/privacy/test_step.py -k cannot_be_charged",
+    ),
+    Mutation(
+        "one process releases a sum without the noise that is due",
+        "privacy/collective.py",
+        "        self._require_noised(noises, 0, int(noised))\n",
+        "        pass\n",
+        "tests/privacy/test_step.py -k forgets_the_noise",
+    ),
 ]
