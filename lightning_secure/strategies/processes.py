@@ -51,12 +51,11 @@ _NOT_TAKEN: Final = {
 
 
 class SeveralProcesses(PrivateTraining, ParallelStrategy):
-    """The parts of private training that several processes of one step need.
+    """Lightning's side of several processes, before and after the steps that they take together.
 
-    Each process draws from its own part of the rows, clips, and adds up. The first one adds the
-    noise to its sum; then the sums of all are added up, and all have the same noised gradient.
-    There is one account: the first process keeps the journal, gives the others its account at the
-    start, and all enter the same steps.
+    :class:`~lightning_secure.privacy.collective.Processes` says how they take one. There is one
+    account: the first process keeps the journal, gives the others its account at the start, and
+    all enter the same steps.
 
     Raises:
         ConfigError: if an argument is unknown.
@@ -65,10 +64,8 @@ class SeveralProcesses(PrivateTraining, ParallelStrategy):
         asks_checkpoint_io: Every checkpoint goes through the CheckpointIO.
 
     Guarantees:
-        The noise is in the gradient exactly once: in every step the processes count who added it.
-        If preparing or taking a step fails in one process, it fails in all, and nothing is
-        released. One that fails elsewhere ends its connection, so that the others fail when they
-        next wait for it.
+        Those of ``Processes``. A process that fails outside of what all do together ends its
+        connection, so that the others fail when they next wait for it.
     """
 
     asks_checkpoint_io: ClassVar[bool] = True
