@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning.fabric.plugins import CheckpointIO
 from torch.nn import Module
 
-from lightning_secure.errors import LedgerError, PrivacyError
+from lightning_secure.errors import PrivacyError
 from lightning_secure.privacy.accounting.carried_ledger import drop_ledger, keep_ledger, ledger_of
 from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.accounting.mechanism import Release
@@ -31,8 +31,7 @@ class RunAccount:
     Args:
         trying: Returns whether the module is only being tried out, by the preflight or by the
             Trainer's sanity check.
-        ledger: Returns the account of its weights, once there is one.
-        charge: Charges an account for a release, in every process that has it.
+        charge: Charges the account of its weights for a release, in every process.
         charged: Is called after each release: it may have left nothing for another step.
     """
 
@@ -40,12 +39,10 @@ class RunAccount:
         self,
         *,
         trying: Callable[[], bool],
-        ledger: Callable[[], Ledger | None],
-        charge: Callable[[Ledger, Release], None],
+        charge: Callable[[Release], None],
         charged: Callable[[], None],
     ) -> None:
         self._trying = trying
-        self._ledger = ledger
         self._charge = charge
         self._charged = charged
 
@@ -62,10 +59,7 @@ class RunAccount:
                 "the module is only being tried out, by the preflight or the sanity check. Nothing "
                 "was released. What training_step computes is released by released_metrics."
             )
-        ledger = self._ledger()
-        if ledger is None:
-            raise LedgerError("there is no account before the first fit. Nothing was released.")
-        self._charge(ledger, release)
+        self._charge(release)
         self._charged()
 
 

@@ -12,8 +12,8 @@ from lightning_secure.privacy.gradients.clipping.rules import (
     FlatClipping,
     PerLayerClipping,
 )
+from lightning_secure.privacy.step import required
 from lightning_secure.strategies.processes import SeveralProcesses
-from lightning_secure.strategies.steps import required
 
 
 class PrivateDDPStrategy(SeveralProcesses, DDPStrategy):

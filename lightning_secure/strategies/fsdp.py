@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -14,23 +13,21 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, distributed, nn
+from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_secure.compat.lightning import bare_optimizer
-from lightning_secure.strategies.processes import SeveralProcesses
-from lightning_secure.strategies.sharding import (
-    Shards,
-    added_shard,
+from lightning_secure.privacy.sharding import (
+    Sharded,
     gathered,
-    left_whole,
     like_parameter,
     put_back,
     require_gatherable,
     share_unsharded,
 )
-from lightning_secure.strategies.steps import required
+from lightning_secure.privacy.step import required
+from lightning_secure.strategies.processes import SeveralProcesses
 
 
 class WholeCheckpointsStrategy(ModelParallelStrategy):
@@ -49,6 +46,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     """
 
     asks_checkpoint_io: ClassVar[bool] = True
+    _collective: Sharded
 
     def __init__(
         self, *, timeout: timedelta, process_group_backend: str | None, **options: Any
@@ -62,7 +60,6 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         for name, value in options.items():
             if value is not None:
                 setattr(self, name, value)
-        self._alone = False
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -95,7 +92,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return whole weights in the first process, and none in the others."""
         state: dict[str, Any] = required(self.lightning_module).state_dict()
-        if self._alone:  # trying, by this process alone, with its weights whole
+        if self._collective.trying:  # trying, by this process alone, with its weights whole
             return state
         whole: dict[str, Any] = gathered(state, keep=self.is_global_zero)
         return whole if self.is_global_zero else {}
@@ -109,7 +106,7 @@ class WholeCheckpointsStrategy(ModelParallelStrategy):
         """
         optimizer = bare_optimizer(optimizer)
         state = optimizer.state_dict()
-        if self._alone:
+        if self._collective.trying:
             return state
         require_gatherable(state["state"])
         whole: dict[str, Any] = gathered(state, keep=self.is_global_zero)
@@ -201,7 +198,8 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
 
     strategy_name = "private_fsdp"
 
-    _shards: Shards | None = None
+    talks_to = Sharded
+    _collective: Sharded
     _gatherable = False
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -212,29 +210,6 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             share_unsharded(self._module)
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        shards = self._shards = Shards(self._module)
-        if self._engine is None:  # before the first step
-            with self._together():
-                shards.require_alike(world_size=self.world_size)
-                shards.require_on(self.root_device)
-        with shards.whole():
-            yield
-
-    def _homes(self) -> dict[nn.Parameter, nn.Parameter]:
-        return required(self._shards).homes()
-
-    @contextlib.contextmanager
-    def _trying(self) -> Iterator[None]:
-        # Other processes come to it in other steps, so this one looks at what it has itself.
-        self._alone = True
-        try:
-            with left_whole(self._module), super()._trying():
-                yield
-        finally:
-            self._alone = False
-
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Take the step; after the first one, look whether checkpoints can hold the optimizer.
 
@@ -244,23 +219,13 @@ class PrivateFSDPStrategy(SeveralProcesses, WholeCheckpointsStrategy):
         """
         result = super().optimizer_step(optimizer, *args, **kwargs)
         if not self._gatherable:
-            with self._together():
+            with self._collective.together():
                 require_gatherable(optimizer.state)
             self._gatherable = True
         return result
-
-    def _tell_where_sums_are_due(self) -> None:
-        self._added([1, 0])
-
-    def _combine(self, sums: dict[nn.Parameter, Tensor], noised: bool) -> None:
-        # Before any sum leaves its process, all know that there is one noise in them.
-        self._require_noised_once(*self._added([0, int(noised)]))
-        for parameter, home in required(self._engine).homes.items():
-            sums[parameter] = added_shard(sums[parameter], home)
 
     def teardown(self) -> None:
         """Take everything off again."""
         if self._lightning_module is not None:
             put_back(self._module)
         super().teardown()
-        self._shards = None

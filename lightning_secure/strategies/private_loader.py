@@ -16,8 +16,8 @@ from torch.utils.data import (
 )
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.randomness import FreshRandomness, WorkerInit
 from lightning_secure.privacy.sampling import LogicalCollate, PoissonBatchSampler, seed_of_rank
-from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ number, a row is drawn by several of them or by none, and no account of a run co
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_secure.errors import UnsupportedTrainerOptionError
-from lightning_secure.strategies.randomness import FreshRandomness
-from lightning_secure.strategies.statements import type_name
-from lightning_secure.util.agreement import DescribesRows, Statement
+from lightning_secure.privacy.collective import Collective, answered
+from lightning_secure.privacy.config import DPConfig
+from lightning_secure.privacy.randomness import FreshRandomness
+from lightning_secure.strategies.statements import loader_statement, require_same, type_name
+from lightning_secure.util.agreement import DescribesRows, Statement, compared, gathered, ranks
+
+log = logging.getLogger(__name__)
 
 #: Tensors of a dataset are compared byte by byte up to this many, about a second of SHA-256.
 _MOST_BYTES: Final = 2**30
@@ -74,6 +79,47 @@ class RowValue(NamedTuple):
 #: The rows that could be read, in the order of the places; each with None in place of a part that
 #: is another one each time. None in place of a row that could not be read.
 Rows = list[tuple[RowValue | None, ...] | None]
+
+
+def require_same_rows(
+    collective: Collective, loader: DataLoader[Any], *, begins: bool, config: DPConfig
+) -> None:
+    """Make sure that all processes hold the same rows in the same order.
+
+    Args:
+        collective: Is asked nothing if it is a single process.
+        loader: The user's.
+        begins: Whether the run's public numbers are yet to be fixed.
+        config: May fix them without the loader.
+
+    Raises:
+        UnsupportedTrainerOptionError: if the rows, or how the loader batches them, differ.
+    """
+    if collective.size == 1:
+        return
+    require_same(collective, lambda: loader_statement(loader, begins=begins, config=config))
+    with collective.together():
+        described = describe_rows(loader.dataset)
+    found = answered(lambda: compared(described.statement))
+    if described.complete and not found:
+        return
+    with collective.together():
+        read = read_rows(loader)
+    rows = len(loader.dataset)  # type: ignore[arg-type] # require_plain_loader saw to it
+    by_rank = answered(lambda: gathered((described.indices, read, rows)))
+    indices, reads, counts = zip(*by_rank, strict=True)
+    if not found:
+        apart, places = rows_apart(reads)
+        if apart:
+            found = [f"rows of the training dataset ({ranks(apart)} read others than rank 0)"]
+        elif not places:
+            log.warning(
+                "no row of the training dataset could be read twice alike, so the processes "
+                "could not compare their rows. The epsilon holds only if each process has the "
+                "same rows in the same order."
+            )
+    if found:
+        collective.fail(different_rows(found, split_by_rank(indices, reads, counts)))
 
 
 def describe_rows(dataset: Dataset[Any], where: str = "the training dataset") -> Description:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_secure.compat.lightning import validation_source
+from lightning_secure.errors import UnsupportedTrainerOptionError
+from lightning_secure.privacy.collective import Collective, answered
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.released.sums import ChargesAccount, PrivateSum
-from lightning_secure.util.agreement import Statement
+from lightning_secure.util.agreement import Statement, compared
 
 #: How many rows one process runs at once depends on its own memory.
 _OF_ONE_PROCESS: Final = frozenset({"max_physical_batch_size"})
@@ -60,6 +62,29 @@ _CALLBACK_OPTIONS: Final = (
     "_check_on_train_epoch_end",
 )
 _MOST_NUMBERS: Final = 16
+
+
+def require_same(collective: Collective, statement: Callable[[], Statement]) -> None:
+    """Compare a statement over all processes.
+
+    Args:
+        collective: Is asked nothing if it is a single process.
+        statement: Returns that of this process.
+
+    Raises:
+        UnsupportedTrainerOptionError: if the statements differ.
+    """
+    if collective.size == 1:
+        return
+    with collective.together():
+        own = statement()
+    if found := answered(lambda: compared(own)):
+        collective.fail(
+            UnsupportedTrainerOptionError(
+                f"the processes of this run were not given the same: {'; '.join(found)}. Run "
+                "the same script with the same settings in every process. No step was taken."
+            )
+        )
 
 
 def run_statement(

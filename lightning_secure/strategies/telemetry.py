@@ -7,7 +7,8 @@ rows without noise. Logged, they are a release that no account contains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -47,11 +48,31 @@ class GuardedResults(_ResultCollection):
     def __init__(self, public: Iterable[str], released: Iterable[str] = ()) -> None:
         super().__init__(training=True)
         self.muted = False
-        self.again = False
+        self.again = self._begun = False
         self._last: dict[tuple[str, str], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._public = frozenset(public)
         self._released = frozenset(released)
         self._withheld: set[str] = set()
+
+    @contextmanager
+    def muting(self) -> Iterator[None]:
+        """Let nothing pass while a block runs."""
+        self.muted = True
+        try:
+            yield
+        finally:
+            self.muted = False
+
+    def begin_chunk(self) -> None:
+        """Begin a chunk of the step: only the first one logs."""
+        self.again, self._begun = self._begun, True
+
+    def end_step(self) -> None:
+        """Count a step that has drawn nothing, and so has not logged, like the one before it."""
+        if not self._begun:
+            for (fx, name), (args, kwargs) in self._last.items():
+                super().log(fx, name, *args, **kwargs)
+        self.again = self._begun = False
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Keep the value if its name is public; otherwise say once that it was withheld."""
@@ -77,11 +98,6 @@ class GuardedResults(_ResultCollection):
                 name,
                 fx,
             )
-
-    def repeat(self) -> None:
-        """Count a step that has drawn nothing, and so has not logged, like the one before it."""
-        for (fx, name), (args, kwargs) in self._last.items():
-            super().log(fx, name, *args, **kwargs)
 
     def publish(self, metrics: Mapping[str, Tensor]) -> None:
         """Take in metrics of one step that were released with noise; their mean is an epoch's."""

@@ -403,7 +403,7 @@ class InOrder(Callback):
         self.step = step
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        drawn = trainer.strategy._drawn.chunks
+        drawn = trainer.strategy._step.drawn.chunks
         for chunk in drawn if trainer.global_step < self.step else ():
             targets = chunk.data[1]
             targets[targets == -100] = 0

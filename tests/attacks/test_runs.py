@@ -34,7 +34,7 @@ from lightning_secure.errors import (
 )
 from lightning_secure.privacy.accounting.carried_ledger import ledger_of
 from lightning_secure.privacy.accounting.ledger import Ledger
-from lightning_secure.strategies.randomness import FreshRandomness, WorkerInit
+from lightning_secure.privacy.randomness import FreshRandomness, WorkerInit
 
 
 class Model(L.LightningModule):

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from lightning_secure.crypto.providers.local import LocalKeyProvider
 from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.plugins.checkpoint import EncryptedCheckpointIO
+from lightning_secure.privacy.sharding import require_on
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
-from lightning_secure.strategies.sharding import Shards
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 trainer = partial(scenarios.trainer, PrivateFSDPStrategy)
@@ -93,7 +93,7 @@ class LeavesWhole(Callback):
 def on_the_cpu(model):
     """What is said where shards are on the CPU, and the strategy trains on a GPU."""
     try:
-        Shards(model).require_on(torch.device("cuda"))
+        require_on(model, torch.device("cuda"))
     except UnsupportedTrainerOptionError as error:
         return str(error)
 

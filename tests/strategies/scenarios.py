@@ -53,7 +53,7 @@ class Watch(Callback):
         self.first = weights(module)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        rows = trainer.strategy._drawn  # which hooks are not given
+        rows = trainer.strategy._step.drawn  # which hooks are not given
         if (trainer.global_step, trainer.global_rank) in self.empty:
             rows.chunks = ()
         self.chunks.append(len(rows.chunks))

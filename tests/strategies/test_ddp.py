@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from lightning_secure.errors import ConfigError, UnsupportedTrainerOptionError
 from lightning_secure.privacy.accounting.ledger import Ledger
+from lightning_secure.privacy.collective import answered
 from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.sampling import PoissonBatchSampler, seed_of_rank
 from lightning_secure.strategies.ddp import PrivateDDPStrategy
 from lightning_secure.strategies.fsdp import PrivateFSDPStrategy
 from lightning_secure.strategies.private import PrivateStrategy
-from lightning_secure.strategies.reduction import answered
 from lightning_secure.strategies.registry import register_strategies
 
 results = partial(launch, Path(__file__).parent / "ddp_run.py")
@@ -277,7 +277,7 @@ def test_a_name_needs_a_promise_and_then_stands_for_it():
         strategy = L.Trainer(strategy=name, accelerator="cpu", devices=1, logger=False).strategy
         assert type(strategy) is kind
         assert strategy.config is CONFIG
-        assert "lr" in strategy._public_metrics
+        assert "lr" in strategy._step.public
 
 
 @pytest.mark.parametrize("kind", [PrivateDDPStrategy, PrivateFSDPStrategy])

@@ -106,12 +106,12 @@ def test_every_step_looks_the_same_to_every_hook(tmp_path):
             assert results.batch_size is None
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            drawn.append(sum(chunk.size for chunk in trainer.strategy._drawn.chunks))
+            drawn.append(sum(chunk.size for chunk in trainer.strategy._step.drawn.chunks))
             self.look(trainer, batch)
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             self.look(trainer, batch)
-            assert trainer.strategy._drawn is None
+            assert trainer.strategy._step.drawn is None
 
     class Hooks(Model):
         def on_train_batch_start(self, batch, batch_idx):
@@ -226,7 +226,7 @@ def test_a_step_without_rows_returns_what_others_do(tmp_path):
 
     class Spy(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            rows = trainer.strategy._drawn
+            rows = trainer.strategy._step.drawn
             if not drawn:  # something to repeat
                 rows.chunks = (Chunk(2, (torch.randn(2, 5), torch.arange(2))),)
             drawn.append(len(rows.chunks))

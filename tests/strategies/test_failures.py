@@ -74,7 +74,7 @@ def test_the_divisor_does_not_tell_how_many_rows_there_are(tmp_path):
 
     class Empty(Gradients):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            trainer.strategy._drawn.chunks = ()
+            trainer.strategy._step.drawn.chunks = ()
 
     dp = config(expected_batch_size=8, public_dataset_size=32, insecure_seed=3)
     steps = [fitted(tmp_path, Model(), dp, rows=rows, spy=Empty())[1] for rows in (32, 31)]

@@ -180,7 +180,7 @@ def test_without_noise_it_is_dp_sgd_by_hand(tmp_path):
 def test_a_draw_of_nothing_is_a_step_of_pure_noise(tmp_path):
     class Empty(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            trainer.strategy._drawn.chunks = ()
+            trainer.strategy._step.drawn.chunks = ()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             assert math.isnan(outputs["loss"])
@@ -689,7 +689,7 @@ def test_a_run_with_secure_noise_says_so(tmp_path, monkeypatch):
     path = run.checkpoint_callback.best_model_path
     state = torch.load(path, weights_only=True)["lightning_secure"]["privacy"]
     assert state["secure_noise"] is True
-    assert run.strategy._noise._secure
+    assert run.strategy._step.noise._secure
 
 
 def test_a_seeded_run_repeats_itself(tmp_path):

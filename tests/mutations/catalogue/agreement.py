@@ -17,9 +17,9 @@ CATALOGUE = [
     ),
     Mutation(
         "rows of a dataset of the user's own are not read",
-        "strategies/processes.py",
-        "        if described.complete and not found:\n",
-        "        if not found:\n",
+        "strategies/same_rows.py",
+        "    if described.complete and not found:\n",
+        "    if not found:\n",
         f"{AGREE} -k 'own_order and named'",
     ),
     Mutation(
@@ -52,8 +52,8 @@ CATALOGUE = [
     ),
     Mutation(
         "models are compared after weights were sent around",
-        "strategies/processes.py",
-        "        self._agree(lambda: model_statement(self._module))\n",
+        "strategies/training.py",
+        "        require_same(collective, lambda: model_statement(module))\n",
         "",
         f"{AGREE} -k 'named and extra_layer'",
     ),
@@ -67,14 +67,14 @@ CATALOGUE = [
     Mutation(
         "each process has an optimizer of its own",
         "strategies/training.py",
-        "        self._require_same_optimizer()\n",
-        "",
+        "lambda: optimizer_statement(self.optimizers, self.lr_scheduler_configs, module)",
+        "lambda: {}",
         f"{AGREE} -k 'named and lr and not sharded'",
     ),
     Mutation(
         "each process trains for as long as it was told",
         "strategies/processes.py",
-        "lambda: run_statement(self._module.trainer, self.config, self._public_metrics)",
+        "lambda: run_statement(self._module.trainer, self.config, self._step.public)",
         "lambda: {}",
         f"{AGREE} -k 'named and epochs'",
     ),

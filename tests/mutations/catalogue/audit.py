@@ -68,9 +68,9 @@ CATALOGUE = [
     ),
     Mutation(
         "a released metric mixes rows",
-        "strategies/stepping.py",
-        "                entries, self._module",
-        "                [], self._module",
+        "privacy/step.py",
+        "                entries, model",
+        "                [], model",
         f"{RELEASED} -k other_rows",
     ),
     Mutation(

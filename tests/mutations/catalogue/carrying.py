@@ -25,7 +25,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a private strategy relies on the module's hook for the ledger",
-        "strategies/accounted.py",
+        "strategies/training.py",
         "            write_ledger(self._module, checkpoint)\n",
         "            pass\n",
         f"{ACCOUNT} -k hook_is_exchanged",
@@ -40,7 +40,7 @@ CATALOGUE = [
     Mutation(
         "checkpoints of a later private fit count as changed",
         "strategies/training.py",
-        "                self._ledger.weights = None\n",
+        "                step.ledger.weights = None\n",
         "                pass\n",
         f"{ACCOUNT} -k within_a_later",
     ),

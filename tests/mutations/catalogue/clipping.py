@@ -66,7 +66,7 @@ CATALOGUE = [
     ),
     Mutation(
         "rows may come again before their turn",
-        "strategies/banded.py",
+        "privacy/noise/banded/fit.py",
         "if due != found:",
         "if False:",
         "tests/strategies/test_banded.py -k left_early",

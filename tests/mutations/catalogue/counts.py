@@ -37,9 +37,9 @@ CATALOGUE = [
     ),
     Mutation(
         "a step takes what a release has left",
-        "strategies/stepping.py",
-        "            self._require_affordable(ledger)\n            ledger.record()\n",
-        "            ledger.record()\n",
+        "privacy/step.py",
+        "        self._require_affordable(ledger)\n        ledger.record()\n",
+        "        ledger.record()\n",
         f"{COUNTS} -k leaves_that_step",
     ),
     Mutation(

@@ -10,7 +10,7 @@ REPEATS = "tests/privacy/test_repeated_rows.py"
 CATALOGUE = [
     Mutation(
         "hooks are given the rows of a step",
-        "strategies/stepping.py",
+        "strategies/training.py",
         "            return required(self._expected)\n",
         "            return batch\n",
         f"{EXPECTED} -k looks_the_same",
@@ -20,10 +20,9 @@ CATALOGUE = [
     ),
     Mutation(
         "the last chunk stays where self.log finds it",
-        "strategies/stepping.py",
-        "            data = self._on_device(chunk.data)\n",
-        "            data = self._on_device(chunk.data)\n"
-        "            required(self._results).batch = data\n",
+        "strategies/training.py",
+        "            return moved(data)\n",
+        "            results.batch = moved(data)\n            return results.batch\n",
         f"{EXPECTED} -k looks_the_same",
     ),
     Mutation(
@@ -42,14 +41,14 @@ CATALOGUE = [
     ),
     Mutation(
         "the profiler counts chunks",
-        "strategies/stepping.py",
-        ", uncounted(self._module.trainer):",
-        ":",
+        "strategies/training.py",
+        "with uncounted(self._module.trainer):",
+        "if True:",
         f"{EXPECTED} -k profiler_counts",
     ),
     Mutation(
         "a step without rows returns something else",
-        "strategies/stepping.py",
+        "privacy/step.py",
         "            self._told = told\n",
         "            pass\n",
         f"{EXPECTED} -k without_rows",

@@ -12,9 +12,9 @@ GRADIENTS = "tests/privacy/test_gradients.py"
 CATALOGUE = [
     Mutation(
         "a step is taken with its first chunk only",
-        "strategies/stepping.py",
-        "for chunk in drawn.chunks)",
-        "for chunk in drawn.chunks[:1])",
+        "privacy/step.py",
+        "for chunk in chunks:",
+        "for chunk in chunks[:1]:",
         f"{STRATEGY} -k 'do_not_change_the_result and 2'",
     ),
     Mutation(
@@ -35,7 +35,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a resumed run repeats the noise",
-        "strategies/stepping.py",
+        "privacy/step.py",
         "GaussianNoise(config.insecure_seed, ",
         "GaussianNoise(torch.initial_seed(), ",
         f"{FAILURES} -k resumed",

@@ -9,7 +9,7 @@ FSDP = "tests/strategies/test_fsdp.py"
 CATALOGUE = [
     Mutation(
         "each process keeps its own sum of its shard",
-        "strategies/sharding.py",
+        "privacy/sharding.py",
         "home.device_mesh, [Partial()], run_check",
         "home.device_mesh, [Replicate()], run_check",
         f"{FSDP} -k by_hand",
@@ -17,9 +17,9 @@ CATALOGUE = [
     ),
     Mutation(
         "a step is taken with weights of an earlier one",
-        "strategies/sharding.py",
-        "        put_back(model)\n        self.model = model\n",
-        "        self.model = model\n",
+        "privacy/sharding.py",
+        "        put_back(model)\n        if model is not",
+        "        if model is not",
         f"{FSDP} -k by_hand",
     ),
     Mutation(
@@ -31,12 +31,10 @@ CATALOGUE = [
     ),
     Mutation(
         "every process adds the noise to its sum of sharded weights",
-        "strategies/fsdp.py",
-        "    def _tell_where_sums_are_due(self) -> None:\n",
-        "    def _noise_multiplier(self) -> float:\n"
-        "        return required(self._ledger).noise_multiplier\n\n"
-        "    def _tell_where_sums_are_due(self) -> None:\n",
+        "privacy/sharding.py",
+        "    def _tell_where_sums_are_due(self, ",
+        "    adds_noise = True\n\n    def _tell_where_sums_are_due(self, ",
         f"{FSDP} -k noise_is_in_the_sum_once",
-        (("int(noised)]))", "int(self.is_global_zero)]))"),),
+        (("int(noised)]))", "int(self.rank == 0)]))"),),
     ),
 ]

@@ -53,7 +53,7 @@ CATALOGUE = [
     ),
     Mutation(
         "weights of a refused resume get a fresh account",
-        "strategies/accounted.py",
+        "strategies/training.py",
         "        bring_ledger(self._module, checkpoint, load)\n",
         "        load()\n",
         f"{RUNS} -k only_validated",

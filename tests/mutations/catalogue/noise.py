@@ -39,8 +39,8 @@ CATALOGUE = [
     Mutation(
         "secure noise leaves the draws to numpy",
         "strategies/training.py",
-        "            secure=self.config.secure_noise,\n",
-        "",
+        "            secure=self.config.secure_noise,\n            rank=",
+        "            rank=",
         "tests/strategies/test_private.py -k secure_noise",
     ),
 ]

@@ -38,8 +38,8 @@ CATALOGUE = [
     ),
     Mutation(
         "a metric carries training rows into validation",
-        "strategies/stepping.py",
-        "with metrics_kept_apart(self._module):",
+        "privacy/step.py",
+        "with metrics_kept_apart(around.model):",
         "if True:",
         f"{ATTACKS} -k carry_training_rows",
     ),
@@ -52,10 +52,10 @@ CATALOGUE = [
     ),
     Mutation(
         "a transfer hook tells a metric of training rows",
-        "strategies/stepping.py",
-        "            data = self._on_device(chunk.data)\n            with engine",
-        "            pass\n        data = self._on_device(chunk.data)\n"
-        "        with metrics_kept_apart(self._module):\n            with engine",
+        "privacy/step.py",
+        "            data = around.on_device(chunk.data)\n            with engine",
+        "            pass\n        data = around.on_device(chunk.data)\n"
+        "        with metrics_kept_apart(around.model):\n            with engine",
         f"{ATTACKS} -k hides_no_training_rows",
     ),
     Mutation(
@@ -230,7 +230,7 @@ CATALOGUE = [
     ),
     Mutation(
         "trial runs fetch no rows that run by themselves",
-        "strategies/stepping.py",
+        "privacy/step.py",
         "first=fetched if isolated",
         "first=(lambda: None) if isolated",
         f"{ATTACKS} -k 'keeps_of_rows and default_collate-True'",

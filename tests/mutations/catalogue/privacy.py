@@ -96,27 +96,28 @@ CATALOGUE = [
     ),
     Mutation(
         "steps are not accounted for",
-        "strategies/stepping.py",
+        "privacy/step.py",
         "        ledger.record()\n",
         "",
         f"{STRATEGY} -k 'boring or calibrated'",
     ),
     Mutation(
         "the sum is divided by what was drawn",
-        "strategies/stepping.py",
-        "expected_batch_size=ledger.public.expected_batch_size,",
-        "expected_batch_size=self._drawn,",
+        "privacy/step.py",
+        "expected_batch_size=ledger.public.expected_batch_size,\n            combine",
+        "expected_batch_size=self._rows,\n            combine",
         f"{STRATEGY} -k by_hand",
         (
             (
                 "engine.begin_step(bound)",
-                "engine.begin_step(bound)\n        self._drawn = max(1, batch.size)",
+                "engine.begin_step(bound)\n"
+                "        self._rows = max(1, sum(chunk.size for chunk in drawn.chunks))",
             ),
         ),
     ),
     Mutation(
         "hooks see gradients before the noise",
-        "strategies/stepping.py",
+        "strategies/training.py",
         "        self.precision_plugin.pre_backward(closure_loss, self._module)\n",
         "        self.precision_plugin.post_backward(closure_loss, self._module)\n",
         f"{STRATEGY} -k no_hook",
@@ -130,7 +131,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a run resumes without its account",
-        "strategies/accounted.py",
+        "strategies/training.py",
         "            self._restored = require_account(checkpoint)\n",
         "            self._restored = None\n",
         f"{STRATEGY} -k 'goes_on_with or without_an_account'",
@@ -158,9 +159,9 @@ CATALOGUE = [
     ),
     Mutation(
         "nothing is checked before the first step",
-        "strategies/training.py",
-        "        self._preflight_due = True\n        self._repeats =",
-        "        self._preflight_due = False\n        self._repeats =",
+        "privacy/step.py",
+        "self._preflight_due, self._repeats = True, ",
+        "self._preflight_due, self._repeats = False, ",
         f"{STRATEGY} -k preflight",
     ),
     Mutation(
@@ -183,5 +184,19 @@ CATALOGUE = [
         "return {**self.__dict__, **nothing, ",
         'return {**self.__dict__, "_handles": [], ',
         f"{GRADIENTS} -k pickled",
+    ),
+    Mutation(
+        "a step is released before it is charged",
+        "privacy/step.py",
+        "            self._charge(around)\n        self._add_noise(around)\n",
+        "            pass\n        self._add_noise(around)\n        self._charge(around)\n",
+        "tests/privacy/test_step.py -k cannot_be_charged",
+    ),
+    Mutation(
+        "one process releases a sum without the noise that is due",
+        "privacy/collective.py",
+        "        self._require_noised(noises, 0, int(noised))\n",
+        "        pass\n",
+        "tests/privacy/test_step.py -k forgets_the_noise",
     ),
 ]

@@ -108,9 +108,9 @@ CATALOGUE = [
     ),
     Mutation(
         "two releases are taken from one draw",
-        "strategies/stepping.py",
-        "drawn, self._drawn = self._drawn, None",
-        "drawn = self._drawn",
+        "privacy/step.py",
+        "drawn, self.drawn = self.drawn, None",
+        "drawn = self.drawn",
         f"{PRIVACY} -k one_draw",
     ),
     Mutation(
@@ -181,7 +181,7 @@ CATALOGUE = [
     ),
     Mutation(
         "a minimum of the Trainer's outlasts the budget",
-        "strategies/steps.py",
+        "strategies/training.py",
         "    trainer.fit_loop.min_epochs = None\n",
         "",
         "tests/callbacks/test_callbacks.py -k 'minimum_of_the and minimum0'",

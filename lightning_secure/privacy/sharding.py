@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -18,117 +18,154 @@ from lightning_secure.errors import (
     UnsupportedModelError,
     UnsupportedTrainerOptionError,
 )
-from lightning_secure.strategies.reduction import answered
+from lightning_secure.privacy.collective import Parameters, Processes, answered
 
 _WHERE: Final = "in configure_model, as in fully_shard(self.net, mesh=self.device_mesh[...])"
 
 
-class Shards:
-    """The sharded parameters of a model, and their whole stand-ins.
+class Sharded(Processes):
+    """Several processes, over which ``fully_shard`` (FSDP2) has spread the weights of the model.
 
-    Args:
-        model: Sharded by ``fully_shard``; see :func:`put_back`.
+    During a training step every process has all weights, gathered once. So processes need not run
+    as many chunks as others, and nothing is exchanged for a chunk.
+
+    Attributes:
+        trying: Whether this process runs trial rows: it looks at the state it has itself.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        put_back(model)
-        self.model = model
-        self.modules = _sharding(model)
-        self.places = [
-            (module, name, parameter)
-            for module in model.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(parameter, DTensor)
-        ]
+    def __init__(self) -> None:
+        super().__init__()
+        self.trying = False
+        self._model: nn.Module | None = None
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def connect(self, device: torch.device) -> None:
+        """Begin a run."""
+        super().connect(device)
+        self._model = None
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self, model: nn.Module) -> Iterator[None]:
         """Have all weights whole while a block runs, in which nothing is exchanged for them.
 
         In the block forward passes gather nothing, and backward passes neither reduce gradients
         nor let go of weights: so processes need not run as many of them as others.
 
         Raises:
+            UnsupportedModelError: if a trainable weight is not sharded over all processes alike.
+            UnsupportedTrainerOptionError: if ``fully_shard`` was given a policy.
             PrivacyError: if another process has gone.
         """
-        for module in self.modules:
+        put_back(model)
+        if model is not self._model:  # before the first step
+            with self.together():
+                require_alike(model, size=self.size)
+                require_on(model, self._device)
+            self._model, self._places = model, _places(model)
+        modules = _sharding(model)
+        for module in modules:
             module.set_requires_gradient_sync(False, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)
             module.set_reshard_after_forward(False, recurse=False)
         try:
             # Gathered anew in any case: what an earlier pass has left may be older weights, and
             # whether they require grad is taken over now.
-            answered(lambda: [module.unshard() for module in self.modules])
+            answered(lambda: [module.unshard() for module in modules])
             yield
         finally:
-            put_back(self.model)
+            put_back(model)
 
-    def homes(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Return the sharded parameter for each whole one; within :meth:`whole`.
+    def homes(self) -> Parameters:
+        """Return the sharded parameter for each whole one; within :meth:`unsharded`.
 
         Raises:
             PrivacyError: if a parameter was not gathered.
         """
         homes: dict[nn.Parameter, nn.Parameter] = {}
-        for module, name, parameter in self.places:
+        for module, name, parameter in self._places:
             stand_in = module._parameters[name]
             if stand_in is None or isinstance(stand_in, DTensor):
                 raise PrivacyError(f"parameter {name!r} was not gathered. No step was taken.")
             homes[stand_in] = parameter
         return homes
 
-    def require_alike(self, *, world_size: int) -> None:
-        """Make sure that every trainable weight is sharded over all processes, and in no other way.
+    @contextlib.contextmanager
+    def trial(self, model: nn.Module) -> Iterator[None]:
+        """Run trial rows, to which other processes come in other steps."""
+        self.trying = True
+        try:
+            with left_whole(model):
+                yield
+        finally:
+            self.trying = False
 
-        Args:
-            world_size: How many processes there are.
+    def _tell_where_sums_are_due(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._added([1, 0])
+
+    def sum(
+        self, sums: dict[nn.Parameter, Tensor], homes: Parameters, *, noised: bool, noises: int
+    ) -> None:
+        """Add up the sums of all processes; each process gets its shard of them.
 
         Raises:
-            UnsupportedModelError: if a trainable weight is not sharded so.
-            UnsupportedTrainerOptionError: if ``fully_shard`` was given a policy.
+            PrivacyError: if another process has failed, or not as many added noise as must.
         """
-        for name, parameter in self.model.named_parameters():
-            if not isinstance(parameter, DTensor):
-                if parameter.requires_grad:
-                    raise UnsupportedModelError(
-                        f"parameter {name!r} is trainable and not sharded. Call fully_shard on the "
-                        f"module that holds all of them, {_WHERE}. No step was taken."
-                    )
-                continue
-            mesh = parameter.device_mesh
-            if (
-                mesh.ndim != 1
-                or mesh.size() != world_size
-                or not parameter.placements[0].is_shard()
-            ):
+        # Before any sum leaves its process, all know that there is one noise in them.
+        self._require_noised(noises, *self._added([0, int(noised)]))
+        for parameter, home in homes.items():
+            sums[parameter] = added_shard(sums[parameter], home)
+
+
+def require_alike(model: nn.Module, *, size: int) -> None:
+    """Make sure that every trainable weight is sharded over all processes, and in no other way.
+
+    Args:
+        model: Sharded by ``fully_shard``.
+        size: Number of processes.
+
+    Raises:
+        UnsupportedModelError: if a trainable weight is not sharded so.
+        UnsupportedTrainerOptionError: if ``fully_shard`` was given a policy.
+    """
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
                 raise UnsupportedModelError(
-                    f"parameter {name!r} is laid out as {parameter.placements} on a mesh of shape "
-                    f"{tuple(mesh.shape)}, with {world_size} processes. Private training shards "
-                    "over all of them and in no second way: no tensor parallelism, and no "
-                    f"replicas of shards (HSDP). Pass a mesh of one dimension, {_WHERE}. No step "
-                    "was taken."
+                    f"parameter {name!r} is trainable and not sharded. Call fully_shard on the "
+                    f"module that holds all of them, {_WHERE}. No step was taken."
                 )
-        for module in self.modules:
-            policy = fsdp_precision(module)
-            if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
-                raise UnsupportedTrainerOptionError(
-                    f"fully_shard was given a {MixedPrecisionPolicy.__name__}, by which weights "
-                    "and gradients have other types than the checks before the first step look "
-                    "for. Use Trainer(precision='bf16-mixed') or 'bf16-true'. No step was taken."
-                )
+            continue
+        mesh = parameter.device_mesh
+        if mesh.ndim != 1 or mesh.size() != size or not parameter.placements[0].is_shard():
+            raise UnsupportedModelError(
+                f"parameter {name!r} is laid out as {parameter.placements} on a mesh of shape "
+                f"{tuple(mesh.shape)}, with {size} processes. Private training shards "
+                "over all of them and in no second way: no tensor parallelism, and no "
+                f"replicas of shards (HSDP). Pass a mesh of one dimension, {_WHERE}. No step "
+                "was taken."
+            )
+    for module in _sharding(model):
+        policy = fsdp_precision(module)
+        if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
+            raise UnsupportedTrainerOptionError(
+                f"fully_shard was given a {MixedPrecisionPolicy.__name__}, by which weights "
+                "and gradients have other types than the checks before the first step look "
+                "for. Use Trainer(precision='bf16-mixed') or 'bf16-true'. No step was taken."
+            )
 
-    def require_on(self, device: torch.device) -> None:
-        """Make sure that shards are where the sums are.
 
-        Raises:
-            UnsupportedTrainerOptionError: if the shards are offloaded.
-        """
-        for _, name, parameter in self.places:
-            if parameter.device.type != device.type:
-                raise UnsupportedTrainerOptionError(
-                    f"parameter {name!r} is on {parameter.device.type}, and the strategy trains on "
-                    f"{device.type}. Leave CPUOffloadPolicy out. No step was taken."
-                )
+def require_on(model: nn.Module, device: torch.device) -> None:
+    """Make sure that shards are where the sums are.
+
+    Raises:
+        UnsupportedTrainerOptionError: if the shards are offloaded.
+    """
+    for _, name, parameter in _places(model):
+        if parameter.device.type != device.type:
+            raise UnsupportedTrainerOptionError(
+                f"parameter {name!r} is on {parameter.device.type}, and the strategy trains on "
+                f"{device.type}. Leave CPUOffloadPolicy out. No step was taken."
+            )
 
 
 def put_back(model: nn.Module) -> None:
@@ -143,6 +180,15 @@ def put_back(model: nn.Module) -> None:
 
 def _sharding(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
 
 
 def share_unsharded(model: nn.Module) -> None:
@@ -166,7 +212,7 @@ def added_shard(total: Tensor, home: nn.Parameter) -> Tensor:
     Raises:
         PrivacyError: if another process has gone.
     """
-    assert isinstance(home, DTensor)  # noqa: S101 # Shards.homes saw to it
+    assert isinstance(home, DTensor)  # noqa: S101 # homes saw to it
     partial = DTensor.from_local(total, home.device_mesh, [Partial()], run_check=False)
     return answered(lambda: partial.redistribute(placements=home.placements))
 

@@ -1,16 +1,13 @@
-"""Runs whose rows come in a fixed order, and whose noise hangs together over steps."""
+"""A fit whose rows come in a fixed order, and whose noise hangs together over steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from lightning_secure.errors import BudgetExhaustedError, UnsupportedTrainerOptionError
-from lightning_secure.privacy.accounting.ledger import Ledger
-from lightning_secure.privacy.config import DPConfig
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.banded.order import FixedOrderBatchSampler
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
@@ -20,17 +17,17 @@ class BandedFit:
     """A fit with banded noise: its order of rows, its noise, and which step is due.
 
     Args:
-        trainer: Whose fit it is.
-        config: The privacy configuration.
-        ledger: The account, with the run's public numbers. It is told how many steps are planned.
-        rows: Of the dataset.
         noise: Source of the independent noise.
-        planned_steps: From the steps of an epoch to those of the whole run.
+        bands: Of the noise.
+        rows: Of the dataset.
+        steps: Steps that are planned.
+        epoch: Steps of an epoch.
+        seed: Makes the order of the rows repeatable, and so not private.
+        secure: Whether noise is drawn, kept and added in double precision.
+        batch: Returns the number of the batch at hand in its epoch.
 
     Raises:
-        ConfigError: if the length of the run is not given, or rows come again too soon for the
-            bands.
-        UnsupportedTrainerOptionError: if the Trainer would not take the rows in their order.
+        ConfigError: if rows come again too soon for the bands.
 
     Attributes:
         sampler: The order of the rows.
@@ -38,35 +35,26 @@ class BandedFit:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        config: DPConfig,
-        ledger: Ledger,
-        *,
-        rows: int,
         noise: GaussianNoise,
-        planned_steps: Callable[[int], int],
+        *,
+        bands: int,
+        rows: int,
+        steps: int,
+        epoch: int,
+        seed: int | None,
+        secure: bool,
+        batch: Callable[[], int],
     ) -> None:
-        self._trainer = trainer
-        self._epoch = epoch = ledger.public.steps_per_epoch
-        limit = trainer.limit_train_batches
-        if limit < epoch if isinstance(limit, int) else limit != 1.0:
-            raise UnsupportedTrainerOptionError(
-                f"limit_train_batches={limit} would bring some rows back "
-                "before the others had their turn. Leave it out, or use mechanism='poisson'. No "
-                "step was taken."
-            )
-        # At least one, so that it can be said what the noise would have been.
-        steps = max(1, planned_steps(epoch) - trainer.global_step)
         self._noise = BandedNoise(
             noise,
-            bands=config.bands or 1,
+            bands=bands,
             steps=steps,
             separation=epoch,
-            dtype=torch.float64 if config.secure_noise else None,
+            dtype=torch.float64 if secure else None,
         )
         self._steps, self._taken = steps, 0
-        ledger.plan(steps)
-        self.sampler = FixedOrderBatchSampler(rows, steps=epoch, seed=config.insecure_seed)
+        self._epoch, self._batch = epoch, batch
+        self.sampler = FixedOrderBatchSampler(rows, steps=epoch, seed=seed)
 
     @property
     def over(self) -> bool:
@@ -87,7 +75,7 @@ class BandedFit:
                 "release, whose epsilon covers no other; to go on, fit again, which is charged "
                 "anew. The step was not taken."
             )
-        due, found = self._taken % self._epoch, self._trainer.fit_loop.epoch_loop.batch_idx
+        due, found = self._taken % self._epoch, self._batch()
         if due != found:
             raise UnsupportedTrainerOptionError(
                 f"batch {found} of the epoch comes where batch {due} is due: the run was resumed "
