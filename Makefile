@@ -13,7 +13,7 @@ REDACTION_PEERS ?= .venv-redaction-peers
 # Tests run side by side; more threads in each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test wheel-check mutations lint types format services peers redaction-peers bench-data bench-dp bench-redaction bench-anonymize bench-results clean
+.PHONY: help demo test wheel-check mutations lint types format services peers redaction-peers bench-data bench-dp bench-device bench-redaction bench-anonymize bench-results clean
 
 help:
 	@echo "make demo   the main job, end to end (examples/quickstart.py)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-data ARGS=...   how fast shards are read, beside them (ARGS=--quick: under a minute)"
 	@echo "make bench-redaction ARGS=...   what the detectors find, and how fast, beside theirs (ARGS=--quick: under a minute)"
 	@echo "make bench-anonymize ARGS=...   what anonymisation adds to a sealing (ARGS=--quick: under a minute)"
+	@echo "make bench-device ARGS=... what a private step would cost on a GPU, counted on this machine (ARGS=--quick: under a minute)"
 	@echo "make bench-dp ARGS=...     what private training costs, beside Opacus (ARGS=--quick: under a minute; ARGS='--device cuda')"
 
 # The demo needs one extra; dev holds that as well, and adds the rest.
@@ -96,6 +97,9 @@ bench-data: $(INSTALLED) $(PEERS)/.installed
 bench-dp: $(INSTALLED)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/dp.py $(ARGS)
 
+bench-device: $(INSTALLED)
+	$(BIN)/python benchmarks/device_cost.py $(ARGS)
+
 bench-redaction: $(INSTALLED) $(REDACTION_PEERS)/.installed
 	$(BIN)/python benchmarks/redaction.py --peers $(REDACTION_PEERS) $(ARGS)
 
@@ -107,6 +111,7 @@ bench-results:
 	$(MAKE) bench-data ARGS="--json benchmarks/results/shards.json"
 	$(BIN)/python benchmarks/picture.py benchmarks/results/shards.json docs/img/shards.svg
 	$(MAKE) bench-dp ARGS="--json benchmarks/results/dp.json"
+	$(MAKE) bench-device ARGS="--json benchmarks/results/device_cost.json"
 	$(BIN)/python benchmarks/dp_utility.py --json benchmarks/results/dp_utility.json
 	$(BIN)/python benchmarks/dp_picture.py benchmarks/results/dp.json benchmarks/results/dp_utility.json docs/img/dp.svg
 	$(MAKE) bench-redaction ARGS="--json benchmarks/results/redaction.json"

@@ -86,8 +86,8 @@ class _Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self._heads, self._causal = heads, causal
-        self.into = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.into: nn.Module = nn.Linear(width, 3 * width)
+        self.out: nn.Module = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
@@ -191,6 +191,32 @@ class Gpt(nn.Module):
         return result
 
 
+class _Lora(nn.Module):
+    """A frozen layer, and a product of two small ones beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 16) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.up(self.down(x))
+        return result
+
+
+def with_lora(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return a transformer of which only adapters of attention are trained."""
+    model = make().requires_grad_(False)
+    for module in list(model.modules()):
+        if isinstance(module, _Attention):
+            assert isinstance(module.into, nn.Linear)
+            assert isinstance(module.out, nn.Linear)
+            module.into, module.out = _Lora(module.into), _Lora(module.out)
+    return model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A model of one size.
@@ -213,8 +239,14 @@ def _image(factory: Callable[..., nn.Module], image: int, **options: int) -> Tas
     return Task(make=make, row=(3, image, image), classes=10)
 
 
-def _gpt(*, vocabulary: int, length: int, tied: bool, **options: int) -> Task:
-    make = partial(Gpt, vocabulary=vocabulary, length=length, tied=tied, **options)
+def _gpt(
+    *, vocabulary: int, length: int, tied: bool = False, lora: bool = False, **options: int
+) -> Task:
+    make: Callable[[], nn.Module] = partial(
+        Gpt, vocabulary=vocabulary, length=length, tied=tied, **options
+    )
+    if lora:
+        make = partial(with_lora, make)
     return Task(make=make, row=(length,), classes=vocabulary, tokens=True)
 
 
@@ -236,6 +268,7 @@ TASKS: Mapping[str, Mapping[str, Task]] = {
         "vit": _vit(image=224, patch=16, width=768, depth=12, heads=12),
         "gpt2": _gpt(vocabulary=50257, length=128, width=768, depth=12, heads=12, tied=False),
         "gpt2_tied": _gpt(vocabulary=50257, length=128, width=768, depth=12, heads=12, tied=True),
+        "gpt2_lora": _gpt(vocabulary=50257, length=128, width=768, depth=12, heads=12, lora=True),
     },
     "small": {
         "mlp": _perceptron(1024),
@@ -243,6 +276,7 @@ TASKS: Mapping[str, Mapping[str, Task]] = {
         "vit": _vit(image=128, patch=16, width=256, depth=4, heads=4),
         "gpt2": _gpt(vocabulary=4096, length=64, width=256, depth=4, heads=4, tied=False),
         "gpt2_tied": _gpt(vocabulary=4096, length=64, width=256, depth=4, heads=4, tied=True),
+        "gpt2_lora": _gpt(vocabulary=4096, length=64, width=256, depth=4, heads=4, lora=True),
     },
     "quick": {
         "mlp": _perceptron(512),
@@ -250,6 +284,7 @@ TASKS: Mapping[str, Mapping[str, Task]] = {
         "vit": _vit(image=96, patch=16, width=192, depth=1, heads=3),
         "gpt2": _gpt(vocabulary=1024, length=32, width=192, depth=1, heads=3, tied=False),
         "gpt2_tied": _gpt(vocabulary=1024, length=32, width=192, depth=1, heads=3, tied=True),
+        "gpt2_lora": _gpt(vocabulary=1024, length=32, width=192, depth=1, heads=3, lora=True),
     },
 }
 

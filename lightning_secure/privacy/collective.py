@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 
 from lightning_secure.errors import LightningSecureError, PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.gradients.rules.layer_rule import widened
+from lightning_secure.privacy.gradients.products import widened
 
 T = TypeVar("T")
 

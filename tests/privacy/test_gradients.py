@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_secure.errors import ConfigError, UnsupportedModelError
+from lightning_secure.privacy.gradients.clipped_sums import per_sample_norms
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.formulas import (
     clip_factor,
@@ -20,7 +21,6 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_per_sample,
     linear_weighted_sum,
 )
-from lightning_secure.privacy.gradients.recorder import per_sample_norms
 from lightning_secure.privacy.gradients.rules.find_units import find_units
 from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
@@ -312,12 +312,12 @@ def test_norms_and_sums_are_exact_by_every_way(name):
             for way in record.unit.ways(inputs, grads)
         ]
         first = exact[0]
-        sums, kept = first.weighted_sum(weights), first.weighted_sum(weights, keep)
+        sums, kept = first.weighted_sum(weights), first.rows(keep).weighted_sum(weights[keep])
         for other in exact:
             torch.testing.assert_close(other.squares(), first.squares(), rtol=1e-9, atol=1e-18)
             for p, total in other.weighted_sum(weights).items():
                 torch.testing.assert_close(total, sums[p], rtol=1e-9, atol=1e-12)
-            for p, total in other.weighted_sum(weights, keep).items():
+            for p, total in other.rows(keep).weighted_sum(weights[keep]).items():
                 torch.testing.assert_close(total, kept[p], rtol=1e-9, atol=1e-12)
             tried += 1
     assert tried >= len(records)

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.engine import GradientEngine
-from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.rules.find_units import find_units
 
 BATCH, TIME = 6, 5

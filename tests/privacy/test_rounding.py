@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.float32 import exact_products
 from lightning_secure.privacy.gradients.formulas import (
@@ -18,7 +19,6 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_ghost_squares,
     rounding,
 )
-from lightning_secure.privacy.gradients.recorder import add_clipped_sums
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
 from lightning_secure.privacy.gradients.rules.layer_rule import GHOST, Record, Unit, Way

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.engine import GradientEngine
-from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.rules import embedding, layer_rule
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
 from lightning_secure.privacy.gradients.rules.layer_rule import Way

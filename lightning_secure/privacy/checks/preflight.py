@@ -40,7 +40,7 @@ from lightning_secure.privacy.checks.trial_run import (
 from lightning_secure.privacy.checks.trial_seeds import Seeds
 from lightning_secure.privacy.gradients.engine import GradientEngine
 from lightning_secure.privacy.gradients.float32 import exact_arithmetic
-from lightning_secure.privacy.gradients.rules.layer_rule import widened
+from lightning_secure.privacy.gradients.products import widened
 
 _ROWS: Final = 5
 _SIZES: Final = (1, 2)
@@ -49,6 +49,9 @@ _TOLERANCE: Final = 1e-3
 _COARSE: Final = 0.05  # of types with less than four bytes
 _KINKS: Final = 4
 _DRAWS: Final = 8
+#: Norms of parameters at which a model that fits its rows is looked at. Small ones leave the flat
+#: part of a loss, and large ones let the gradients of deep layers be seen.
+_SHRUNK: Final = (1.0, 0.25, 0.0625)
 
 
 def preflight(
@@ -111,9 +114,10 @@ def preflight(
 def _require_apart(trial: Trial, batch: Any, size: int, seeds: Seeds, kept: Kept) -> None:
     if _seen_apart(trial, batch, size, seeds):
         return
-    with _shrunk(trial.model, kept):
-        if _seen_apart(trial, batch, size, seeds):
-            return
+    for norm in _SHRUNK:
+        with _shrunk(trial.model, kept, norm):
+            if _seen_apart(trial, batch, size, seeds):
+                return
     raise UnsupportedModelError(
         "changing a row does not change its gradient, so nothing could be checked: the "
         f"loss may not depend on the batch, or be constant. {NO_STEP}"
@@ -130,8 +134,8 @@ def _seen_apart(trial: Trial, batch: Any, size: int, seeds: Seeds) -> bool:
 
 
 @contextlib.contextmanager
-def _shrunk(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Bring the norm of each parameter down to one while the block runs.
+def _shrunk(model: nn.Module, kept: Kept, most: float) -> Iterator[None]:
+    """Bring the norm of each parameter down to ``most`` while the block runs.
 
     A trained model may fit all rows of a batch: a hinge is flat there, a softmax of large weights
     saturates, and no row has a gradient to look at. Smaller weights take the same path off it.
@@ -140,7 +144,7 @@ def _shrunk(model: nn.Module, kept: Kept) -> Iterator[None]:
     with torch.no_grad():
         for parameter in parameters:
             norm = torch.linalg.vector_norm(parameter, dtype=widened(parameter.dtype))
-            parameter.div_(norm.clamp(min=1))
+            parameter.div_((norm / most).clamp(min=1))
     try:
         yield
     finally:
@@ -262,9 +266,10 @@ def _subtract(left: dict[nn.Parameter, Tensor], run: Run, rows: int) -> None:
     """Subtract the mean of a run's gradients from others."""
     # One by one: a sum of them would take as much memory as the weights.
     for record in run.records:
-        weights = torch.full((rows,), 1 / rows, device=record.squares().device)
-        for parameter, total in record.weighted_sum(weights).items():
-            left[parameter] = left[parameter] - total
+        ones = torch.ones(rows, device=record.squares().device)  # by which nothing is rounded
+        whole = record.weighted(ones) if record.rounds else record
+        for parameter, total in whole.weighted_sum(ones).items():
+            left[parameter] = left[parameter] - total / rows
 
 
 def _require_nothing_left(

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.checks.batch_rows import copied
 from lightning_secure.privacy.checks.loss_graph import ISOLATE, loss_graph
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums
 from lightning_secure.privacy.gradients.engine import GradientEngine
-from lightning_secure.privacy.gradients.recorder import add_clipped_sums
 from lightning_secure.privacy.gradients.rules.layer_rule import Gradients, Record, accumulate
 
 NO_STEP: Final = "No step was taken."

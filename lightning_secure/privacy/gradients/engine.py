@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums
 from lightning_secure.privacy.gradients.clipping.layers import layer_groups
 from lightning_secure.privacy.gradients.clipping.rules import (
     ClippingRule,
@@ -17,9 +18,10 @@ from lightning_secure.privacy.gradients.clipping.rules import (
     PerLayerClipping,
 )
 from lightning_secure.privacy.gradients.counted_targets import CountedMeans
-from lightning_secure.privacy.gradients.recorder import Recorder, add_clipped_sums
+from lightning_secure.privacy.gradients.products import widened
+from lightning_secure.privacy.gradients.recorder import Recorder
 from lightning_secure.privacy.gradients.rules.find_units import find_units
-from lightning_secure.privacy.gradients.rules.layer_rule import Record, widened
+from lightning_secure.privacy.gradients.rules.layer_rule import Record
 from lightning_secure.privacy.noise.banded.noise import BandedNoise
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.util.validate import positive
@@ -232,7 +234,8 @@ class GradientEngine:
             noise.add_(sums[parameter], std=std)
         if combine is not None:
             combine(sums, std > 0)
+        torch._foreach_div_([sums[parameter] for parameter in self.parameters], expected_batch_size)
         for parameter in self.parameters:
             total, home = sums.pop(parameter), self.homes[parameter]
             if home.requires_grad:  # and was not frozen by the user since
-                home.grad = total.div_(expected_batch_size).to(home.dtype)
+                home.grad = total.to(home.dtype)

@@ -10,12 +10,19 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_secure.privacy.gradients.products import (
+    is_short,
+    on_device,
+    product,
+    unit_roundoff,
+    widened,
+)
 from lightning_secure.util.validate import positive
 
 #: From so many time steps on, Gram matrices are formed in quarters.
@@ -73,10 +80,10 @@ def gram(one: Tensor, other: Tensor) -> Tensor:
     other = other.transpose(1, 2)
     features = one.shape[2]
     size = _block(features)
-    total = torch.bmm(one[:, :, :size], other[:, :size])
+    total = product(one[:, :, :size], other[:, :size])
     for start in range(size, features, size):
         block = slice(start, start + size)
-        total += torch.bmm(one[:, :, block], other[:, block])
+        total += product(one[:, :, block], other[:, block])
     return total
 
 
@@ -85,8 +92,9 @@ def rounding(features: int, dtype: torch.dtype, *, more: int = 0) -> float:
 
     Args:
         features: Length of the inner products.
-        dtype: Their type, whose arithmetic rounds to nearest; see
-            :func:`~lightning_secure.privacy.gradients.float32.exact_products`.
+        dtype: Their type. Its arithmetic rounds to nearest, see
+            :func:`~lightning_secure.privacy.gradients.float32.exact_products`; that of bfloat16
+            adds up in float32, and may truncate.
         more: How many more such sums are added up afterwards.
 
     Source:
@@ -96,7 +104,7 @@ def rounding(features: int, dtype: torch.dtype, *, more: int = 0) -> float:
     """
     size = _block(features)
     steps = size + -(-features // size) - 1 + more + 3
-    return 1.01 * steps * torch.finfo(dtype).eps / 2
+    return 1.01 * steps * unit_roundoff(dtype)
 
 
 def cancelling(dtype: torch.dtype) -> float:
@@ -108,7 +116,7 @@ def cancelling(dtype: torch.dtype) -> float:
     the parts would come to if they did not cancel. Then one of them is rounded, and rounds the
     others, by no more than that root times the clipping norm: by 2.4e-4 of it in float32.
     """
-    return torch.finfo(dtype).eps / 2
+    return unit_roundoff(dtype)
 
 
 def _block(features: int) -> int:
@@ -140,18 +148,59 @@ def gram_squares(inputs: Tensor, grads: Tensor, *, bias: bool = False) -> Tensor
     time = inputs.shape[1]
     # Gram matrices are symmetric: one of the quarters beside the diagonal stands for both.
     halves, places = [slice(0, time // 2), slice(time // 2, time)], [(0, 0), (1, 1), (0, 1)]
-    if time < (_HALVED if inputs.device.type == "cpu" else _HALVED_ON_DEVICES):
+    if time < (_HALVED_ON_DEVICES if on_device(inputs) else _HALVED):
         halves, places = [slice(None)], [(0, 0)]
 
     def block(i: int, j: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
         a, g = (gram(item[:, halves[i]], item[:, halves[j]]) for item in (inputs, grads))
         return a.add_(1) if bias else a, g, (i, j)
 
-    return grams_squares((block(*place) for place in places), *errors)
+    return grams_squares((block(*place) for place in places), *errors, inputs.dtype)
+
+
+class Grams(NamedTuple):
+    """Gram matrices of a layer's inputs and of its output's gradients.
+
+    Attributes:
+        inputs: Shape ``(batch, time, time)``.
+        grads: Likewise.
+        error_in: As in :func:`grams_squares`.
+        error_out: As in :func:`grams_squares`.
+        dtype: Of the inputs and gradients.
+        beside: Squared norms of what else counts, shape ``(batch,)``.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    error_in: float
+    error_out: float
+    dtype: torch.dtype
+    beside: Tensor | None = None
+
+
+def grams_together(grams: Sequence[Grams]) -> list[Tensor]:
+    """Return the squared norms of several layers, whose matrices have one shape.
+
+    As :func:`grams_squares`, with the largest of the layers' errors, and about as many launches as
+    for one. The matrices stay as they are.
+    """
+    first = grams[0]
+    inputs = torch.cat([item.inputs for item in grams])
+    grads = torch.cat([item.grads for item in grams])
+    errors = max(g.error_in for g in grams), max(g.error_out for g in grams)
+    squares = grams_squares([(inputs, grads, (0, 0))], *errors, first.dtype)
+    parts = squares.view(len(grams), -1).unbind()
+    return [
+        part if item.beside is None else part + item.beside
+        for part, item in zip(parts, grams, strict=True)
+    ]
 
 
 def grams_squares(
-    blocks: Iterable[tuple[Tensor, Tensor, tuple[int, int]]], error_in: float, error_out: float
+    blocks: Iterable[tuple[Tensor, Tensor, tuple[int, int]]],
+    error_in: float,
+    error_out: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the squared norms from Gram matrices, with a bound of their rounding error.
 
@@ -162,6 +211,7 @@ def grams_squares(
         error_in: How far an entry of the inputs' matrix may be off, relative to the product of the
             lengths of its two steps.
         error_out: Likewise for the output gradients.
+        dtype: Of the layer's inputs and gradients.
 
     Returns:
         Shape ``(batch,)``.
@@ -183,7 +233,7 @@ def grams_squares(
         around = error_in * _form(a, grads.abs_(), others_a)
         bounds.append(times * (around + error_out * _form(g, inputs.abs_(), others_g)))
     steps = torch.stack([(a * g).sum(1) for a, g in lengths.values()]).sum(0)
-    least = error_in * error_out + cancelling(steps.dtype)
+    least = error_in * error_out + cancelling(dtype)
     error = torch.stack(bounds).sum(0) + least * steps.square()
     result: Tensor = torch.stack(parts).sum(0).to(error.dtype).clamp(min=0) + error
     return result
@@ -207,8 +257,9 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
     """Return the squared norm of each sample's gradient of a linear layer, not forming any.
 
     Args:
-        inputs: Shape ``(batch, features_in)`` or ``(batch, time, features_in)``, float32.
-        grads: Gradients of the samples' losses by the outputs, same leading shape, float32.
+        inputs: Shape ``(batch, features_in)`` or ``(batch, time, features_in)``; float32, or
+            bfloat16 if the gradients are.
+        grads: Gradients of the samples' losses by the outputs, same leading shape.
         bias: Whether the layer has a bias, whose gradient counts too.
 
     Returns:
@@ -219,22 +270,29 @@ def linear_ghost_squares(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor
     tensor([100.])
     """
     if inputs.ndim == 2:
-        squares = grads.square().sum(1)
-        least = _least(grads.dtype)
-        result = inputs.square().sum(1).add(least) * squares.add(least)
+        squares = _squared_lengths(grads)
+        least = _least(squares.dtype)
+        result = _squared_lengths(inputs).add(least) * squares.add(least)
         return result + squares if bias else result
     return gram_squares(inputs, grads, bias=bias)
 
 
+def _squared_lengths(rows: Tensor) -> Tensor:
+    if not is_short(rows):
+        return rows.square().sum(1)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=widened(rows.dtype))
+    return lengths.square()
+
+
 def linear_weighted_sum(
-    inputs: Tensor, grads: Tensor, weights: Tensor, *, bias: bool
+    inputs: Tensor, grads: Tensor, weights: Tensor | None, *, bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``sum_i weights[i] * gradient_i`` of a linear layer's weight and bias.
 
     Args:
         inputs: As for :func:`linear_ghost_squares`.
         grads: As for :func:`linear_ghost_squares`.
-        weights: Shape ``(batch,)``.
+        weights: Shape ``(batch,)``; None for ones, as where they are in ``grads`` already.
         bias: Whether the layer has a bias.
 
     Returns:
@@ -244,8 +302,11 @@ def linear_weighted_sum(
     >>> linear_weighted_sum(inputs, grads, torch.tensor([0.5]), bias=False)
     (tensor([[3., 4.]]), None)
     """
-    weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
     rows = grads.flatten(0, -2)
+    if weights is None:
+        weight = product(rows.T.unsqueeze(0), inputs.flatten(0, -2).unsqueeze(0)).squeeze(0)
+        return weight, rows.sum(0, dtype=weight.dtype) if bias else None
+    weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
     if inputs.shape[-1] < grads.shape[-1]:  # the smaller one is weighed
         weight = rows.T @ (inputs * weights).flatten(0, -2)
         return weight, weights.expand(*grads.shape[:-1], 1).flatten() @ rows if bias else None
@@ -269,9 +330,7 @@ def linear_per_sample(inputs: Tensor, grads: Tensor, *, bias: bool) -> tuple[Ten
     (tensor([[[6., 8.]]]), tensor([[2.]]))
     """
     if grads.ndim == 2:
-        weight = grads.unsqueeze(2) * inputs.unsqueeze(1)
-    else:
-        weight = torch.bmm(grads.transpose(1, 2), inputs)
-    if not bias:
-        return weight, None
-    return weight, grads if grads.ndim == 2 else grads.sum(1)
+        grads = grads.to(widened(grads.dtype))
+        return grads.unsqueeze(2) * inputs.unsqueeze(1), grads if bias else None
+    weight = product(grads.transpose(1, 2), inputs)
+    return weight, grads.sum(1, dtype=weight.dtype) if bias else None

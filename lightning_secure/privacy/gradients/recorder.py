@@ -23,18 +23,9 @@ from torch import Tensor, nn
 
 from lightning_secure.compat.torch import is_view, put_hook_first
 from lightning_secure.errors import UnsupportedModelError
-from lightning_secure.privacy.gradients.clipping.layers import LayerGroups
 from lightning_secure.privacy.gradients.float32 import exact_products
-from lightning_secure.privacy.gradients.formulas import clip_factor
-from lightning_secure.privacy.gradients.rules.layer_rule import (
-    Record,
-    Unit,
-    accumulate,
-    combined,
-    norm_squared,
-    zero_rows,
-)
-from lightning_secure.privacy.gradients.rules.tied import tied_pairs
+from lightning_secure.privacy.gradients.products import is_short
+from lightning_secure.privacy.gradients.rules.layer_rule import Record, Unit
 
 
 class Recorder:
@@ -169,6 +160,8 @@ class Recorder:
         if rows > 1 and output.ndim > 1 and inputs.shape[:1] == output.shape[:1] == (1,):
             inputs, output = (x.expand(rows, *x.shape[1:]) for x in (inputs, output))
         self._calls[unit] += 1
+        if unit.multiplies and is_short(output):
+            inputs = inputs.to(output.dtype)  # which the layer multiplied, and half the memory
         # The graph holds its hooks until all of it is done: the input is handed over, not shared.
         hook = partial(self._after_backward, unit, [inputs.detach()], output.shape)
         cast("Any", _not_a_view(output)).register_hook(hook)
@@ -242,111 +235,3 @@ def _not_a_view(output: Tensor) -> Tensor:
     if base is not None and whole and base.is_contiguous() and output.is_contiguous():
         return base
     return output
-
-
-@exact_products()
-def per_sample_norms(records: Sequence[Record]) -> Tensor:
-    """Return each sample's gradient norm over all parameters, shape ``(batch,)``.
-
-    A layer that was called several times, or a parameter that several layers share, has the
-    gradient that is the sum of its uses, whose norm is not the sum of theirs: such uses are made
-    one, or their inner product is taken, or their gradients are formed and added, before the norm.
-    """
-    squares, _, _ = _sorted_out(records)
-    return _norms(squares)
-
-
-@exact_products()
-def add_clipped_sums(
-    sums: dict[nn.Parameter, Tensor],
-    records: Sequence[Record],
-    *,
-    max_grad_norm: float,
-    layers: LayerGroups | None = None,
-) -> Tensor:
-    """Clip each sample's gradient and add the sum over samples to ``sums``.
-
-    Args:
-        sums: Running sums by parameter, float32; missing ones are begun.
-        records: Records of one chunk.
-        max_grad_norm: Clipping bound.
-        layers: Which layers are clipped together, to their shares of it; by default all.
-
-    Returns:
-        The norms before clipping, shape ``(batch,)``. They are not private.
-    """
-    squares, simple, added = _sorted_out(records)
-    norms = _norms(squares)
-    if layers is None:
-        factors = dict.fromkeys(
-            (p for record in records for p in record.unit.parameters),
-            clip_factor(norms, max_grad_norm=max_grad_norm),
-        )
-    else:
-        factors = layers.factors(squares, max_grad_norm=max_grad_norm)
-    finite = torch.isfinite(norms)
-    # A factor of zero times infinity is NaN: the rows themselves must go.
-    keep = None if bool(finite.all()) else finite
-    for record in simple:
-        weights = factors[record.unit.parameters[0]]
-        for parameter, total in record.weighted_sum(weights, keep).items():
-            accumulate(sums, parameter, total)
-    for parameter, grads in added.items():
-        rows = {parameter: grads if keep is None else zero_rows(grads, keep)}
-        accumulate(sums, parameter, combined(rows, factors[parameter])[parameter])
-    return norms
-
-
-def _sorted_out(
-    records: Sequence[Record],
-) -> tuple[list[tuple[nn.Parameter, Tensor]], list[Record], dict[nn.Parameter, Tensor]]:
-    """Return squared norms, records of which the sums simply add up, and other gradients by sample.
-
-    Each squared norm comes with one of the parameters that it is about.
-    """
-    simple, shared = separated(records)
-    pairs, shared = tied_pairs(shared)
-    added = _added(shared)
-    squares = [(record.unit.parameters[0], record.squares()) for record in simple]
-    squares += [(pair.table.unit.parameters[0], pair.squares()) for pair in pairs]
-    squares += [(parameter, norm_squared(grads)) for parameter, grads in added.items()]
-    simple += [record for pair in pairs for record in pair]
-    return squares, simple, added
-
-
-def _norms(squares: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
-    return torch.stack([square for _, square in squares]).sum(0).sqrt()
-
-
-def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Separate records that are the only use of their parameters from the others.
-
-    Several uses of the same parameters by layers of one kind become one use where the unit can lay
-    them one after another.
-    """
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        kind = (type(record.unit), *map(id, record.unit.parameters))
-        groups.setdefault(kind, []).append(record)
-    merged: list[Record] = []
-    for group in groups.values():
-        first = group[0]
-        # Computed again by a checkpoint, an earlier use seemed the only one, and was reduced.
-        alike = len(group) > 1 and all(record.inputs is not None for record in group)
-        pair = first.unit.joined(group) if alike else None
-        merged += group if pair is None else [Record(first.unit, *pair, scale=first.scale)]
-    uses = Counter(id(p) for record in merged for p in record.unit.parameters)
-    simple: list[Record] = []
-    shared: list[Record] = []
-    for record in merged:
-        alone = all(uses[id(p)] == 1 for p in record.unit.parameters)
-        (simple if alone else shared).append(record)
-    return simple, shared
-
-
-def _added(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
-    totals: dict[nn.Parameter, Tensor] = {}
-    for record in records:
-        for parameter, grads in record.per_sample().items():
-            accumulate(totals, parameter, grads)
-    return totals

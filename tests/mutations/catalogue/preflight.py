@@ -61,9 +61,9 @@ CATALOGUE = [
     Mutation(
         "a row left out is set to zero",
         "privacy/gradients/rules/layer_rule.py",
-        "inputs, grads, weights = inputs[keep], grads[keep], weights[keep]",
-        "inputs, grads = zero_rows(inputs, keep), zero_rows(grads, keep)\n"
-        "            weights = keep.to(grads.dtype)",
+        "inputs[keep], grads[keep], self.scale, self.way)",
+        "*(torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x, 0)[: sum(keep)] "
+        "for x in (inputs, grads)), self.scale, self.way)",
         f"{ATTACKS} -k no_way_to_a_sum",
     ),
     Mutation(
@@ -97,8 +97,8 @@ CATALOGUE = [
     Mutation(
         "rows of a model that fits them are let pass unseen",
         "privacy/checks/preflight.py",
-        "        if _seen_apart(trial, batch, size, seeds):\n            return\n    raise",
-        "        return\n    raise",
+        "            if _seen_apart(trial, batch, size, seeds):\n                return\n    raise",
+        "            return\n    raise",
         "tests/privacy/test_preflight.py -k fits_its_first_rows",
     ),
     Mutation(

@@ -18,14 +18,14 @@ CATALOGUE = [
     ),
     Mutation(
         "a sample that overflows takes the batch with it",
-        "privacy/gradients/recorder.py",
-        "keep = None if bool(finite.all()) else finite",
-        "keep = None",
+        "privacy/gradients/clipped_sums.py",
+        "if not bool(finite.all()):",
+        "if False:",
         f"{GRADIENTS} -k overflows",
     ),
     Mutation(
         "the norm of a reused layer is that of its parts",
-        "privacy/gradients/recorder.py",
+        "privacy/gradients/clipped_sums.py",
         "alone = all(uses[id(p)] == 1 for p in record.unit.parameters)",
         "alone = True",
         f"{GRADIENTS} -k 'reused or tied'",

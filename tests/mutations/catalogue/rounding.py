@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 ROUNDING = "tests/privacy/test_rounding.py"
+SHORT = "tests/privacy/test_bfloat16.py"
 
 CATALOGUE = [
     Mutation(
@@ -24,7 +25,7 @@ CATALOGUE = [
     Mutation(
         "parts that cancel are as large as they like",
         "privacy/gradients/formulas.py",
-        "    return torch.finfo(dtype).eps / 2\n",
+        "    return unit_roundoff(dtype)\n",
         "    return 0.0\n",
         f"{ROUNDING} -k wipe_out",
     ),
@@ -34,6 +35,55 @@ CATALOGUE = [
         "weights.to(grads.dtype) @ grads.flatten(2).sum(2)",
         "scaled.flatten(2).sum((0, 2))",
         f"{ROUNDING} -k channels",
+    ),
+    Mutation(
+        "a gradient that is rounded is not measured again",
+        "privacy/gradients/clipped_sums.py",
+        "new.squares() if new is not old else square * weight.square()",
+        "square * weight.square()",
+        f"{SHORT} -k cancel",
+    ),
+    Mutation(
+        "a row that came out too long is halved once only",
+        "privacy/gradients/clipped_sums.py",
+        "torch.where(factors > 0, torch.ldexp(torch.ones_like(factors), exponents - 1), 0.0)",
+        "torch.where(factors < 1, 0.5, 1.0)",
+        f"{SHORT} -k cancel",
+    ),
+    Mutation(
+        "a rounded row has no room, and half of it is lost",
+        "privacy/gradients/clipped_sums.py",
+        "_MARGIN: Final = 1 - 2.0**-8",
+        "_MARGIN: Final = 1.0",
+        f"{SHORT} -k hardly_any",
+    ),
+    Mutation(
+        "a rounded sum is taken unmeasured",
+        "privacy/gradients/rules/layer_rule.py",
+        "        if self.rounds:\n            raise",
+        "        if False:\n            raise",
+        f"{SHORT} -k without_its_norms",
+    ),
+    Mutation(
+        "tensor cores round to nearest",
+        "privacy/gradients/products.py",
+        "return eps if dtype == torch.bfloat16 else eps / 2",
+        "return eps / 2",
+        f"{SHORT} -k truncating",
+    ),
+    Mutation(
+        "on a GPU ways are timed, which waits for it",
+        "privacy/gradients/rules/layer_rule.py",
+        "elif on_device(grads):",
+        "elif False:",
+        f"{SHORT} -k ways_follow",
+    ),
+    Mutation(
+        "layers whose norms are taken together have the first one's error",
+        "privacy/gradients/formulas.py",
+        "errors = max(g.error_in for g in grams), max(g.error_out for g in grams)",
+        "errors = first.error_in, first.error_out",
+        f"{SHORT} -k together",
     ),
     Mutation(
         "squares that are lost count as zero",

@@ -9,7 +9,7 @@ import torch
 from lightning_secure.errors import ConfigError, PrivacyError
 from lightning_secure.privacy.accounting.ledger import Ledger
 from lightning_secure.privacy.auditing import AuditReport, CanaryRun, canary_audit
-from lightning_secure.privacy.gradients import recorder
+from lightning_secure.privacy.gradients import clipped_sums
 from lightning_secure.privacy.noise.gaussian import GaussianNoise
 from lightning_secure.privacy.sampling import PoissonBatchSampler
 
@@ -42,7 +42,7 @@ def test_correct_code_comes_close_to_its_claim_and_not_above():
 def test_without_clipping_the_claim_is_refuted(monkeypatch, caplog):
     # The weakness itself, put in: what the audit is for.
     monkeypatch.setattr(
-        recorder, "clip_factor", lambda norms, max_grad_norm: torch.ones_like(norms)
+        clipped_sums, "clip_factor", lambda norms, max_grad_norm: torch.ones_like(norms)
     )
     report = audited(20_000)
     assert report.largest >= 20
@@ -66,9 +66,9 @@ def no_noise(monkeypatch):
 
 
 def twice_the_norm(monkeypatch):
-    clip = recorder.clip_factor
+    clip = clipped_sums.clip_factor
     monkeypatch.setattr(
-        recorder,
+        clipped_sums,
         "clip_factor",
         lambda n, max_grad_norm: clip(n, max_grad_norm=2 * max_grad_norm),
     )

@@ -23,8 +23,8 @@ from transformers import (
 
 from lightning_secure.errors import UnsupportedModelError
 from lightning_secure.privacy.checks.preflight import preflight
+from lightning_secure.privacy.gradients.clipped_sums import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.engine import GradientEngine
-from lightning_secure.privacy.gradients.recorder import add_clipped_sums, per_sample_norms
 from lightning_secure.privacy.gradients.rules.layer_rule import GHOST, Way
 
 BATCH, TIME, SIZE, WORDS = 4, 5, 8, 11

@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_secure.privacy.gradients.formulas import gram, gram_squares, grams_squares, rounding
+from lightning_secure.privacy.gradients.formulas import (
+    Grams,
+    gram,
+    gram_squares,
+    grams_squares,
+    rounding,
+)
+from lightning_secure.privacy.gradients.products import (
+    is_short,
+    on_device,
+    operands,
+    product,
+    widened,
+)
 from lightning_secure.privacy.gradients.rules.layer_rule import (
     Gradients,
     Unit,
@@ -19,7 +32,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     norm_squared,
     require_default,
     trainable,
-    widened,
 )
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -36,7 +48,9 @@ class ConvUnit(Unit):
     """
 
     forms = ("grouped", "unfold")
+    forms_on_devices = ("unfold",)  # convolutions have no float32 result of bfloat16 operands
     has_ghost = True
+    multiplies = True
 
     def __init__(self, name: str, module: _Conv) -> None:
         self.weight = trainable(module.weight)
@@ -56,11 +70,12 @@ class ConvUnit(Unit):
 
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
         """Return the gradients, by the way that ``form`` names."""
-        inputs, grads = self._widened(inputs, grads)
+        inputs, grads = operands(inputs, grads)
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
             shape = (len(grads), *self.weight.shape)
             if form == "grouped":
+                inputs, grads = self._widened(inputs, grads)
                 weight = self._backward(
                     inputs.flatten(0, 1).unsqueeze(0),
                     grads.flatten(0, 1).unsqueeze(0),
@@ -69,22 +84,48 @@ class ConvUnit(Unit):
                 )
             else:
                 columns, flat = self._columns(inputs, grads)
-                weight = torch.einsum("bgol,bgkl->bgok", flat, columns)
+                weight = product(flat.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2))
             found[self.weight] = weight.reshape(shape)
         if self.bias is not None:
-            found[self.bias] = grads.flatten(2).sum(2)
+            found[self.bias] = grads.flatten(2).sum(2, dtype=widened(grads.dtype))
         return found
 
     def ghost_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
         """Return the squared norms by Gram matrices over the output's places."""
-        inputs, grads = self._widened(inputs, grads)
-        squares = torch.zeros(len(grads), dtype=grads.dtype, device=grads.device)
+        inputs, grads = operands(inputs, grads)
+        squares = self._bias_squares(grads)
         if self.weight is not None:
-            found = self._shifted if self._small(inputs, grads) else self._unfolded
-            squares = squares + found(inputs, grads).view(len(grads), -1).sum(1)
-        if self.bias is not None:
-            squares = squares + grads.flatten(2).sum(2).square().sum(1)
+            if self._small(inputs, grads):
+                grams = self._shifted(inputs, grads)
+                block = grams.inputs, grams.grads, (0, 0)
+                found = grams_squares([block], grams.error_in, grams.error_out, grams.dtype)
+            else:
+                found = self._unfolded(inputs, grads)
+            weights = found.view(len(grads), -1).sum(1)
+            squares = weights if squares is None else weights + squares
+        assert squares is not None  # noqa: S101 # a unit has a parameter
         return squares
+
+    def grams(self, inputs: Tensor, grads: Tensor, *, known: Tensor | None = None) -> Grams | None:
+        """Return the Gram matrices over the output's places, of a convolution in one group."""
+        inputs, grads = operands(inputs, grads)
+        if self.weight is None or self._groups > 1:
+            return None
+        if self._small(inputs, grads):
+            found = self._shifted(inputs, grads, known=known)
+        else:
+            columns, flat = self._columns(inputs, grads)
+            both = [item.squeeze(1).transpose(1, 2) for item in (columns, flat)]
+            a = gram(both[0], both[0]) if known is None else known
+            g = gram(both[1], both[1])
+            error_in, error_out = (rounding(item.shape[2], item.dtype) for item in both)
+            found = Grams(a, g, error_in, error_out, grads.dtype)
+        return found._replace(beside=self._bias_squares(grads))
+
+    def _bias_squares(self, grads: Tensor) -> Tensor | None:
+        if self.bias is None:
+            return None
+        return grads.flatten(2).sum(2, dtype=widened(grads.dtype)).square().sum(1)
 
     def _unfolded(self, inputs: Tensor, grads: Tensor) -> Tensor:
         columns, flat = self._columns(inputs, grads)
@@ -92,8 +133,20 @@ class ConvUnit(Unit):
             columns.transpose(2, 3).flatten(0, 1), flat.transpose(2, 3).flatten(0, 1)
         )
 
-    def _shifted(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        groups, places = self._groups, grads.shape[2:]
+    def _shifted(self, inputs: Tensor, grads: Tensor, *, known: Tensor | None = None) -> Grams:
+        places = grads.shape[2:]
+        flat = grads.reshape(len(grads) * self._groups, -1, math.prod(places))
+        size = flat.shape[2]
+        if known is None:
+            known = self._pixel_gram(inputs, places).view(-1, size, size)
+        error_in = rounding(
+            inputs.shape[1] // self._groups, inputs.dtype, more=math.prod(self._kernel)
+        )
+        other = gram(*2 * [flat.transpose(1, 2)])
+        return Grams(known, other, error_in, rounding(flat.shape[1], flat.dtype), flat.dtype)
+
+    def _pixel_gram(self, inputs: Tensor, places: torch.Size) -> Tensor:
+        groups = self._groups
         padded = functional.pad(inputs, self._padding())
         pixels = padded.reshape(len(padded) * groups, -1, math.prod(padded.shape[2:]))
         whole = gram(*2 * [pixels.transpose(1, 2)]).view(-1, *2 * padded.shape[2:])
@@ -104,12 +157,7 @@ class ConvUnit(Unit):
                 for o, d, n, s in zip(offset, self._dilation, places, self._stride, strict=True)
             ]
             total += whole[(slice(None), *seen, *seen)]
-        flat = grads.reshape(len(pixels), -1, math.prod(places))
-        size = flat.shape[2]
-        other = gram(*2 * [flat.transpose(1, 2)])
-        error_in = rounding(pixels.shape[1], total.dtype, more=math.prod(self._kernel))
-        error_out = rounding(flat.shape[1], total.dtype)
-        return grams_squares([(total.view(-1, size, size), other, (0, 0))], error_in, error_out)
+        return total
 
     def _small(self, inputs: Tensor, grads: Tensor) -> bool:
         """Return whether the input's own Gram matrix is cheaper than that of its unfolding."""
@@ -143,9 +191,24 @@ class ConvUnit(Unit):
             return (self._pixels(inputs) ** 2 * size_in + places**2 * size_out) / products
         return places**2 * (size_in * kernel + size_out) / products
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+    def multiplications(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return those of one product of unfolded inputs and gradients."""
+        columns = inputs.shape[1] * math.prod(self._kernel)
+        return float(columns * grads.numel() / self._groups)
+
+    def operand_bytes(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return how many bytes they have, and those of unfolded inputs, written and read."""
+        places = len(grads) * math.prod(grads.shape[2:])
+        columns = 2 * inputs.shape[1] * math.prod(self._kernel) * places
+        return inputs.nbytes + grads.nbytes + columns * grads.itemsize
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
         """Return the weighted sums, as autograd would compute them from weighted gradients."""
+        if weights is None and on_device(grads) and is_short(grads):
+            return self._added(*operands(inputs, grads))
         inputs, grads = self._widened(inputs, grads)
+        if weights is None:
+            weights = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
         scaled = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
@@ -154,6 +217,18 @@ class ConvUnit(Unit):
             )
         if self.bias is not None:
             found[self.bias] = weights.to(grads.dtype) @ grads.flatten(2).sum(2)
+        return found
+
+    def _added(self, inputs: Tensor, grads: Tensor) -> Gradients:
+        """Return the sums over rows and places, as products with a float32 result."""
+        found: dict[nn.Parameter, Tensor] = {}
+        if self.weight is not None:
+            columns, flat = (item.permute(1, 2, 0, 3) for item in self._columns(inputs, grads))
+            weight = product(flat.flatten(2), columns.flatten(2).transpose(1, 2))
+            found[self.weight] = weight.reshape(self.weight.shape)
+        if self.bias is not None:
+            # Within each row first: parts that cancel there must not round the other rows away.
+            found[self.bias] = grads.flatten(2).sum(2, dtype=widened(grads.dtype)).sum(0)
         return found
 
     def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.privacy.gradients.formulas import cancelling
+from lightning_secure.privacy.gradients.products import widened
 from lightning_secure.privacy.gradients.rules.layer_rule import (
     GHOST,
     Gradients,
@@ -17,7 +18,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     Way,
     norm_squared,
     require_default,
-    widened,
 )
 
 
@@ -60,8 +60,9 @@ class EmbeddingUnit(Unit):
         index = tokens.unsqueeze(-1).expand_as(flat)
         return {self.weight: table.scatter_add_(1, index, flat)}
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
         """Return the weighted sums of the rows that were looked up."""
+        assert weights is not None  # noqa: S101 # only units that multiply are given none
         tokens, flat = self.timed(inputs, grads)
         scaled = flat * weights.to(flat.dtype).view(-1, 1, 1)
         table = flat.new_zeros(self.weight.shape)

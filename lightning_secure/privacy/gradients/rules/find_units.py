@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_secure.errors import UnsupportedModelError
+from lightning_secure.privacy.gradients.products import widened
 from lightning_secure.privacy.gradients.rules.attention import AttentionUnit
 from lightning_secure.privacy.gradients.rules.conv import ConvUnit
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
@@ -24,7 +25,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     Unit,
     Way,
     kind_of,
-    widened,
 )
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 from lightning_secure.privacy.gradients.rules.norms import NormUnit

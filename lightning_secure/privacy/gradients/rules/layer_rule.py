@@ -2,7 +2,9 @@
 
 A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
 its output. There are several ways there, and which is the cheapest depends on shapes and on the
-machine, so a unit times its ways on the first batch and keeps the fastest.
+machine. On a processor a unit times its ways on the first batch and keeps the fastest. On a GPU it
+predicts from shapes how long each takes: timing would wait for the device, and could choose other
+ways in other processes.
 
 Source:
     Bu et al. 2023, arXiv:2210.00038 (book-keeping).
@@ -10,10 +12,11 @@ Source:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, cast
@@ -24,7 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_secure.compat.torch import writes
 from lightning_secure.errors import PrivacyError, UnsupportedModelError
-from lightning_secure.privacy.gradients.formulas import cancelling
+from lightning_secure.privacy.gradients.formulas import Grams, cancelling
+from lightning_secure.privacy.gradients.products import is_short, on_device, widened
 
 Gradients = Mapping[nn.Parameter, Tensor]
 
@@ -54,6 +58,11 @@ PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
 #: A way that takes so many times another's multiplications is not even tried.
 HOPELESS: Final = 4
 _TRIALS: Final = 3
+#: On GPUs: multiplications a second, in bfloat16 and in others, bytes a second, and seconds that a
+#: launch takes. They are those of one H200; the proportions of others are alike.
+_RATES: Final = {True: 4e14, False: 3e13}
+_BYTES: Final = 4e12
+_LAUNCH: Final = 5e-6
 
 
 class Way(NamedTuple):
@@ -84,8 +93,12 @@ class Unit(ABC):
 
     #: Names under which :meth:`per_sample` knows to form gradients.
     forms: tuple[str, ...] = ("product",)
+    #: The same on GPUs.
+    forms_on_devices: tuple[str, ...] = ("product",)
     #: Whether :meth:`ghost_squares` is there.
     has_ghost: bool = False
+    #: Whether the weighted sum is a product of matrices, of input and weighted output gradient.
+    multiplies: bool = False
 
     def __init__(self, name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self.name = name
@@ -118,8 +131,25 @@ class Unit(ABC):
         """Return the squared norms without forming the gradients, shape ``(batch,)``."""
         raise PrivacyError(f"{type(self).__name__} has no ghost norm. This step was not taken.")
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
-        """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
+    def grams(self, inputs: Tensor, grads: Tensor, *, known: Tensor | None = None) -> Grams | None:
+        """Return the Gram matrices that the ghost norm is made of, if it is made of those alone.
+
+        Args:
+            inputs: Of the layer, shape ``(batch, ...)``.
+            grads: Of its output, shape ``(batch, ...)``.
+            known: Of the inputs, if it was returned before.
+        """
+        return None
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` for each parameter.
+
+        Args:
+            inputs: Of the layer, shape ``(batch, ...)``.
+            grads: Of its output, shape ``(batch, ...)``.
+            weights: Shape ``(batch,)``. None for ones, to a unit that :attr:`multiplies`.
+        """
+        assert weights is not None  # noqa: S101 # see there
         return combined(self.per_sample(inputs, grads, form=self.forms[0]), weights)
 
     def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
@@ -157,10 +187,11 @@ class Unit(ABC):
         held = grads.nbytes + inputs.nbytes
         share = self.ghost_share(inputs, grads) if self.has_ghost else math.inf
         found: list[Way] = []
+        forms = self.forms_on_devices if on_device(grads) else self.forms
         if (share > 1 / HOPELESS and size <= FORMED_BYTES * len(grads)) or not self.has_ghost:
-            found += [Way(form, kept=False) for form in self.forms]
+            found += [Way(form, kept=False) for form in forms]
         if size <= max(KEPT_BYTES, KEPT_RATIO * held) or not self.has_ghost:
-            found += [Way(form, kept=True) for form in self.forms]
+            found += [Way(form, kept=True) for form in forms]
         if self.has_ghost and not (found and share > HOPELESS):
             found = [GHOST, *found]
         return found
@@ -168,20 +199,46 @@ class Unit(ABC):
     def way(self, inputs: Tensor, grads: Tensor) -> Way:
         """Return the fastest way for such a batch.
 
-        It is found by timing when the first batch is seen, and again when one comes that is more
-        than twice as large; not otherwise, so the choice costs nothing later.
+        It is found when the first batch is seen, and again when one comes that is more than twice
+        as large; not otherwise, so the choice costs nothing later.
         """
         if self._way is None or len(grads) > 2 * self._timed_rows:
             ways = self.ways(inputs, grads)
             if len(ways) == 1:
-                self._way, self._timed_rows = ways[0], len(grads)
-                return ways[0]
-            # In turns, so that a busy moment of the machine is not one way's alone.
-            trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
-            costs = [min(trial) for trial in zip(*trials, strict=True)]
+                costs = [0.0]
+            elif on_device(grads):
+                costs = [self.predicted(way, inputs, grads) for way in ways]
+            else:
+                # In turns, so that a busy moment of the machine is not one way's alone.
+                trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
+                costs = [min(trial) for trial in zip(*trials, strict=True)]
             self._way = ways[costs.index(min(costs))]
             self._timed_rows = len(grads)
         return self._way
+
+    def predicted(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
+        """Return about how many seconds a way takes on a GPU: products, bytes and launches.
+
+        A sum of gradients that are not kept is one more product.
+        """
+        product = self.multiplications(inputs, grads) / _RATES[is_short(grads)]
+        moved = self.operand_bytes(inputs, grads) / _BYTES
+        written = self.formed_bytes(inputs, grads) / _BYTES
+        if way.kept:
+            return product + moved + 3 * written + 5 * _LAUNCH  # written, and read twice
+        if way.form:
+            return 2 * (product + moved) + 4 * written + 10 * _LAUNCH
+        norms = self.ghost_share(inputs, grads) * product
+        again = norms if is_short(grads) else 0.0  # of what was rounded
+        return norms + again + product + 3 * moved + 8 * _LAUNCH
+
+    def multiplications(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return how many multiplications all gradients by sample take."""
+        return 0.0
+
+    def operand_bytes(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return how many bytes the operands of the products have."""
+        return inputs.nbytes + grads.nbytes
 
     def _cost(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
         """Return the seconds that a way takes."""
@@ -190,6 +247,9 @@ class Unit(ABC):
         start = time.perf_counter()
         record = Record(self, inputs, grads, scale=1.0, way=way)
         record.squares()
+        if record.rounds:
+            record = record.weighted(weights)
+            record.squares()
         record.weighted_sum(weights)
         _synchronise(grads.device)
         return time.perf_counter() - start
@@ -217,6 +277,8 @@ class Record:
     _squares: Tensor | None = None
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     _versions: list[int] | None = None
+    _weighted: bool = False
+    _gram: Tensor | None = None
 
     def __post_init__(self) -> None:
         inputs, grads = self.evidence()
@@ -226,33 +288,64 @@ class Record:
     def squares(self) -> Tensor:
         """Return the squared norm of each sample's own gradient, shape ``(batch,)``."""
         if self._squares is None:
-            inputs, grads = self.evidence()
-            way = self.way or self.unit.way(inputs, grads)
-            self.way = way
-            squares: list[Tensor] = []
-            kept: list[tuple[slice, Gradients]] = []
-            for rows in _pieces(self.unit, inputs, grads, way):
-                a, g = inputs[rows], grads[rows]
-                if not way.form:
-                    squares.append(self.unit.ghost_squares(a, g))
-                    continue
-                formed = self.unit.per_sample(a, g, form=way.form)
-                square = torch.stack([norm_squared(item) for item in formed.values()]).sum(0)
-                apart = None if way.kept else self.unit.apart_squares(a, g)
-                if apart is not None:
-                    square += cancelling(square.dtype) * apart
-                squares.append(square)
-                if way.kept:
-                    kept.append((rows, formed))
-            self._kept = kept if way.kept else None
+            if self.formed() is not None:
+                squares = [_norms_squared(piece) for _, piece in self.formed() or ()]
+            else:
+                inputs, grads = self.evidence()
+                pieces = _pieces(self.unit, inputs, grads, self.chosen())
+                squares = [self._piece_squares(inputs[rows], grads[rows]) for rows in pieces]
             self._squares = squares[0] if len(squares) == 1 else torch.cat(squares)
-        result: Tensor = self._squares * self.scale**2
-        return result
+        return self._squares if self.scale == 1 else self._squares * self.scale**2
+
+    def _piece_squares(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        form = self.chosen().form
+        if not form:
+            return self.unit.ghost_squares(inputs, grads)
+        square = _norms_squared(self.unit.per_sample(inputs, grads, form=form))
+        apart = self.unit.apart_squares(inputs, grads)
+        return square if apart is None else square + cancelling(square.dtype) * apart
+
+    def chosen(self) -> Way:
+        """Return the way that is gone, which is chosen once."""
+        if self.way is None:
+            self.way = self.unit.way(*self.evidence())
+        return self.way
+
+    def formed(self) -> list[tuple[slice, Gradients]] | None:
+        """Return the per-sample gradients, by pieces of the rows, if they are to be kept."""
+        if self._kept is None and self.chosen().kept:
+            inputs, grads = self.evidence()
+            self._kept = [
+                (rows, self.unit.per_sample(inputs[rows], grads[rows], form=self.chosen().form))
+                for rows in _pieces(self.unit, inputs, grads, self.chosen())
+            ]
+        return self._kept
+
+    def grams(self) -> Grams | None:
+        """Return the Gram matrices that the norms are still to be made of, if they are on a GPU."""
+        if self._squares is not None or self.inputs is None or not on_device(self.inputs):
+            return None
+        if self.chosen().form:
+            return None
+        found = self.unit.grams(*self.evidence(), known=self._gram)
+        if found is not None and found.inputs[0].nbytes <= self.inputs[0].nbytes:
+            self._gram = found.inputs  # for what is weighted, if it takes no more than they do
+        return found
+
+    def measured(self, squares: Tensor) -> None:
+        """Take norms that were made of :meth:`grams`."""
+        self._squares = squares
 
     def release_inputs(self) -> None:
-        """Compute the norms now, and drop what is not needed for the sums."""
-        self.squares()
-        if self._kept is not None:
+        """Compute what lets go of memory now, and drop what is not needed for the sums.
+
+        On a GPU norms wait, to be taken together with those of other layers.
+        """
+        later = on_device(self.evidence()[1])
+        kept = self.formed() is not None
+        if not later:
+            self.squares()
+        if kept:
             self.inputs = self.grads = None
 
     def per_sample(self) -> Gradients:
@@ -262,42 +355,88 @@ class Record:
         else:
             inputs, grads = self.evidence()
             pieces = [self.unit.per_sample(inputs, grads, form=self.unit.forms[0])]
-        return {
-            parameter: torch.cat([piece[parameter] for piece in pieces]) * self.scale
-            for parameter in pieces[0]
-        }
+        if len(pieces) > 1:
+            pieces = [{p: torch.cat([piece[p] for piece in pieces]) for p in pieces[0]}]
+        if self.scale == 1:
+            return pieces[0]
+        return {parameter: grads * self.scale for parameter, grads in pieces[0].items()}
 
-    def weighted_sum(self, weights: Tensor, keep: Tensor | None = None) -> Gradients:
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The layer's parameters."""
+        return self.unit.parameters
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
         """Return ``sum_i weights[i] * gradient_i`` over the samples' own gradients.
 
         Args:
             weights: Shape ``(batch,)``.
-            keep: Rows that are left out where it is false, whatever stands in them: a weight of
-                zero would make NaN of an infinity.
+
+        Raises:
+            PrivacyError: if weighted gradients must be rounded first, and were not.
         """
-        weights = weights * self.scale
+        if self._weighted:
+            return self._shortened(weights)
+        weights = weights if self.scale == 1 else weights * self.scale
         if self._kept is not None:
-            return self._combined(self._kept, weights, keep)
+            return _combined(self._kept, weights)
+        if self.rounds:
+            raise PrivacyError("a rounded sum was not checked. This step was not taken.")
         inputs, grads = self.evidence()
-        if keep is not None:
-            # Taken out, and not set to zero: a layer may well make NaN of an input of zeros.
-            inputs, grads, weights = inputs[keep], grads[keep], weights[keep]
-            if not len(weights):
-                return {p: torch.zeros_like(p, dtype=weights.dtype) for p in self.unit.parameters}
+        if is_short(grads) and self.unit.multiplies:  # formed in pieces, and weighed exactly
+            formed = (
+                (rows, self.unit.per_sample(inputs[rows], grads[rows], form=self.chosen().form))
+                for rows in _pieces(self.unit, inputs, grads, self.chosen())
+            )
+            return _combined(formed, weights)
         return self.unit.weighted_sum(inputs, grads, weights)
 
-    @staticmethod
-    def _combined(
-        kept: Sequence[tuple[slice, Gradients]], weights: Tensor, keep: Tensor | None
-    ) -> Gradients:
-        totals: dict[nn.Parameter, Tensor] = {}
-        for rows, piece in kept:
-            own = weights[rows]
-            if keep is not None:
-                own, piece = own[keep[rows]], {p: item[keep[rows]] for p, item in piece.items()}
-            for parameter, total in combined(piece, own).items():
-                accumulate(totals, parameter, total)
-        return totals
+    def rows(self, keep: Tensor) -> Record:
+        """Return a record of those samples for which ``keep`` is true.
+
+        The others are taken out, and not set to zero: a layer may well make NaN of an input of
+        zeros, and a weight of zero would make NaN of an infinity.
+        """
+        if self._kept is None:
+            inputs, grads = self.evidence()
+            return Record(self.unit, inputs[keep], grads[keep], self.scale, self.way)
+        chosen = copy.copy(self)
+        formed = {p: torch.cat([piece[p] for _, piece in self._kept]) for p in self._kept[0][1]}
+        chosen._kept = [(slice(None), {p: grads[keep] for p, grads in formed.items()})]
+        return chosen
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a weighted sum must round weighted gradients to bfloat16, to be a fast product.
+
+        Then it is that of a record that :meth:`weighted` returns, whose norms tell what is added.
+        """
+        short = self.grads is not None and is_short(self.grads) and self.unit.multiplies
+        return short and self._kept is None and not self.chosen().form
+
+    def weighted(self, weights: Tensor) -> Record:
+        """Return a record of weighted gradients, rounded to the type that they have here.
+
+        Args:
+            weights: Shape ``(batch,)``, at most 1.
+        """
+        inputs, grads = self.evidence()
+        rounded = torch.empty_like(grads)
+        torch.mul(grads, _by_row(weights, grads), out=rounded)
+        return Record(
+            self.unit, inputs, rounded, self.scale, self.way, _weighted=True, _gram=self._gram
+        )
+
+    def _shortened(self, halves: Tensor) -> Gradients:
+        """Return the sum of gradients that are weighted already, times powers of two by row."""
+        inputs, grads = self.evidence()
+        if not self.unit.multiplies:
+            sums = self.unit.weighted_sum(inputs, grads, halves)
+        else:  # nothing else holds this tensor
+            sums = self.unit.weighted_sum(inputs, grads.mul_(_by_row(halves, grads)), None)
+        if self.scale == 1:
+            return sums
+        return {parameter: total.mul_(self.scale) for parameter, total in sums.items()}
 
     def evidence(self) -> tuple[Tensor, Tensor]:
         """Return the input and the output's gradient, which must still be there.
@@ -318,6 +457,14 @@ class Record:
         return self.inputs, self.grads
 
 
+def _combined(pieces: Iterable[tuple[slice, Gradients]], weights: Tensor) -> Gradients:
+    totals: dict[nn.Parameter, Tensor] = {}
+    for rows, piece in pieces:
+        for parameter, total in combined(piece, weights[rows]).items():
+            accumulate(totals, parameter, total)
+    return totals
+
+
 def _versions(*tensors: Tensor) -> list[int]:
     """Return how often each tensor was changed in place, of those of which it is counted."""
     return [writes(tensor) for tensor in tensors]
@@ -329,9 +476,8 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return kinds[kinds.index(FSDPModule) + 1] if FSDPModule in kinds else kinds[0]
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that norms and sums are computed in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _by_row(weights: Tensor, grads: Tensor) -> Tensor:
+    return weights.view(-1, *[1] * (grads.ndim - 1))
 
 
 def norm_squared(per_sample: Tensor) -> Tensor:
@@ -339,6 +485,11 @@ def norm_squared(per_sample: Tensor) -> Tensor:
     dtype = widened(per_sample.dtype)
     norms: Tensor = torch.linalg.vector_norm(per_sample.flatten(1), dim=1, dtype=dtype)
     return norms.square()
+
+
+def _norms_squared(per_sample: Gradients) -> Tensor:
+    squares = [norm_squared(item) for item in per_sample.values()]
+    return squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
 
 
 def combined(per_sample: Gradients, weights: Tensor) -> Gradients:
@@ -355,12 +506,6 @@ def accumulate(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value:
         sums[parameter].add_(value)
     else:
         sums[parameter] = value
-
-
-def zero_rows(tensor: Tensor, keep: Tensor) -> Tensor:
-    """Return ``tensor`` with zeros in the rows for which ``keep`` is false."""
-    mask = keep.view(-1, *[1] * (tensor.ndim - 1))
-    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def trainable(parameter: Tensor | None) -> nn.Parameter | None:

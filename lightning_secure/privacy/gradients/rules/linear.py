@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_secure.privacy.gradients.formulas import (
+    Grams,
+    gram,
     linear_ghost_squares,
     linear_per_sample,
     linear_weighted_sum,
+    rounding,
 )
+from lightning_secure.privacy.gradients.products import operands, widened
 from lightning_secure.privacy.gradients.rules.layer_rule import (
     GHOST,
     Gradients,
@@ -21,7 +25,6 @@ from lightning_secure.privacy.gradients.rules.layer_rule import (
     Way,
     norm_squared,
     trainable,
-    widened,
 )
 
 
@@ -36,6 +39,7 @@ class LinearUnit(Unit):
     """
 
     has_ghost = True
+    multiplies = True
 
     def __init__(
         self,
@@ -65,6 +69,10 @@ class LinearUnit(Unit):
             return super().working_bytes(inputs, grads, way)
         return 3 * math.prod(inputs.shape[1:-1]) ** 2 * widened(grads.dtype).itemsize
 
+    def multiplications(self, inputs: Tensor, grads: Tensor) -> float:
+        """Return those of one product with the weight's shape."""
+        return float(math.prod(inputs.shape[:-1]) * inputs.shape[-1] * grads.shape[-1])
+
     def ghost_share(self, inputs: Tensor, grads: Tensor) -> float:
         """Return the multiplications of Gram matrices over those of products."""
         size_in, size_out = inputs.shape[-1], grads.shape[-1]
@@ -74,14 +82,32 @@ class LinearUnit(Unit):
         """Return the squared norms by Gram matrices."""
         return linear_ghost_squares(*_flat(inputs, grads), bias=self.bias is not None)
 
+    def grams(self, inputs: Tensor, grads: Tensor, *, known: Tensor | None = None) -> Grams | None:
+        """Return the Gram matrices over time; a bias is one more feature that is always one."""
+        inputs, grads = _flat(inputs, grads)
+        if inputs.ndim == 2:
+            return None
+        bias = self.bias is not None
+        if known is None:
+            known = gram(inputs, inputs)
+            known = known.add_(1) if bias else known
+        return Grams(
+            known,
+            gram(grads, grads),
+            rounding(inputs.shape[2], inputs.dtype, more=int(bias)),
+            rounding(grads.shape[2], grads.dtype),
+            grads.dtype,
+        )
+
     def per_sample(self, inputs: Tensor, grads: Tensor, *, form: str) -> Gradients:
         """Return the products of output gradients and inputs."""
         inputs, grads = _flat(inputs, grads)
         if self.weight is None:
+            grads = grads.to(widened(grads.dtype))
             return self._named(None, grads if grads.ndim == 2 else grads.sum(1))
         return self._named(*linear_per_sample(inputs, grads, bias=self.bias is not None))
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
         """Return the weighted sums, as one matrix product."""
         if self.weight is None:
             return super().weighted_sum(inputs, grads, weights)
@@ -102,7 +128,7 @@ class LinearUnit(Unit):
 
     @staticmethod
     def timed(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both widened, ``(batch, time, features)``."""
+        """Return both as operands of products, ``(batch, time, features)``."""
         inputs, grads = _flat(inputs, grads)
         return (inputs, grads) if inputs.ndim == 3 else (inputs.unsqueeze(1), grads.unsqueeze(1))
 
@@ -112,9 +138,8 @@ class LinearUnit(Unit):
 
 
 def _flat(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both widened, with at most one dimension for time."""
-    dtype = widened(grads.dtype)
-    inputs, grads = inputs.to(dtype), grads.to(dtype)
+    """Return both as operands of products, with at most one dimension for time."""
+    inputs, grads = operands(inputs, grads)
     if inputs.ndim > 3:
         inputs, grads = inputs.flatten(1, -2), grads.flatten(1, -2)
     return inputs, grads

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_secure.privacy.gradients.products import widened
 from lightning_secure.privacy.gradients.rules.layer_rule import (
     Gradients,
     Unit,
     Way,
     trainable,
-    widened,
 )
 
 _Norm = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm

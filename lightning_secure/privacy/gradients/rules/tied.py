@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_secure.privacy.gradients.formulas import gram, rounding
+from lightning_secure.privacy.gradients.products import widened
 from lightning_secure.privacy.gradients.rules.embedding import EmbeddingUnit
-from lightning_secure.privacy.gradients.rules.layer_rule import Record
+from lightning_secure.privacy.gradients.rules.layer_rule import Gradients, Record, accumulate
 from lightning_secure.privacy.gradients.rules.linear import LinearUnit
 
 
@@ -31,6 +32,32 @@ class TiedPair(NamedTuple):
     table: Record
     head: Record
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The shared weight, and maybe a bias."""
+        return (*self.table.parameters, *self.head.parameters[1:])
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weighted gradients of the layer must be rounded."""
+        return self.head.rounds
+
+    def rows(self, keep: Tensor) -> TiedPair:
+        """Return the records of those samples for which ``keep`` is true."""
+        return TiedPair(self.table.rows(keep), self.head.rows(keep))
+
+    def weighted(self, weights: Tensor) -> TiedPair:
+        """Return records of weighted gradients, each rounded to the type that it has."""
+        return TiedPair(self.table.weighted(weights), self.head.weighted(weights))
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
+        """Return the sums over both uses."""
+        sums: dict[nn.Parameter, Tensor] = {}
+        for record in self:
+            for parameter, total in record.weighted_sum(weights).items():
+                accumulate(sums, parameter, total)
+        return sums
+
     def squares(self) -> Tensor:
         """Return the squared norm of each sample's gradient, shape ``(batch,)``.
 
@@ -43,10 +70,11 @@ class TiedPair(NamedTuple):
         tokens, vectors = unit.timed(*self.table.evidence())
         inputs, grads = LinearUnit.timed(*self.head.evidence())
         index = tokens.unsqueeze(1).expand(-1, grads.shape[1], -1)
-        chosen = grads.gather(2, index)  # (batch, times of the layer, times of the table)
+        # (batch, times of the layer, times of the table)
+        chosen = grads.gather(2, index).to(widened(grads.dtype))
         products = gram(inputs, vectors).mul_(chosen)
         cross = products.sum((1, 2), dtype=torch.float64)
-        steps = torch.linalg.vector_norm(inputs, dim=2).unsqueeze(2)
+        steps = torch.linalg.vector_norm(inputs, dim=2, dtype=chosen.dtype).unsqueeze(2)
         sizes = steps * torch.linalg.vector_norm(vectors, dim=2).unsqueeze(1)
         relative = rounding(inputs.shape[2], inputs.dtype)  # as for Gram matrices
         error = relative * chosen.abs_().mul_(sizes).sum((1, 2))
