@@ -51,7 +51,13 @@ class Keystream:
         self._begin(secrets.token_bytes(KEY_BYTES) if key is None else key)
 
     def read(self, count: int) -> bytearray:
-        """Return the next ``count`` bytes.
+        """Return the next ``count`` bytes; see :meth:`read_into`."""
+        out = bytearray(count)
+        self.read_into(out)
+        return out
+
+    def read_into(self, buffer: bytearray | memoryview) -> None:
+        """Fill a buffer with the next bytes.
 
         Raises:
             KeyAccessError: if the process was forked, and its parent reads the same given key.
@@ -63,8 +69,7 @@ class Keystream:
                     "repeat the parent's bytes. Nothing was drawn."
                 )
             self._begin(secrets.token_bytes(KEY_BYTES))
-        out = bytearray(count)
-        view = memoryview(out)
+        view = memoryview(buffer)
         while view:
             if not self._left:
                 self._begin(self._encryptor.update(bytes(KEY_BYTES)))
@@ -72,7 +77,6 @@ class Keystream:
             self._encryptor.update_into(_ZEROS[:part], view[:part])
             self._left -= part
             view = view[part:]
-        return out
 
     def _begin(self, key: bytes) -> None:
         self._process = os.getpid()
