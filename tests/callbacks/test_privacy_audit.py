@@ -13,7 +13,7 @@ from lightning_secure.callbacks.privacy_audit import PrivacyAudit
 from lightning_secure.errors import ConfigError
 from lightning_secure.privacy.auditing import OneRunAudit, canary_audit
 from lightning_secure.privacy.config import DPConfig
-from lightning_secure.privacy.gradients import recorder
+from lightning_secure.privacy.gradients import clipped_sums
 from lightning_secure.strategies.private import PrivateStrategy
 
 CANARIES = 1000
@@ -136,7 +136,7 @@ def test_both_lower_bounds_are_logged_beside_epsilon(tmp_path, caplog):
 def test_a_run_that_does_not_clip_is_found_out(tmp_path, caplog, monkeypatch):
     # The weakness itself, put in.
     monkeypatch.setattr(
-        recorder, "clip_factor", lambda norms, max_grad_norm: torch.ones_like(norms)
+        clipped_sums, "clip_factor", lambda norms, max_grad_norm: torch.ones_like(norms)
     )
     _, reports = audited(tmp_path, max_epochs=-1, max_steps=1)
     assert [report.holds for report in reports] == [False, False]

@@ -267,8 +267,38 @@ def test_a_convolutions_ways_agree(way):
             assert found[parameter].dtype == torch.float32
 
 
-def test_on_a_device_ways_follow_from_shapes():
+@pytest.mark.parametrize("shape", [(4, 16, 32), (16, 64, 64), (64, 32, 48)])
+@everywhere
+def test_one_more_row_does_not_change_what_the_others_add(place, shape):
+    """A way that follows the number of rows rounds all of them, or none: 600 rows moved by 1.6."""
+    time, size_in, size_out = shape
+    torch.manual_seed(0)
+    a = torch.randn(1, time, size_in).bfloat16()
+    g = torch.randn(1, time, size_out).bfloat16()
+
+    def total(rows, *, opposed):
+        inputs, grads = (x.expand(rows, -1, -1) for x in (a, g))
+        if opposed:
+            inputs, grads = torch.cat([inputs, a]), torch.cat([grads, -g])
+        unit, sums = LinearUnit.of("layer", nn.Linear(size_in, size_out, bias=False)), {}
+        record = Record(unit, inputs.contiguous(), grads.contiguous())
+        add_clipped_sums(sums, [record], max_grad_norm=1.0)
+        return sums[unit.weight].double()
+
+    with place():
+        for rows in (16, 64, 512, 600):
+            moved = total(rows, opposed=True) - total(rows, opposed=False)
+            assert float(moved.norm()) <= 1 + 1e-3
+
+
+def test_on_a_device_ways_follow_from_shapes(monkeypatch):
     """Where Gram matrices are larger than the weight, its gradients are formed and kept."""
+
+    def timed(*arguments):
+        raise AssertionError("to time a way is to wait for the device")
+
+    monkeypatch.setattr(LinearUnit, "_cost", timed)
+    monkeypatch.setattr(ConvUnit, "_cost", timed)
     large = LinearUnit.of("large", nn.Linear(768, 3072))
     maps = ConvUnit("maps", nn.Conv2d(64, 64, 3, padding=1))
     deep = ConvUnit("deep", nn.Conv2d(256, 256, 3, padding=1))

@@ -19,7 +19,6 @@ from lightning_secure.privacy.gradients.float32 import exact_products
 from lightning_secure.privacy.gradients.formulas import Grams, clip_factor, grams_together
 from lightning_secure.privacy.gradients.products import on_device
 from lightning_secure.privacy.gradients.rules.layer_rule import (
-    PIECE_BYTES_ON_DEVICES,
     Gradients,
     Record,
     accumulate,
@@ -30,6 +29,8 @@ from lightning_secure.privacy.gradients.rules.tied import TiedPair, tied_pairs
 
 #: Where weighted gradients are rounded, the share of the clipping norm that they are given.
 _MARGIN: Final = 1 - 2.0**-8
+#: Bytes of one row's Gram matrices that are looked at together.
+_GROUP_BYTES: Final = 2**22
 #: Numbers of a layer's gradient, up to which it is small.
 _SMALL: Final = 2**14
 
@@ -281,7 +282,8 @@ def _take_norms(parts: Sequence[Part]) -> None:
             continue
         group = waiting.setdefault((grams.inputs.shape, grams.dtype, len(grams.grads)), [])
         group.append((record, grams))
-        if len(group) * grams.inputs.nbytes > PIECE_BYTES_ON_DEVICES:
+        # By the shape of a row alone, so that other rows have no say in the errors of a group.
+        if len(group) * grams.inputs[:1].nbytes > _GROUP_BYTES:
             _finish(group)
             group.clear()
     for group in waiting.values():

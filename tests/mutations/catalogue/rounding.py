@@ -74,9 +74,16 @@ CATALOGUE = [
     Mutation(
         "on a GPU ways are timed, which waits for it",
         "privacy/gradients/rules/layer_rule.py",
-        "elif on_device(grads):",
-        "elif False:",
+        "if is_short(grads) or on_device(grads):",
+        "if False:",
         f"{SHORT} -k ways_follow",
+    ),
+    Mutation(
+        "one more row has all others rounded",
+        "privacy/gradients/rules/layer_rule.py",
+        "some = [item[:1].expand(_ROWS, *item.shape[1:]) for item in (inputs, grads)]",
+        "some = [inputs, grads]",
+        f"{SHORT} -k one_more_row",
     ),
     Mutation(
         "layers whose norms are taken together have the first one's error",

@@ -58,6 +58,8 @@ PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
 #: A way that takes so many times another's multiplications is not even tried.
 HOPELESS: Final = 4
 _TRIALS: Final = 3
+#: Rows for which ways are predicted.
+_ROWS: Final = 32
 #: On GPUs: multiplications a second, in bfloat16 and in others, bytes a second, and seconds that a
 #: launch takes. They are those of one H200; the proportions of others are alike.
 _RATES: Final = {True: 4e14, False: 3e13}
@@ -199,15 +201,16 @@ class Unit(ABC):
     def way(self, inputs: Tensor, grads: Tensor) -> Way:
         """Return the fastest way for such a batch.
 
-        It is found when the first batch is seen, and again when one comes that is more than twice
-        as large; not otherwise, so the choice costs nothing later.
+        It is found when the first batch is seen; if it is timed, again when one comes that is more
+        than twice as large; not otherwise, so the choice costs nothing later.
         """
-        if self._way is None or len(grads) > 2 * self._timed_rows:
+        if is_short(grads) or on_device(grads):
+            if self._way is None:
+                self._way = self._way_by_shape(inputs, grads)
+        elif self._way is None or len(grads) > 2 * self._timed_rows:
             ways = self.ways(inputs, grads)
             if len(ways) == 1:
                 costs = [0.0]
-            elif on_device(grads):
-                costs = [self.predicted(way, inputs, grads) for way in ways]
             else:
                 # In turns, so that a busy moment of the machine is not one way's alone.
                 trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
@@ -215,6 +218,15 @@ class Unit(ABC):
             self._way = ways[costs.index(min(costs))]
             self._timed_rows = len(grads)
         return self._way
+
+    def _way_by_shape(self, inputs: Tensor, grads: Tensor) -> Way:
+        """Return the way that is predicted to be the fastest, for any number of rows.
+
+        One way rounds weighted gradients to bfloat16, another does not: if the number of rows had
+        a say, one more of them could change what all others add.
+        """
+        some = [item[:1].expand(_ROWS, *item.shape[1:]) for item in (inputs, grads)]
+        return min(self.ways(*some), key=lambda way: self.predicted(way, *some))
 
     def predicted(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
         """Return about how many seconds a way takes on a GPU: products, bytes and launches.
