@@ -291,6 +291,19 @@ def test_one_more_row_does_not_change_what_the_others_add(place, shape):
             assert float(moved.norm()) <= 1 + 1e-3
 
 
+@everywhere
+def test_all_ways_leave_the_same_room(place):
+    """Or a long row, which decides the way of a batch, would move each clipped row by 1/256."""
+    unit = LinearUnit.of("layer", nn.Linear(16, 24))
+    torch.manual_seed(0)
+    inputs, grads = torch.randn(1, 9, 16).bfloat16(), torch.randn(1, 9, 24).bfloat16()
+    for way in (GHOST, Way("product", kept=False), Way("product", kept=True)):
+        sums = {}
+        with place():
+            add_clipped_sums(sums, [Record(unit, inputs, grads, way=way)], max_grad_norm=1.0)
+        assert length(sums) == pytest.approx(255 / 256, abs=1e-3)
+
+
 def test_on_a_device_ways_follow_from_shapes(monkeypatch):
     """Where Gram matrices are larger than the weight, its gradients are formed and kept."""
 

@@ -170,8 +170,9 @@ def add_clipped_sums(
     _take_norms(parts)
     squares = [part.squares() for part in parts]
     norms = _norms(squares)
-    round_them = any(part.rounds for part in parts)
-    bound = max_grad_norm * _MARGIN if round_them else max_grad_norm
+    # Whichever way they go, so that the length of a padded row has no say in it.
+    short = any(record.short for record in records)
+    bound = max_grad_norm * _MARGIN if short else max_grad_norm
     factors = _factors(parts, squares, layers, max_grad_norm=bound)
     finite = torch.isfinite(norms)
     if not bool(finite.all()):
@@ -181,7 +182,7 @@ def add_clipped_sums(
         parts = [part.rows(finite) for part in parts]
         squares = [square[finite] for square in squares]
         factors = {parameter: weights[finite] for parameter, weights in factors.items()}
-    if round_them:
+    if short:
         parts, factors = _rounded(parts, squares, factors, layers, max_grad_norm=max_grad_norm)
     for part in parts:
         for parameter, total in part.weighted_sum(factors[part.parameters[0]]).items():

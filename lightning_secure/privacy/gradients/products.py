@@ -72,7 +72,7 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     Returns:
         Shape ``(batch, n, m)``.
     """
-    if is_short(one) and is_short(other) and one.device.type != "cpu":
+    if is_short(one) and is_short(other) and one.device.type in ("cuda", "meta"):
         return torch.bmm(one, other, out_dtype=torch.float32)
     dtype = torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32
     return torch.bmm(one.to(dtype), other.to(dtype))

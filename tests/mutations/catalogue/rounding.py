@@ -79,6 +79,13 @@ CATALOGUE = [
         f"{SHORT} -k ways_follow",
     ),
     Mutation(
+        "the way decides how much room a row is left",
+        "privacy/gradients/clipped_sums.py",
+        "    short = any(record.short for record in records)\n",
+        "    short = any(part.rounds for part in parts)\n",
+        f"{SHORT} -k same_room",
+    ),
+    Mutation(
         "one more row has all others rounded",
         "privacy/gradients/rules/layer_rule.py",
         "some = [item[:1].expand(_ROWS, *item.shape[1:]) for item in (inputs, grads)]",

@@ -278,6 +278,7 @@ class Record:
         scale: Factor from the recorded gradient to that of the sample's own loss.
         way: How norms and sums are had; chosen by the unit if None.
         shapes: Shapes of the input and of the output's gradient.
+        short: Whether its products are of bfloat16 numbers, whichever way they are formed.
     """
 
     unit: Unit
@@ -288,6 +289,7 @@ class Record:
     _kept: list[tuple[slice, Gradients]] | None = None
     _squares: Tensor | None = None
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    short: bool = False
     _versions: list[int] | None = None
     _weighted: bool = False
     _gram: Tensor | None = None
@@ -296,6 +298,7 @@ class Record:
         inputs, grads = self.evidence()
         self.shapes = tuple(inputs.shape), tuple(grads.shape)
         self._versions = _versions(inputs, grads)
+        self.short = self.unit.multiplies and is_short(grads)
 
     def squares(self) -> Tensor:
         """Return the squared norm of each sample's own gradient, shape ``(batch,)``."""
@@ -395,7 +398,7 @@ class Record:
         if self.rounds:
             raise PrivacyError("a rounded sum was not checked. This step was not taken.")
         inputs, grads = self.evidence()
-        if is_short(grads) and self.unit.multiplies:  # formed in pieces, and weighed exactly
+        if self.short:  # formed in pieces, and weighed exactly
             formed = (
                 (rows, self.unit.per_sample(inputs[rows], grads[rows], form=self.chosen().form))
                 for rows in _pieces(self.unit, inputs, grads, self.chosen())
@@ -423,8 +426,7 @@ class Record:
 
         Then it is that of a record that :meth:`weighted` returns, whose norms tell what is added.
         """
-        short = self.grads is not None and is_short(self.grads) and self.unit.multiplies
-        return short and self._kept is None and not self.chosen().form
+        return self.short and self._kept is None and not self.chosen().form
 
     def weighted(self, weights: Tensor) -> Record:
         """Return a record of weighted gradients, rounded to the type that they have here.
