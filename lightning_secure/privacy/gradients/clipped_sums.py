@@ -182,7 +182,7 @@ def add_clipped_sums(
         parts = [part.rows(finite) for part in parts]
         squares = [square[finite] for square in squares]
         factors = {parameter: weights[finite] for parameter, weights in factors.items()}
-    if short:
+    if any(part.rounds for part in parts):
         parts, factors = _rounded(parts, squares, factors, layers, max_grad_norm=max_grad_norm)
     for part in parts:
         for parameter, total in part.weighted_sum(factors[part.parameters[0]]).items():
