@@ -72,7 +72,7 @@ def require_released(strategy, keys):
     )  # fmt: skip
     data = EncryptedDataModule("patients/", keys=keys, batch_size=60, columns=("x", "y"))
     trainer.fit(LossesOfRows(), datamodule=data)
-    assert 0 <= trainer.callback_metrics["train_loss"] < 5
+    assert -5 < trainer.callback_metrics["train_loss"] < 5  # with noise
     assert "clipped" in trainer.callback_metrics
     assert 2.9 < strategy.ledger.epsilon() <= 3.0
 
