@@ -415,7 +415,13 @@ class PrivateTraining(Strategy):
         The chunks went backward already; this is where Lightning expects gradients to appear.
         """
         with self._collective.until_summed(required(self._step.engine).parameters):
-            taking, self._taking = required(self._taking), None
+            taking, self._taking = self._taking, None
+            if taking is None:
+                raise UnsupportedTrainerOptionError(
+                    "backward runs a second time for one training step, or without one, and the "
+                    "sums of a step are released once. Call it once after each training step. "
+                    "Nothing more was released."
+                )
             self.precision_plugin.pre_backward(closure_loss, self._module)
         required(self._results).publish(next(taking))
         return self.precision_plugin.post_backward(closure_loss, self._module)

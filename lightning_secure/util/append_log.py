@@ -43,18 +43,17 @@ class AppendLog:
     def __init__(
         self, path: Path, flags: int = 0, *, mode: int = 0o666, wait: bool = False
     ) -> None:
-        self.owner, found = os.getpid(), None
+        self.owner = os.getpid()
         # The lock's last holder may have removed the file before the lock could be taken.
-        while found is None or not path.exists() or not os.path.samestat(found, path.stat()):
+        while self.fd < 0 or not _names(path, self.fd):
             self.close()
             self.fd = open_regular(path, os.O_RDWR | flags, mode=mode)
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                found = os.fstat(self.fd)
             except BaseException:
                 self.close()
                 raise
-        self.end = found.st_size
+        self.end = os.fstat(self.fd).st_size
 
     def append(self, lines: bytes, *, flush: bool = True) -> None:
         """Write whole lines, or nothing.
@@ -96,6 +95,14 @@ class AppendLog:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("an open log is neither copied nor pickled: its file would be closed twice")
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Return whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_lines(fd: int, *, limit: int) -> Iterator[bytes]:

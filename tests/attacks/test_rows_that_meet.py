@@ -311,10 +311,8 @@ HIDDEN = [
 
 @pytest.mark.parametrize("loss", HIDDEN)
 def test_what_only_trial_rows_show_is_refused(tmp_path, loss):
-    # By chance the rows of the first trial agree, and those of the next one do not.
-    refusal = r"isolate_rows=True.*(No step was taken|This step was not taken)"
-    with pytest.raises(UnsupportedModelError, match=refusal):
-        fit(tmp_path, loss)
+    with pytest.raises(UnsupportedModelError, match=r"isolate_rows=True.*No step was taken"):
+        fit(tmp_path, loss, insecure_seed=1)  # else, once in some hundreds, only in the second step
 
 
 class EarlyExit(Module):

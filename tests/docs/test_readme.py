@@ -72,7 +72,9 @@ def require_released(strategy, keys):
     )  # fmt: skip
     data = EncryptedDataModule("patients/", keys=keys, batch_size=60, columns=("x", "y"))
     trainer.fit(LossesOfRows(), datamodule=data)
-    assert -5 < trainer.callback_metrics["train_loss"] < 5  # with noise
+    # Of two classes it is about 0.65, in 10 steps of 60 expected rows, each with noise of its own.
+    noise = 20 * 2.5 / 60 / 10**0.5
+    assert abs(trainer.callback_metrics["train_loss"] - 0.65) < 7 * noise
     assert "clipped" in trainer.callback_metrics
     assert 2.9 < strategy.ledger.epsilon() <= 3.0
 

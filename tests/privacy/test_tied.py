@@ -109,7 +109,7 @@ def test_uses_that_cancel_are_not_rounded_away(monkeypatch):
     engine = GradientEngine(model, max_grad_norm=1.0)
     engine.attach()
     unit = engine.units[1]  # its norm by the product, without the bound of a ghost norm
-    unit._way, unit._timed_rows = Way("product", kept=False), 32
+    unit._way = Way("product", kept=False)
     torch.manual_seed(0)
     x = torch.randn(32, 4, 64) * 100
     tokens = torch.zeros(32, 4, dtype=torch.long)

@@ -114,7 +114,7 @@ def test_an_input_is_let_go_while_the_graph_is_still_there():
     model = nn.Sequential(nn.Linear(3, 2))
     engine = watched(model)
     unit = engine.units[0]
-    unit._way, unit._timed_rows = Way("product", kept=True), 4
+    unit._way = Way("product", kept=True)
     with engine.recording():
         inputs = torch.randn(4, 50, 3)
         storage = StorageWeakRef(inputs.untyped_storage())
@@ -125,14 +125,19 @@ def test_an_input_is_let_go_while_the_graph_is_still_there():
         assert storage.expired()
 
 
-def test_a_much_larger_batch_is_timed_again(monkeypatch):
-    unit, inputs, grads = linear(6)
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_a_way_is_chosen_once_whatever_the_number_of_rows(rows, monkeypatch):
+    """Norms by one way are larger than by another: one more row must not change the way of all."""
+    unit, inputs, grads = linear(40)
     timed = []
     cost = unit._cost
     monkeypatch.setattr(unit, "_cost", lambda way, a, g: timed.append(len(g)) or cost(way, a, g))
-    for rows in (2, 2, 4, 6, 3):
-        unit.way(inputs[:rows], grads[:rows])
-    assert timed == 9 * [2] + 9 * [6]  # three ways, three times each
+    for count in (rows, 40, 1):
+        unit.way(inputs[:count], grads[:count])
+    assert timed == 9 * [4]  # three ways, three times each
+    kept = LinearUnit.of("layer", nn.Linear(100, 90))  # as many are kept of few rows as of many
+    ways = [kept.way(torch.ones(n, 2, 100), torch.ones(n, 2, 90)) for n in (1, 500)]
+    assert ways == [GHOST, GHOST]
 
 
 def test_what_is_not_needed_any_more_is_let_go():

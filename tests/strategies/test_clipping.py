@@ -83,18 +83,19 @@ def fit(tmp_path, model, *, clipping=ADAPTIVE, dp=None, ckpt=None, epochs=1):
 
 def test_the_noise_follows_the_bound_and_so_does_the_account_of_both(tmp_path):
     # Without gradients nothing is clipped, so that the bound falls, and the noise is all there is.
-    model = Model()
-    spy, _ = fit(tmp_path, model)
+    model, count_noise = Model(), 1.0
+    adaptive = AdaptiveClipping(learning_rate=0.7, noise_multiplier=count_noise)
+    spy, _ = fit(tmp_path, model, clipping=adaptive)
     bounds = [2.0, *spy.bounds[1:]]
     assert spy.bounds[0] is None
     for gradient, bound in zip(spy.found, bounds, strict=True):
         assert float(gradient.std()) == pytest.approx(Z * bound / 8, rel=0.06)
     ledger = ledger_of(model)
     assert ledger.clip_bound not in bounds
-    # It falls by 0.35 a step in its logarithm, and the noise of the count is 0.22.
-    assert min(*bounds, ledger.clip_bound) < 2.0
+    # It falls by 0.35 a step in its logarithm, and the noise of the count is 0.04.
+    assert min(bounds) < 1.6
     # Theorem 1 of Andrew et al.: the gradient's noise and the count's are one step's.
-    together = (Z**-2 + COUNT_NOISE**-2) ** -0.5
+    together = (Z**-2 + count_noise**-2) ** -0.5
     assert ledger.releases == [Release(pytest.approx(together, rel=1e-12), 0.25, 4)]
     assert ledger.epsilon() == pytest.approx(
         epsilon_pld([Release(together, 0.25, 4)], delta=1e-5), rel=1e-6

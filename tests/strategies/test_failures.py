@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_secure import DPConfig, PrivateStrategy
+from lightning_secure.errors import UnsupportedTrainerOptionError
 from lightning_secure.privacy.run_contract import begin_ledger
 
 
@@ -89,6 +91,24 @@ def test_steps_of_an_epoch_are_no_rounded_fraction():
             config(expected_batch_size=1, delta=1e-9), rows=n, batch_size=1, planned_steps=int
         )
         assert ledger.public.steps_per_epoch == n
+
+
+def test_a_step_is_released_once_however_often_backward_is_called(tmp_path):
+    """A second release of the same sums, with noise of its own, would halve the noise uncharged."""
+
+    class Twice(Model):
+        def on_after_backward(self):
+            self.trainer.strategy.backward(torch.zeros((), requires_grad=True), None)
+
+    class Charged(Gradients):
+        def on_exception(self, trainer, module, exception):
+            self.steps = trainer.strategy.ledger.steps
+
+    spy = Charged()
+    with pytest.raises(UnsupportedTrainerOptionError, match="a second time"):
+        fitted(tmp_path, Twice(), config(), spy=spy)
+    assert spy.steps == 1
+    assert spy.seen == []
 
 
 def test_a_second_fit_finds_no_hooks_of_the_first(tmp_path):

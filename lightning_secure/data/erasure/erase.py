@@ -103,14 +103,8 @@ def erase_shard(
             )
         return wanted
 
-    return _Erasure(
-        root=folder_of(root),
-        split=split,
-        keys=keys,
-        recipients=recipients,
-        to=rotate_kek_to,
-        retire_kek=retire_kek,
-    ).run(chosen, ManifestPin(min_generation, manifest_digest))
+    erasure = _Erasure(folder_of(root), split, keys, recipients, rotate_kek_to, retire_kek)
+    return erasure.run(chosen, ManifestPin(min_generation, manifest_digest))
 
 
 def _whole(numbers: Any) -> set[int]:
@@ -179,17 +173,11 @@ def erase_subject(
             raise DataError(f"split {split!r} has no rows of this subject. Nothing was erased.")
         return numbers
 
-    return _Erasure(
-        root=folder_of(root),
-        split=split,
-        keys=keys,
-        recipients=recipients,
-        to=rotate_kek_to,
-        retire_kek=retire_kek,
-    ).run(chosen, ManifestPin(min_generation, manifest_digest))
+    erasure = _Erasure(folder_of(root), split, keys, recipients, rotate_kek_to, retire_kek)
+    return erasure.run(chosen, ManifestPin(min_generation, manifest_digest))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Erasure:
     """One erasure: of which split, by which keys."""
 

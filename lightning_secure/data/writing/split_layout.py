@@ -160,7 +160,7 @@ class SplitLayout:
     def split_entry(
         self, schema: Schema, entries: Sequence[ShardEntry], attributes: Mapping[str, str]
     ) -> SplitEntry:
-        """Return the manifest's description of what :meth:`seal` wrote, call after call."""
+        """Return the manifest's description of what :meth:`tasks` wrote, call after call."""
         own, *others = (
             ColumnGroup(
                 partition=partition,

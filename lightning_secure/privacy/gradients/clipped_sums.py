@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,88 +19,24 @@ from lightning_secure.privacy.gradients.float32 import exact_products
 from lightning_secure.privacy.gradients.formulas import Grams, clip_factor, grams_together
 from lightning_secure.privacy.gradients.products import on_device
 from lightning_secure.privacy.gradients.rules.layer_rule import (
+    TOGETHER_BYTES,
     Gradients,
     Record,
     accumulate,
-    combined,
     norm_squared,
 )
 from lightning_secure.privacy.gradients.rules.tied import TiedPair, tied_pairs
 
 #: Where weighted gradients are rounded, the share of the clipping norm that they are given.
 _MARGIN: Final = 1 - 2.0**-8
-#: Bytes of one row's Gram matrices that are looked at together.
-_GROUP_BYTES: Final = 2**22
 #: Numbers of a layer's gradient, up to which it is small.
 _SMALL: Final = 2**14
 
 Factors = Mapping[nn.Parameter, Tensor]
 
 
-class Part(Protocol):
-    """The gradients of some parameters, which no other part has."""
-
-    @property
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """The parameters; at least one."""
-
-    @property
-    def rounds(self) -> bool:
-        """Whether its weighted gradients must be rounded before they are added up."""
-
-    def squares(self) -> Tensor:
-        """Return each sample's squared norm, shape ``(batch,)``."""
-
-    def rows(self, keep: Tensor) -> Part:
-        """Return the gradients of those samples for which ``keep`` is true."""
-
-    def weighted(self, weights: Tensor) -> Part:
-        """Return the samples' gradients times their weights, rounded."""
-
-    def weighted_sum(self, weights: Tensor) -> Gradients:
-        """Return the sums of the samples' gradients times their weights."""
-
-
 class Formed(NamedTuple):
-    """Gradients by sample of one parameter.
-
-    Attributes:
-        parameter: The parameter.
-        grads: Shape ``(batch, *parameter.shape)``.
-    """
-
-    parameter: nn.Parameter
-    grads: Tensor
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter]:
-        """The parameter."""
-        return (self.parameter,)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether its weighted gradients must be rounded: they need not."""
-        return False
-
-    def squares(self) -> Tensor:
-        """Return each sample's squared norm, shape ``(batch,)``."""
-        return norm_squared(self.grads)
-
-    def rows(self, keep: Tensor) -> Formed:
-        """Return the gradients of those samples for which ``keep`` is true."""
-        return Formed(self.parameter, self.grads[keep])
-
-    def weighted(self, weights: Tensor) -> Formed:
-        """Return the samples' gradients times their weights."""
-        return Formed(self.parameter, self.grads * weights.view(-1, *[1] * (self.grads.ndim - 1)))
-
-    def weighted_sum(self, weights: Tensor) -> Gradients:
-        """Return the sum of the samples' gradients times their weights."""
-        return combined({self.parameter: self.grads}, weights)
-
-
-class Joined(NamedTuple):
-    """Small gradients by sample of many parameters, which lie together.
+    """Gradients by sample, of one parameter or of small ones that lie together.
 
     Attributes:
         parameters: The parameters; at least one.
@@ -119,19 +55,19 @@ class Joined(NamedTuple):
         """Return each sample's squared norm, shape ``(batch,)``."""
         return norm_squared(self.grads)
 
-    def rows(self, keep: Tensor) -> Joined:
+    def rows(self, keep: Tensor) -> Formed:
         """Return the gradients of those samples for which ``keep`` is true."""
-        return Joined(self.parameters, self.grads[keep])
-
-    def weighted(self, weights: Tensor) -> Joined:
-        """Return the samples' gradients times their weights."""
-        return Joined(self.parameters, self.grads * weights.unsqueeze(1))
+        return Formed(self.parameters, self.grads[keep])
 
     def weighted_sum(self, weights: Tensor) -> Gradients:
         """Return the sums of the samples' gradients times their weights."""
         total = weights.to(self.grads.dtype) @ self.grads
         pieces = torch.split(total, [parameter.numel() for parameter in self.parameters])
         return {p: piece.view(p.shape) for p, piece in zip(self.parameters, pieces, strict=True)}
+
+
+#: The gradients of some parameters, which no other part has.
+Part = Record | TiedPair | Formed
 
 
 @exact_products()
@@ -221,7 +157,10 @@ def _rounded(
         The parts, and by what each row's gradients in them are still to be multiplied.
     """
     weights = [factors[part.parameters[0]] for part in parts]
-    done = [p.weighted(w) if p.rounds else p for p, w in zip(parts, weights, strict=True)]
+    done = [
+        part if isinstance(part, Formed) or not part.rounds else part.weighted(weight)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
     _take_norms(done)
     left = [
         new.squares() if new is not old else square * weight.square()
@@ -257,15 +196,14 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
     for record in small:
         found |= record.per_sample()
     flat = torch.cat([grads.flatten(1) for grads in found.values()], 1)
-    return [*others, Joined(tuple(found), flat)]
+    return [*others, Formed(tuple(found), flat)]
 
 
 def _is_small(record: Record) -> bool:
-    kept = record.formed()
-    if kept is None or len(kept) > 1:
+    parameters = record.parameters
+    if not on_device(parameters[0]) or sum(p.numel() for p in parameters) > _SMALL:
         return False
-    numbers = sum(grads[0].numel() for grads in kept[0][1].values() if len(grads))
-    return numbers <= _SMALL and on_device(next(iter(kept[0][1].values())))
+    return record.formed() is not None
 
 
 def _take_norms(parts: Sequence[Part]) -> None:
@@ -283,8 +221,7 @@ def _take_norms(parts: Sequence[Part]) -> None:
             continue
         group = waiting.setdefault((grams.inputs.shape, grams.dtype, len(grams.grads)), [])
         group.append((record, grams))
-        # By the shape of a row alone, so that other rows have no say in the errors of a group.
-        if len(group) * grams.inputs[:1].nbytes > _GROUP_BYTES:
+        if len(group) * grams.inputs[:1].nbytes > TOGETHER_BYTES:
             _finish(group)
             group.clear()
     for group in waiting.values():
@@ -306,7 +243,7 @@ def _parts(records: Sequence[Record]) -> list[Part]:
     simple, shared = separated(records)
     pairs, shared = tied_pairs(shared)
     added = _added(shared)
-    return [*simple, *pairs, *(Formed(p, grads) for p, grads in added.items())]
+    return [*simple, *pairs, *(Formed((p,), grads.flatten(1)) for p, grads in added.items())]
 
 
 def separated(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:

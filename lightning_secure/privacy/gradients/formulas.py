@@ -285,14 +285,14 @@ def _squared_lengths(rows: Tensor) -> Tensor:
 
 
 def linear_weighted_sum(
-    inputs: Tensor, grads: Tensor, weights: Tensor | None, *, bias: bool
+    inputs: Tensor, grads: Tensor, weights: Tensor, *, bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``sum_i weights[i] * gradient_i`` of a linear layer's weight and bias.
 
     Args:
         inputs: As for :func:`linear_ghost_squares`.
         grads: As for :func:`linear_ghost_squares`.
-        weights: Shape ``(batch,)``; None for ones, as where they are in ``grads`` already.
+        weights: Shape ``(batch,)``.
         bias: Whether the layer has a bias.
 
     Returns:
@@ -303,9 +303,6 @@ def linear_weighted_sum(
     (tensor([[3., 4.]]), None)
     """
     rows = grads.flatten(0, -2)
-    if weights is None:
-        weight = product(rows.T.unsqueeze(0), inputs.flatten(0, -2).unsqueeze(0)).squeeze(0)
-        return weight, rows.sum(0, dtype=weight.dtype) if bias else None
     weights = weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
     if inputs.shape[-1] < grads.shape[-1]:  # the smaller one is weighed
         weight = rows.T @ (inputs * weights).flatten(0, -2)

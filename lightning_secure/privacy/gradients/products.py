@@ -63,19 +63,20 @@ def as_on_a_device() -> Iterator[None]:
 
 
 def product(one: Tensor, other: Tensor) -> Tensor:
-    """Return the matrix products of two batches of matrices, added up in :func:`widened`.
+    """Return the product of two matrices, or of two batches of them, added up in :func:`widened`.
 
     Args:
-        one: Shape ``(batch, n, k)``.
-        other: Shape ``(batch, k, m)``.
+        one: Shape ``(n, k)`` or ``(batch, n, k)``.
+        other: Shape ``(k, m)`` or ``(batch, k, m)``.
 
     Returns:
-        Shape ``(batch, n, m)``.
+        Shape ``(n, m)`` or ``(batch, n, m)``.
     """
+    multiply = torch.mm if one.ndim == 2 else torch.bmm
     if is_short(one) and is_short(other) and one.device.type in ("cuda", "meta"):
-        return torch.bmm(one, other, out_dtype=torch.float32)
+        return multiply(one, other, out_dtype=torch.float32)
     dtype = torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32
-    return torch.bmm(one.to(dtype), other.to(dtype))
+    return multiply(one.to(dtype), other.to(dtype))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

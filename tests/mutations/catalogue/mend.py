@@ -36,8 +36,8 @@ CATALOGUE = [
     Mutation(
         "a lock is held on a log that was removed",
         "util/append_log.py",
-        "while found is None or not path.exists() or not os.path.samestat(found, path.stat()):",
-        "while found is None:",
+        "while self.fd < 0 or not _names(path, self.fd):",
+        "while self.fd < 0:",
         "tests/test_append_log.py -k logs_name",
     ),
     Mutation(

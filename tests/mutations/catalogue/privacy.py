@@ -38,11 +38,11 @@ CATALOGUE = [
         f"{GRADIENTS} -k 'exact and memory'",
     ),
     Mutation(
-        "a way is kept for a batch that its memory does not fit",
+        "ways are timed with as many rows as there are",
         "privacy/gradients/rules/layer_rule.py",
-        "len(grads) > 2 * self._timed_rows",
-        "self._timed_rows == 0",
-        f"{UNITS} -k larger_batch",
+        "few = [item.contiguous() for item in _few(inputs, grads, rows=_TIMED_ROWS)]",
+        "few = [inputs, grads]",
+        f"{UNITS} -k whatever_the_number",
     ),
     Mutation(
         "the padding's vector is trained",

@@ -74,8 +74,8 @@ CATALOGUE = [
     Mutation(
         "on a GPU ways are timed, which waits for it",
         "privacy/gradients/rules/layer_rule.py",
-        "if is_short(grads) or on_device(grads):",
-        "if False:",
+        "elif is_short(grads) or on_device(grads):",
+        "elif False:",
         f"{SHORT} -k ways_follow",
     ),
     Mutation(
@@ -88,7 +88,7 @@ CATALOGUE = [
     Mutation(
         "one more row has all others rounded",
         "privacy/gradients/rules/layer_rule.py",
-        "some = [item[:1].expand(_ROWS, *item.shape[1:]) for item in (inputs, grads)]",
+        "some = _few(inputs, grads, rows=_ROWS)",
         "some = [inputs, grads]",
         f"{SHORT} -k one_more_row",
     ),

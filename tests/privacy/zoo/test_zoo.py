@@ -391,7 +391,7 @@ def test_layers_that_are_computed_again_are_recorded_once(reentrant, way):
         engine = GradientEngine(model, max_grad_norm=1.0)
         engine.attach()
         for unit in engine.units:  # which otherwise choose by time
-            unit._way, unit._timed_rows = way if unit.has_ghost else None, BATCH
+            unit._way = way if unit.has_ghost else None
         torch.manual_seed(1)
         with engine.recording(rows=BATCH):
             engine.scaled(loss_of(model, x), BATCH).backward()

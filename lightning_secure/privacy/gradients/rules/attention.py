@@ -60,9 +60,14 @@ class RowsUnit(LinearUnit):
         formed = super().per_sample(inputs, grads, form=form)
         return {p: self._placed(p, g) for p, g in formed.items()}
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, zero outside of the rows."""
         sums = super().weighted_sum(inputs, grads, weights)
+        return {p: self._placed(p, g[None])[0] for p, g in sums.items()}
+
+    def total(self, inputs: Tensor, grads: Tensor) -> Gradients:
+        """Return the sums, zero outside of the rows."""
+        sums = super().total(inputs, grads)
         return {p: self._placed(p, g[None])[0] for p, g in sums.items()}
 
     def _placed(self, parameter: nn.Parameter, grads: Tensor) -> Tensor:

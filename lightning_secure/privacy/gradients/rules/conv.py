@@ -202,13 +202,9 @@ class ConvUnit(Unit):
         columns = 2 * inputs.shape[1] * math.prod(self._kernel) * places
         return inputs.nbytes + grads.nbytes + columns * grads.itemsize
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, as autograd would compute them from weighted gradients."""
-        if weights is None and on_device(grads) and is_short(grads):
-            return self._added(*operands(inputs, grads))
         inputs, grads = self._widened(inputs, grads)
-        if weights is None:
-            weights = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
         scaled = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.ndim - 1))
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
@@ -219,8 +215,11 @@ class ConvUnit(Unit):
             found[self.bias] = weights.to(grads.dtype) @ grads.flatten(2).sum(2)
         return found
 
-    def _added(self, inputs: Tensor, grads: Tensor) -> Gradients:
-        """Return the sums over rows and places, as products with a float32 result."""
+    def total(self, inputs: Tensor, grads: Tensor) -> Gradients:
+        """Return the sums over rows and places; on a GPU as products with a float32 result."""
+        if not (on_device(grads) and is_short(grads)):
+            return super().total(inputs, grads)
+        inputs, grads = operands(inputs, grads)
         found: dict[nn.Parameter, Tensor] = {}
         if self.weight is not None:
             columns, flat = (item.permute(1, 2, 0, 3) for item in self._columns(inputs, grads))

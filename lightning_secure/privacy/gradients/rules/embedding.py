@@ -60,9 +60,8 @@ class EmbeddingUnit(Unit):
         index = tokens.unsqueeze(-1).expand_as(flat)
         return {self.weight: table.scatter_add_(1, index, flat)}
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums of the rows that were looked up."""
-        assert weights is not None  # noqa: S101 # only units that multiply are given none
         tokens, flat = self.timed(inputs, grads)
         scaled = flat * weights.to(flat.dtype).view(-1, 1, 1)
         table = flat.new_zeros(self.weight.shape)

@@ -2,9 +2,8 @@
 
 A layer's gradient of one sample can be had from the layer's input ``a`` and the gradient ``g`` of
 its output. There are several ways there, and which is the cheapest depends on shapes and on the
-machine. On a processor a unit times its ways on the first batch and keeps the fastest. On a GPU it
-predicts from shapes how long each takes: timing would wait for the device, and could choose other
-ways in other processes.
+machine. On a processor a unit times its ways on rows like the first one and keeps the fastest. On a
+GPU it predicts from the shape of a row how long each takes: timing would wait for the device.
 
 Source:
     Bu et al. 2023, arXiv:2210.00038 (book-keeping).
@@ -19,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +54,14 @@ FORMED_BYTES: Final = 512 * 2**20
 #: What is formed for a moment is formed for so many rows at a time as fit into this many bytes.
 PIECE_BYTES: Final = 8 * 2**20
 PIECE_BYTES_ON_DEVICES: Final = 256 * 2**20
+#: Gram matrices of several layers are looked at together up to so many bytes a row.
+TOGETHER_BYTES: Final = 2**20
 #: A way that takes so many times another's multiplications is not even tried.
 HOPELESS: Final = 4
 _TRIALS: Final = 3
-#: Rows for which ways are predicted.
+#: Rows for which ways are chosen, and timed.
 _ROWS: Final = 32
+_TIMED_ROWS: Final = 4
 #: On GPUs: multiplications a second, in bfloat16 and in others, bytes a second, and seconds that a
 #: launch takes. They are those of one H200; the proportions of others are alike.
 _RATES: Final = {True: 4e14, False: 3e13}
@@ -95,7 +97,7 @@ class Unit(ABC):
 
     #: Names under which :meth:`per_sample` knows to form gradients.
     forms: tuple[str, ...] = ("product",)
-    #: The same on GPUs.
+    #: Those of them that serve on GPUs.
     forms_on_devices: tuple[str, ...] = ("product",)
     #: Whether :meth:`ghost_squares` is there.
     has_ghost: bool = False
@@ -107,7 +109,6 @@ class Unit(ABC):
         self.module = module
         self.parameters = tuple(parameters)
         self._way: Way | None = None
-        self._timed_rows = 0
 
     def attach(self, watch: Watch) -> Callable[[], None]:
         """Have every call of the layer watched; returns how to end that."""
@@ -143,16 +144,18 @@ class Unit(ABC):
         """
         return None
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
-        """Return ``sum_i weights[i] * gradient_i`` for each parameter.
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
+        """Return ``sum_i weights[i] * gradient_i`` for each parameter."""
+        return combined(self.per_sample(inputs, grads, form=self.usable(grads)[0]), weights)
 
-        Args:
-            inputs: Of the layer, shape ``(batch, ...)``.
-            grads: Of its output, shape ``(batch, ...)``.
-            weights: Shape ``(batch,)``. None for ones, to a unit that :attr:`multiplies`.
-        """
-        assert weights is not None  # noqa: S101 # see there
-        return combined(self.per_sample(inputs, grads, form=self.forms[0]), weights)
+    def total(self, inputs: Tensor, grads: Tensor) -> Gradients:
+        """Return ``sum_i gradient_i``; a unit that :attr:`multiplies` takes bfloat16 as it is."""
+        ones = torch.ones(len(grads), dtype=widened(grads.dtype), device=grads.device)
+        return self.weighted_sum(inputs, grads, ones)
+
+    def usable(self, grads: Tensor) -> tuple[str, ...]:
+        """Return the forms that serve where these gradients lie."""
+        return self.forms_on_devices if on_device(grads) else self.forms
 
     def apart_squares(self, inputs: Tensor, grads: Tensor) -> Tensor | None:
         """Return the squares of what each sample's gradient would come to if nothing cancelled.
@@ -189,7 +192,7 @@ class Unit(ABC):
         held = grads.nbytes + inputs.nbytes
         share = self.ghost_share(inputs, grads) if self.has_ghost else math.inf
         found: list[Way] = []
-        forms = self.forms_on_devices if on_device(grads) else self.forms
+        forms = self.usable(grads)
         if (share > 1 / HOPELESS and size <= FORMED_BYTES * len(grads)) or not self.has_ghost:
             found += [Way(form, kept=False) for form in forms]
         if size <= max(KEPT_BYTES, KEPT_RATIO * held) or not self.has_ghost:
@@ -199,34 +202,25 @@ class Unit(ABC):
         return found
 
     def way(self, inputs: Tensor, grads: Tensor) -> Way:
-        """Return the fastest way for such a batch.
+        """Return the fastest way for rows of such a shape, which is chosen once.
 
-        It is found when the first batch is seen; if it is timed, again when one comes that is more
-        than twice as large; not otherwise, so the choice costs nothing later.
+        The number of rows has no say. By one way a norm comes with a bound of its rounding, by
+        another weighted gradients are rounded: one more row could change what all others add.
         """
-        if is_short(grads) or on_device(grads):
-            if self._way is None:
-                self._way = self._way_by_shape(inputs, grads)
-        elif self._way is None or len(grads) > 2 * self._timed_rows:
-            ways = self.ways(inputs, grads)
+        if self._way is None:
+            some = _few(inputs, grads, rows=_ROWS)
+            ways = self.ways(*some)
             if len(ways) == 1:
                 costs = [0.0]
+            elif is_short(grads) or on_device(grads):
+                costs = [self.predicted(way, *some) for way in ways]
             else:
+                few = [item.contiguous() for item in _few(inputs, grads, rows=_TIMED_ROWS)]
                 # In turns, so that a busy moment of the machine is not one way's alone.
-                trials = [[self._cost(way, inputs, grads) for way in ways] for _ in range(_TRIALS)]
+                trials = [[self._cost(way, *few) for way in ways] for _ in range(_TRIALS)]
                 costs = [min(trial) for trial in zip(*trials, strict=True)]
             self._way = ways[costs.index(min(costs))]
-            self._timed_rows = len(grads)
         return self._way
-
-    def _way_by_shape(self, inputs: Tensor, grads: Tensor) -> Way:
-        """Return the way that is predicted to be the fastest, for any number of rows.
-
-        One way rounds weighted gradients to bfloat16, another does not: if the number of rows had
-        a say, one more of them could change what all others add.
-        """
-        some = [item[:1].expand(_ROWS, *item.shape[1:]) for item in (inputs, grads)]
-        return min(self.ways(*some), key=lambda way: self.predicted(way, *some))
 
     def predicted(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
         """Return about how many seconds a way takes on a GPU: products, bytes and launches.
@@ -253,18 +247,18 @@ class Unit(ABC):
         return inputs.nbytes + grads.nbytes
 
     def _cost(self, way: Way, inputs: Tensor, grads: Tensor) -> float:
-        """Return the seconds that a way takes."""
-        weights = torch.ones(len(grads), dtype=widened(grads.dtype), device=grads.device)
-        _synchronise(grads.device)
+        """Return the seconds that a way takes on a processor."""
+        weights = torch.ones(len(grads), dtype=widened(grads.dtype))
         start = time.perf_counter()
         record = Record(self, inputs, grads, scale=1.0, way=way)
         record.squares()
-        if record.rounds:
-            record = record.weighted(weights)
-            record.squares()
         record.weighted_sum(weights)
-        _synchronise(grads.device)
         return time.perf_counter() - start
+
+
+def _few(*tensors: Tensor, rows: int) -> list[Tensor]:
+    """Return tensors of so many rows, each like the first."""
+    return [item[:1].expand(rows, *item.shape[1:]) for item in tensors]
 
 
 @dataclass(eq=False)
@@ -321,7 +315,7 @@ class Record:
         return square if apart is None else square + cancelling(square.dtype) * apart
 
     def chosen(self) -> Way:
-        """Return the way that is gone, which is chosen once."""
+        """Return the way of this record, which is chosen once."""
         if self.way is None:
             self.way = self.unit.way(*self.evidence())
         return self.way
@@ -340,9 +334,13 @@ class Record:
         """Return the Gram matrices that the norms are still to be made of, if they are on a GPU."""
         if self._squares is not None or self.inputs is None or not on_device(self.inputs):
             return None
-        if self.chosen().form:
+        inputs, grads = self.evidence()
+        way = self.chosen()
+        # What takes more for a row goes through the rows in pieces. By the shape of one row: how
+        # many there are has no say in the errors of layers that are looked at together.
+        if way.form or self.unit.working_bytes(inputs, grads, way) > TOGETHER_BYTES:
             return None
-        found = self.unit.grams(*self.evidence(), known=self._gram)
+        found = self.unit.grams(inputs, grads, known=self._gram)
         if found is not None and found.inputs[0].nbytes <= self.inputs[0].nbytes:
             self._gram = found.inputs  # for what is weighted, if it takes no more than they do
         return found
@@ -369,7 +367,7 @@ class Record:
             pieces = [formed for _, formed in self._kept]
         else:
             inputs, grads = self.evidence()
-            pieces = [self.unit.per_sample(inputs, grads, form=self.unit.forms[0])]
+            pieces = [self.unit.per_sample(inputs, grads, form=self.unit.usable(grads)[0])]
         if len(pieces) > 1:
             pieces = [{p: torch.cat([piece[p] for piece in pieces]) for p in pieces[0]}]
         if self.scale == 1:
@@ -444,10 +442,10 @@ class Record:
     def _shortened(self, halves: Tensor) -> Gradients:
         """Return the sum of gradients that are weighted already, times powers of two by row."""
         inputs, grads = self.evidence()
-        if not self.unit.multiplies:
+        if self.unit.multiplies:  # nothing else holds this tensor
+            sums = self.unit.total(inputs, grads.mul_(_by_row(halves, grads)))
+        else:
             sums = self.unit.weighted_sum(inputs, grads, halves)
-        else:  # nothing else holds this tensor
-            sums = self.unit.weighted_sum(inputs, grads.mul_(_by_row(halves, grads)), None)
         if self.scale == 1:
             return sums
         return {parameter: total.mul_(self.scale) for parameter, total in sums.items()}
@@ -575,8 +573,3 @@ def _after_forward(
             "taken."
         )
     return watch(unit, inputs[0], output)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        cast("Any", torch.cuda).synchronize(device)

@@ -16,7 +16,7 @@ from lightning_secure.privacy.gradients.formulas import (
     linear_weighted_sum,
     rounding,
 )
-from lightning_secure.privacy.gradients.products import operands, widened
+from lightning_secure.privacy.gradients.products import operands, product, widened
 from lightning_secure.privacy.gradients.rules.layer_rule import (
     GHOST,
     Gradients,
@@ -107,7 +107,15 @@ class LinearUnit(Unit):
             return self._named(None, grads if grads.ndim == 2 else grads.sum(1))
         return self._named(*linear_per_sample(inputs, grads, bias=self.bias is not None))
 
-    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor | None) -> Gradients:
+    def total(self, inputs: Tensor, grads: Tensor) -> Gradients:
+        """Return the sums, as one product with a float32 result."""
+        if self.weight is None:
+            return super().total(inputs, grads)
+        inputs, grads = (item.flatten(0, -2) for item in _flat(inputs, grads))
+        weight = product(grads.T, inputs)
+        return self._named(weight, grads.sum(0, dtype=weight.dtype))
+
+    def weighted_sum(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> Gradients:
         """Return the weighted sums, as one matrix product."""
         if self.weight is None:
             return super().weighted_sum(inputs, grads, weights)
