@@ -51,13 +51,7 @@ class Keystream:
         self._begin(secrets.token_bytes(KEY_BYTES) if key is None else key)
 
     def read(self, count: int) -> bytearray:
-        """Return the next ``count`` bytes; see :meth:`read_into`."""
-        out = bytearray(count)
-        self.read_into(out)
-        return out
-
-    def read_into(self, buffer: bytearray | memoryview) -> None:
-        """Fill a buffer with the next bytes.
+        """Return the next ``count`` bytes.
 
         Raises:
             KeyAccessError: if the process was forked, and its parent reads the same given key.
@@ -69,7 +63,8 @@ class Keystream:
                     "repeat the parent's bytes. Nothing was drawn."
                 )
             self._begin(secrets.token_bytes(KEY_BYTES))
-        view = memoryview(buffer)
+        out = bytearray(count)
+        view = memoryview(out)
         while view:
             if not self._left:
                 self._begin(self._encryptor.update(bytes(KEY_BYTES)))
@@ -77,6 +72,7 @@ class Keystream:
             self._encryptor.update_into(_ZEROS[:part], view[:part])
             self._left -= part
             view = view[part:]
+        return out
 
     def _begin(self, key: bytes) -> None:
         self._process = os.getpid()

@@ -66,8 +66,7 @@ def test_secure_noise_of_metrics_is_rounded_once(monkeypatch):
     drawn = GaussianNoise(secure=True)
     z = torch.tensor([1.0 + 2.0**-40, -3.0 + 2.0**-40], dtype=torch.float64)
     # Numbers whose last bits show where they are rounded; a real draw seldom has them.
-    source = type(drawn._sources[0])
-    monkeypatch.setattr(source, "_next", lambda self, most, dtype: z[:most].to(dtype))
+    monkeypatch.setattr(GaussianNoise, "_next", lambda self, most, dtype: z[:most].to(dtype))
     metric = RowMean(noise_multiplier=3.0, entry="a", bounds=(-1.0, 1.0))
     metrics = StepMetrics({"a": metric}, max_grad_norm=1.0)
     sums = torch.tensor([-3.0])

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import secrets
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 
 import torch
@@ -15,12 +14,9 @@ from torch import Tensor
 from lightning_secure.crypto.keystream import Keystream
 from lightning_secure.errors import ConfigError
 
-#: Numbers are drawn in blocks of at most and at least so many: few calls, and all of a block stays
-#: in the cache. torch computes on arrays of half as many in one thread.
-_LARGEST: Final = 2**16
+#: Numbers are drawn in blocks of at most and at least so many: few calls, and bounded memory.
+_LARGEST: Final = 2**17
 _SMALLEST: Final = 2**10
-#: Threads share tensors of at least so many numbers.
-_SHARED: Final = 2**18
 
 
 class GaussianNoise:
@@ -43,8 +39,6 @@ class GaussianNoise:
     >>> 0.9 < float(noise.add_(torch.zeros(100_000), std=1.0).std()) < 1.1
     True
     """
-
-    _pool: ThreadPoolExecutor | None = None
 
     def __init__(self, seed: int | None = None, *, secure: bool = False) -> None:
         if secure and seed is not None:
@@ -70,46 +64,35 @@ class GaussianNoise:
         if not self._secure and tensor.device.type != "cpu":
             generator = self._generator(tensor.device)
             return tensor.add_(torch.empty_like(tensor).normal_(0, std, generator=generator))
+        double = self._secure or tensor.dtype == torch.float64
         flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
-        # By a seed all numbers come one after another, whatever the threads. On a GPU other threads
-        # would not wait for the stream that this one works on.
-        shared = self._seed is None and len(flat) >= _SHARED and flat.device.type == "cpu"
-        threads = torch.get_num_threads() if shared else 1
-        if threads == 1:
-            self._sources[0].add_(flat, std)
-        else:
-            self._add_in_threads(flat, std, threads)
+        start = 0
+        while start < len(flat):
+            piece = self._next(len(flat) - start, torch.float64 if double else torch.float32)
+            flat[start : start + len(piece)].add_(piece.to(flat.device), alpha=std)
+            start += len(piece)
         return tensor if tensor.is_contiguous() else tensor.copy_(flat.view_as(tensor))
 
-    def _add_in_threads(self, flat: Tensor, std: float, threads: int) -> None:
-        # torch and the cipher let go of the interpreter's lock while they compute.
-        while len(self._sources) < threads:
-            self._sources.append(_Source(Keystream(), secure=self._secure))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="noise")
-        own, *others = flat.tensor_split(threads)
-        waits = [
-            self._pool.submit(source.add_, part, std)
-            for source, part in zip(self._sources[1:threads], others, strict=True)
-        ]
-        try:
-            self._sources[0].add_(own, std)
-        finally:
-            wait(waits)
-        for future in waits:
-            future.result()
+    def _next(self, most: int, dtype: torch.dtype) -> Tensor:
+        """Return standard normals that were never returned before, at least one."""
+        ready = self._ready.get(dtype)
+        if ready is None or not len(ready):
+            pairs = max(_SMALLEST, min(_LARGEST, most + 1)) // 2
+            make = secure_normals if self._secure else normals
+            ready = make(self._stream, pairs, dtype)
+        self._ready[dtype] = ready[most:]
+        return ready[:most]
 
     def _forget_another_process(self) -> None:
-        # A fork has its parent's generators, and would draw its noise; of its threads it has none.
+        # A fork has its parent's generators, and would draw its noise.
         if self._process != os.getpid():
             self._begin()
 
     def _begin(self) -> None:
         self._process = os.getpid()
         self._generators: dict[torch.device, torch.Generator] = {}
-        stream = Keystream(None if self._seed is None else _key_of(self._seed))
-        self._sources = [_Source(stream, secure=self._secure)]
-        self._pool = None
+        self._ready: dict[torch.dtype, Tensor] = {}
+        self._stream = Keystream(None if self._seed is None else _key_of(self._seed))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -127,51 +110,13 @@ class GaussianNoise:
         self._begin()
 
 
-class _Source:
-    """Standard normals from a keystream of its own, for one thread at a time.
-
-    Args:
-        stream: Which nothing else reads.
-        secure: Whether each number is made of four.
-    """
-
-    def __init__(self, stream: Keystream, *, secure: bool) -> None:
-        self._stream = stream
-        self._secure = secure
-        self._ready: dict[torch.dtype, Tensor] = {}
-        self._bits = bytearray()
-
-    @torch.no_grad()  # which a thread does not have of its caller
-    def add_(self, flat: Tensor, std: float) -> None:
-        """Add independent noise to every element of a tensor of one dimension, in place."""
-        double = self._secure or flat.dtype == torch.float64
-        start = 0
-        while start < len(flat):
-            piece = self._next(len(flat) - start, torch.float64 if double else torch.float32)
-            flat[start : start + len(piece)].add_(piece.to(flat.device), alpha=std)
-            start += len(piece)
-
-    def _next(self, most: int, dtype: torch.dtype) -> Tensor:
-        """Return standard normals that were never returned before, at least one."""
-        ready = self._ready.get(dtype)
-        if ready is None or not len(ready):
-            pairs = max(_SMALLEST, min(_LARGEST, most + 1)) // 2
-            make = secure_normals if self._secure else normals
-            ready = make(self._stream, pairs, dtype, bits=self._bits)
-        self._ready[dtype] = ready[most:]
-        return ready[:most]
-
-
-def normals(
-    stream: Keystream, pairs: int, dtype: torch.dtype, *, bits: bytearray | None = None
-) -> Tensor:
+def normals(stream: Keystream, pairs: int, dtype: torch.dtype) -> Tensor:
     """Return standard normal numbers, two from each pair of uniform ones.
 
     Args:
         stream: Source of the bits.
         pairs: Half as many as are returned.
         dtype: float32 or float64, in which they are computed.
-        bits: Room for the bits, which is enlarged if it must be, and may be used again.
 
     In float32 the radius comes from 63 bits, so that the tail reaches 9.4 standard deviations, and
     the angle from 32; in float64 from 53 bits and half a unit, and 64, and the tail reaches 8.6.
@@ -181,39 +126,29 @@ def normals(
     """
     wide = dtype == torch.float64
     angles = torch.int64 if wide else torch.int32
-    bits = bytearray() if bits is None else bits
-    size = pairs * (8 + angles.itemsize)
-    bits.extend(bytes(max(0, size - len(bits))))
-    stream.read_into(memoryview(bits)[:size])
+    bits = stream.read(pairs * (8 + angles.itemsize))
     radius = torch.frombuffer(bits, dtype=torch.int64, count=pairs)
     angle = torch.frombuffer(bits, dtype=angles, count=pairs, offset=8 * pairs)
     if wide:
         radius.bitwise_right_shift_(11)  # an arithmetic shift: the sign's copies are masked out
-    digits = 53 if wide else 63
+    size = 53 if wide else 63
     # Never 0, of which the logarithm is infinite; rounding may make it 1, of which it is 0.
-    uniform = radius.bitwise_and_(2**digits - 1).to(dtype).add_(0.5).mul_(2.0**-digits)
+    uniform = radius.bitwise_and_(2**size - 1).to(dtype).add_(0.5).mul_(2.0**-size)
     length = uniform.log_().mul_(-2).sqrt_()
     turn = angle.to(dtype).mul_(math.pi / 2 ** (8 * angles.itemsize - 1))
     found = torch.empty(2, pairs, dtype=dtype)
-    for row, function in zip(found, (torch.cos, torch.sin), strict=True):
-        function(turn, out=row).mul_(length)
-    return found.view(-1)
+    torch.cos(turn, out=found[0])
+    torch.sin(turn, out=found[1])
+    return found.mul_(length).view(-1)
 
 
-def secure_normals(
-    stream: Keystream,
-    pairs: int,
-    dtype: torch.dtype = torch.float64,
-    *,
-    bits: bytearray | None = None,
-) -> Tensor:
+def secure_normals(stream: Keystream, pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return standard normal numbers, each the sum of four over two, in double precision.
 
     Args:
         stream: Source of the bits.
         pairs: Half as many as are returned.
         dtype: Only float64.
-        bits: As in :func:`normals`.
 
     A number that one draw makes can have only some of the floating-point values around it, and
     which ones tells something of what it was added to. A sum of four has so many more ways to come
@@ -225,7 +160,7 @@ def secure_normals(
         Holohan and Braghin 2021, arXiv:2107.10138, with n = 2.
     """
     # Two numbers share their four pairs, as those of Box and Muller share one.
-    four = normals(stream, 4 * pairs, dtype, bits=bits).view(2, 4, pairs)
+    four = normals(stream, 4 * pairs, dtype).view(2, 4, pairs)
     return four.sum(1).div_(2).view(-1)
 
 

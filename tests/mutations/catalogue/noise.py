@@ -9,20 +9,6 @@ STREAM = "tests/crypto/test_keystream.py"
 
 CATALOGUE = [
     Mutation(
-        "threads draw noise from one key",
-        "privacy/noise/gaussian.py",
-        "self._sources.append(_Source(Keystream(), ",
-        "self._sources.append(_Source(Keystream(bytes(32)), ",
-        f"{NOISE} -k threads_draw",
-    ),
-    Mutation(
-        "a seed's noise is drawn by as many threads as there are",
-        "privacy/noise/gaussian.py",
-        "shared = self._seed is None and len(flat)",
-        "shared = len(flat)",
-        f"{NOISE} -k depend_on_threads",
-    ),
-    Mutation(
         "a number of noise is used twice",
         "privacy/noise/gaussian.py",
         "self._ready[dtype] = ready[most:]",
@@ -39,15 +25,15 @@ CATALOGUE = [
     Mutation(
         "the keystream begins anew with each call",
         "crypto/keystream.py",
-        "        view = memoryview(buffer)\n",
-        "        view = memoryview(buffer)\n        self._begin(bytes(KEY_BYTES))\n",
+        "        view = memoryview(out)\n",
+        "        view = memoryview(out)\n        self._begin(bytes(KEY_BYTES))\n",
         f"{STREAM} -k 'goes_on or system'",
     ),
     Mutation(
         "a fork goes on with its parent's keystream",
         "crypto/keystream.py",
-        "            self._begin(secrets.token_bytes(KEY_BYTES))\n        view",
-        "            pass\n        view",
+        "            self._begin(secrets.token_bytes(KEY_BYTES))\n        out",
+        "            pass\n        out",
         f"{STREAM} -k fork",
     ),
     Mutation(
