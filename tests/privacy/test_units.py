@@ -134,7 +134,7 @@ def test_a_way_is_chosen_once_whatever_the_number_of_rows(rows, monkeypatch):
     monkeypatch.setattr(unit, "_cost", lambda way, a, g: timed.append(len(g)) or cost(way, a, g))
     for count in (rows, 40, 1):
         unit.way(inputs[:count], grads[:count])
-    assert timed == 9 * [4]  # three ways, three times each
+    assert timed == 9 * [32]  # three ways, three times each
     kept = LinearUnit.of("layer", nn.Linear(100, 90))  # as many are kept of few rows as of many
     ways = [kept.way(torch.ones(n, 2, 100), torch.ones(n, 2, 90)) for n in (1, 500)]
     assert ways == [GHOST, GHOST]

@@ -40,7 +40,7 @@ CATALOGUE = [
     Mutation(
         "ways are timed with as many rows as there are",
         "privacy/gradients/rules/layer_rule.py",
-        "few = [item.contiguous() for item in _few(inputs, grads, rows=_TIMED_ROWS)]",
+        "few = [item.contiguous() for item in _few(inputs, grads, rows=rows)]",
         "few = [inputs, grads]",
         f"{UNITS} -k whatever_the_number",
     ),

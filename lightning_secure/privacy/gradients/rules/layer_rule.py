@@ -59,9 +59,9 @@ TOGETHER_BYTES: Final = 2**20
 #: A way that takes so many times another's multiplications is not even tried.
 HOPELESS: Final = 4
 _TRIALS: Final = 3
-#: Rows for which ways are chosen, and timed.
+#: Rows for which ways are chosen. They are timed with fewer where so many take more bytes.
 _ROWS: Final = 32
-_TIMED_ROWS: Final = 4
+_TIMED_BYTES: Final = 64 * 2**20
 #: On GPUs: multiplications a second, in bfloat16 and in others, bytes a second, and seconds that a
 #: launch takes. They are those of one H200; the proportions of others are alike.
 _RATES: Final = {True: 4e14, False: 3e13}
@@ -215,7 +215,9 @@ class Unit(ABC):
             elif is_short(grads) or on_device(grads):
                 costs = [self.predicted(way, *some) for way in ways]
             else:
-                few = [item.contiguous() for item in _few(inputs, grads, rows=_TIMED_ROWS)]
+                size = inputs[:1].nbytes + grads[:1].nbytes
+                rows = max(1, min(_ROWS, _TIMED_BYTES // size))
+                few = [item.contiguous() for item in _few(inputs, grads, rows=rows)]
                 # In turns, so that a busy moment of the machine is not one way's alone.
                 trials = [[self._cost(way, *few) for way in ways] for _ in range(_TRIALS)]
                 costs = [min(trial) for trial in zip(*trials, strict=True)]
